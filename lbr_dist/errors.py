@@ -1,0 +1,30 @@
+"""The errors that a user's mistake raises; everything else is a defect of this program.
+
+Each message names the field or file (and line), what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class LbrError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+
+
+class ConfigError(LbrError):
+    """A setting is unknown, of the wrong type, or at odds with another."""
+
+
+class DataError(LbrError):
+    """A data file is missing, empty or malformed."""
+
+
+class ModelError(LbrError):
+    """A model folder cannot be used as it is."""
+
+
+class CheckpointError(LbrError):
+    """A checkpoint is missing, incomplete or of another run."""
+
+
+class LaunchError(LbrError):
+    """The ranks could not be started, or one of them died."""
