@@ -1,0 +1,249 @@
+"""The `lbr` command. Each subcommand imports what it needs when it runs, so that `lbr --help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lbr_dist import __version__
+from lbr_dist.errors import LbrError
+
+if TYPE_CHECKING:
+    from lbr_dist.config import RunConfig
+
+NAMES = {
+    "bm25": "BM25",
+    "base": "base model, untouched",
+    "learn": "after learn alone (no labelled pair seen)",
+    "lbr": "LBR: learn, then represent",
+    "model": "model",
+}
+
+
+def _say(message: str) -> None:
+    print(message, flush=True)
+
+
+# ---- training -------------------------------------------------------------------------------------------------
+
+
+def _read_run(args: argparse.Namespace) -> RunConfig:
+    from lbr_dist.launch.config_file import read_config
+
+    overrides = list(args.overrides)
+    if args.ranks is not None:
+        overrides.append(f"--cluster.ranks={args.ranks}")
+    return read_config(args.config, overrides)
+
+
+def _finished(config: RunConfig, stage: str) -> bool:
+    export = config.learn_export if stage == "learn" else config.model_path
+    return (config.run_path / stage / "summary.json").exists() and (export / "lbr.json").exists()
+
+
+def _train(config: RunConfig, wanted: Sequence[str]) -> bool:
+    """Run the wanted stages that have steps and are not finished. Returns whether this process goes on alone."""
+    from lbr_dist.launch import preflight
+    from lbr_dist.launch.config_file import write_config
+
+    preflight.check_run_folder(config)
+    preflight.check_base(Path(config.model.base))
+    preflight.check_data(config)
+    steps = {"learn": config.learn.steps, "represent": config.represent.steps}
+    stages = [stage for stage in wanted if steps[stage]]
+    if stages == ["represent"] and steps["learn"] and not (config.learn_export / "lbr.json").exists():
+        from lbr_dist.errors import CheckpointError
+
+        raise CheckpointError(
+            f"{config.learn_export}: not there. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
+        )
+    todo = tuple(stage for stage in stages if not _finished(config, stage))
+    resolved = config.run_path / "config.yaml"
+    if "RANK" in os.environ:  # under torchrun: this process is a rank already
+        from lbr_dist.launch.worker import run_stages
+
+        if os.environ["RANK"] == "0":
+            write_config(config, resolved)
+        return run_stages(config, todo)
+    ranks = preflight.check_ranks(config, preflight.count_gpus())
+    write_config(config, resolved)
+    from lbr_dist.launch.ranks import run_stage
+
+    for stage in stages:
+        if stage not in todo:
+            _say(f"{stage}: finished before, nothing to do")
+            continue
+        _say(f"{stage}: {steps[stage]} steps on {ranks} rank{'s' if ranks > 1 else ''}")
+        run_stage(stage, resolved, ranks, config.run_path / stage / "logs")
+    return True
+
+
+def learn(args: argparse.Namespace) -> None:
+    _train(_read_run(args), ["learn"])
+
+
+def represent(args: argparse.Namespace) -> None:
+    _train(_read_run(args), ["represent"])
+
+
+def run(args: argparse.Namespace) -> None:
+    config = _read_run(args)
+    if not _train(config, ["learn", "represent"]):
+        return
+    if config.data.test is None:
+        _say(f"model: {config.model_path} (no data.test, so nothing is evaluated)")
+        return
+    from lbr_dist.evaluate import evaluate_run, table
+    from lbr_dist.launch.worker import quiet_libraries
+    from lbr_dist.report import write_report
+
+    quiet_libraries()
+    metrics = evaluate_run(config, _say)
+    examples = json.loads((config.report_path / "examples.json").read_text(encoding="utf-8"))
+    page = write_report(config.run_path, metrics, examples)
+    _say(f"\n{metrics['num_queries']} held-out queries, {metrics['num_documents']:,} documents\n")
+    _say(table(metrics["systems"], NAMES))
+    _say(f"\nmodel   {config.model_path}\nreport  {page}")
+
+
+# ---- models and data ------------------------------------------------------------------------------------------
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from lbr_dist.config import EvaluateConfig
+    from lbr_dist.evaluate import TestSet, evaluate_folder, table
+    from lbr_dist.launch.worker import quiet_libraries
+    from lbr_dist.model.tokens import EmbeddingSettings
+
+    quiet_libraries()
+    test = TestSet.read(args.pairs, args.documents)
+    settings = EvaluateConfig(bm25_tokens=args.bm25_tokens, row_tokens=args.row_tokens, chunk_tokens=args.chunk_tokens)
+    plain = EmbeddingSettings(args.pooling, query_prompt=args.query_prompt)
+    metrics = evaluate_folder(args.model, test, settings, plain, 0, args.out, _say)
+    _say(table(metrics["systems"], NAMES))
+    _say(f"\nwritten to {args.out}")
+
+
+def encode(args: argparse.Namespace) -> None:
+    from lbr_dist.data.records import read_corpus
+    from lbr_dist.encode import open_encoder, write_vectors
+    from lbr_dist.launch.worker import quiet_libraries
+
+    quiet_libraries()
+    texts = read_corpus(args.input)
+    encoder = open_encoder(args.model, None, args.row_tokens, args.chunk_tokens)
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5 or done == total:
+            last = time.monotonic()
+            _say(f"encoded {done:,} of {total:,}")
+
+    write_vectors(args.out, list(texts), encoder.encode(list(texts.values()), args.kind, progress))
+    _say(f"written to {args.out}")
+
+
+def data(args: argparse.Namespace) -> None:
+    if args.what == "model":
+        from lbr_dist.data.smollm2 import build_smollm2
+
+        _say(f"model: {build_smollm2(args.out)}")
+        return
+    from lbr_dist.data.build import build_domain
+
+    manifest = build_domain(args.what, args.out)
+    counts = ", ".join(f"{name} {count:,}" for name, count in manifest["counts"].items())
+    _say(f"{args.what}: {counts}\nwritten to {args.out}")
+
+
+def config(args: argparse.Namespace) -> None:
+    from lbr_dist.launch.config_file import describe
+
+    _say(describe())
+
+
+# ---- the parser -----------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lbr",
+        description="Learn Before Represent: turn a causal LLM into the embedding model of a domain.",
+        epilog="Example: lbr run launch/configs/demo.yaml --ranks 2 --learn.steps=50",
+    )
+    parser.add_argument("--version", action="version", version=f"lbr-dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    for name, function, text in (
+        ("run", run, "Both stages, export, evaluation and report."),
+        ("learn", learn, "Stage 1: causal language modelling through the bottleneck."),
+        ("represent", represent, "Stage 2: contrastive training on the compressed vectors."),
+    ):
+        sub = command(name, function, text)
+        sub.add_argument("config", type=Path, help="YAML config; every field can be overridden by --section.field=value")
+        sub.add_argument("--ranks", type=int, help="processes to start here (default: one a GPU, or 2 on a CPU)")
+        sub.set_defaults(takes_overrides=True)
+    command("config", config, "Print every key of a config with its default and meaning.")
+
+    def encoding(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--row-tokens", type=int, default=512, help="texts are packed into rows of this many tokens")
+        sub.add_argument("--chunk-tokens", type=int, default=8192, help="tokens that run at a time")
+
+    sub = command("evaluate", evaluate, "Score a model folder on held-out pairs, beside BM25.")
+    sub.add_argument("model", type=Path, help="a model of ours, a sentence-transformers folder, or a causal LM")
+    sub.add_argument("--pairs", type=Path, required=True, help="held-out pairs")
+    sub.add_argument("--documents", type=Path, required=True, help="the collection that is searched")
+    sub.add_argument("--out", type=Path, required=True, help="folder for metrics.json and the TREC files")
+    sub.add_argument("--pooling", choices=("mean", "last"), default="mean", help="for a bare causal LM")
+    sub.add_argument("--query-prompt", default="", help="for a bare causal LM")
+    sub.add_argument("--bm25-tokens", choices=("words", "characters"), default="words")
+    encoding(sub)
+    sub = command("encode", encode, "Vectors of a collection, as .npy or .parquet.")
+    sub.add_argument("model", type=Path, help="model folder")
+    sub.add_argument("input", type=Path, help="JSONL or Parquet with id and text")
+    sub.add_argument("--out", type=Path, required=True, help="FILE.npy (with FILE.ids beside it) or FILE.parquet")
+    sub.add_argument("--kind", choices=("query", "document"), default="document", help="whose prompt is put before")
+    encoding(sub)
+    sub = command("data", data, "Build a domain's data, or the base model of the demo.")
+    kinds = sub.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name in ("medical", "chemistry", "code"):
+        kind = kinds.add_parser(name, help=f"the {name} domain: corpus, pairs and test collection")
+        kind.add_argument("--out", type=Path, required=True, help="folder to write")
+    kind = kinds.add_parser("model", help="a base model as a Hugging Face folder")
+    kind.add_argument("name", choices=("smollm2",))
+    kind.add_argument("--out", type=Path, required=True, help="folder to write")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, 1 for a user's error, 2 for a wrong command line."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = rest
+    try:
+        args.run(args)
+    except LbrError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the run goes on from its last checkpoint when started again", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

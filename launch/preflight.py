@@ -1,0 +1,151 @@
+"""Everything that can be refused before a rank starts: files, model folder, batch sizes, run folder, ranks.
+
+Imports no torch; what it reads is read again by the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lbr_dist.config import RunConfig, differences, to_dict
+from lbr_dist.data.records import read_corpus, read_pairs
+from lbr_dist.errors import ConfigError, DataError, LaunchError, ModelError
+
+# what may change between two starts in one run folder, since it changes no result
+FREE_SECTIONS = ("checkpoint", "cluster", "evaluate")
+RANK_BYTES = 900 * 2**20  # interpreter, torch and buffers of one rank, measured on a CPU
+OPTIMIZER_BYTES = 18  # bf16 weight and gradient, fp32 gradient, master weight and two moments
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: found a {type(content).__name__}, expected a JSON object.")
+    return content
+
+
+def check_base(folder: Path) -> None:
+    """Refuse what is not a causal LM folder with safetensors and a tokenizer that fits.
+
+    Raises:
+        ModelError: says what is missing or doesn't agree.
+    """
+    if not folder.is_dir():
+        raise ModelError(
+            f"model.base: found {str(folder)!r}, which is no folder. Give a Hugging Face causal LM folder; "
+            "`lbr data model smollm2 --out DIR` makes one."
+        )
+    if not (folder / "config.json").exists():
+        raise ModelError(f"model.base: {folder} has no config.json, so it is no Hugging Face model folder.")
+    config = _json(folder / "config.json")
+    architectures = config.get("architectures") or []
+    if not any(str(name).endswith("ForCausalLM") for name in architectures):
+        raise ModelError(
+            f"model.base: {folder / 'config.json'} is of {', '.join(map(str, architectures)) or 'no architecture'}, "
+            "expected one ending in ForCausalLM. The method needs a causal language model."
+        )
+    if not any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise ModelError(f"model.base: {folder} has no model.safetensors. Save the model again with save_pretrained.")
+    if not (folder / "tokenizer.json").exists():
+        raise ModelError(f"model.base: {folder} has no tokenizer.json. Save its fast tokenizer into the folder.")
+    tokenizer = _json(folder / "tokenizer.json")
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    added = [int(token["id"]) for token in tokenizer.get("added_tokens", [])]
+    highest = max([*(vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]), *added])
+    if "vocab_size" in config and highest >= int(config["vocab_size"]):
+        raise ModelError(
+            f"model.base: tokenizer and model disagree: {folder / 'tokenizer.json'} goes up to id {highest}, "
+            f"config.json has vocab_size {config['vocab_size']}. They are of different models."
+        )
+
+
+def check_data(config: RunConfig) -> None:
+    """Read every data file once, and hold the batches against what is there.
+
+    Raises:
+        DataError: names the file and line.
+    """
+    data = config.data
+    corpus = read_corpus(data.corpus)
+    if config.learn.steps and len(corpus) < config.learn.batch_texts and sum(map(len, corpus.values())) < 2**20:
+        raise DataError(
+            f"{data.corpus}: found {len(corpus)} texts, learn.batch_texts is {config.learn.batch_texts}. "
+            "Lower learn.batch_texts, or bring more text."
+        )
+    pairs = read_pairs(data.train, corpus)
+    if config.represent.steps and len(pairs.pairs) < config.represent.batch_pairs:
+        raise DataError(
+            f"{data.train}: found {len(pairs.pairs)} pairs, represent.batch_pairs is "
+            f"{config.represent.batch_pairs}. Lower represent.batch_pairs, or bring more pairs."
+        )
+    if data.test is not None:
+        read_pairs(data.test, read_corpus(data.test_documents) if data.test_documents else corpus)
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse a folder that holds another run.
+
+    Raises:
+        ConfigError: names the fields that differ.
+    """
+    path = config.run_path / "config.yaml"
+    if not path.exists():
+        return
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = differences(found, to_dict(config)) if isinstance(found, dict) else ["all of it"]
+    names = [name for name in names if name.split(".")[0] not in FREE_SECTIONS]
+    if names:
+        raise ConfigError(
+            f"{path}: this run folder holds another config; it differs in {', '.join(names)}. "
+            "Name another run_dir, or delete the folder to start again."
+        )
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise LaunchError("/proc/meminfo: no MemAvailable line; the free memory is unknown.")
+
+
+def check_ranks(config: RunConfig, gpus: int) -> int:
+    """The number of ranks to start on this machine.
+
+    Raises:
+        LaunchError: more ranks than GPUs, or, on a CPU, than cores or memory can hold.
+    """
+    wanted = config.cluster.ranks
+    if gpus:
+        if wanted is not None and wanted > gpus:
+            raise LaunchError(f"--ranks: found {wanted}, this machine has {gpus} GPUs. Give at most {gpus}.")
+        return wanted or gpus
+    ranks = wanted or 2
+    cores = len(os.sched_getaffinity(0))
+    if ranks > 4 * cores:
+        raise LaunchError(f"--ranks: found {ranks}, this machine has {cores} cores. Give at most {4 * cores}.")
+    weights = sum(file.stat().st_size for file in Path(config.model.base).glob("*.safetensors"))
+    needed = ranks * RANK_BYTES + weights // 2 * OPTIMIZER_BYTES
+    available = _available_bytes()
+    if needed > available:
+        raise LaunchError(
+            f"--ranks: {ranks} ranks of this model need about {needed / 2**30:.1f} GiB, this machine has "
+            f"{available / 2**30:.1f} GiB free. Give fewer ranks, or a smaller model."
+        )
+    return ranks
+
+
+def count_gpus() -> int:
+    """CUDA devices that this process sees, asked of the driver's files, not of torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
+    if visible is None:
+        return present
+    return min(present, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))

@@ -1,0 +1,57 @@
+"""One rank of a stage: `python -m lbr_dist.launch.worker learn runs/NAME/config.yaml`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+from lbr_dist.config import RunConfig
+from lbr_dist.errors import LbrError
+from lbr_dist.launch.config_file import read_config
+from lbr_dist.launch.ranks import USER_ERROR
+
+
+def quiet_libraries() -> None:
+    """Libraries' notes about themselves are no news to the user; their warnings about the run stay."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def run_stages(config: RunConfig, stages: tuple[str, ...]) -> bool:
+    """Run stages in this process, one rank of many. Returns whether this is the first rank."""
+    from lbr_dist import distributed
+
+    ranks = distributed.start(config.cluster.timeout_minutes)
+    quiet_libraries()
+    try:
+        for stage in stages:
+            if stage == "learn":
+                from lbr_dist.learn import learn
+
+                learn(config, ranks)
+            else:
+                from lbr_dist.represent import represent
+
+                represent(config, ranks)
+    finally:
+        distributed.stop()
+    return ranks.is_first
+
+
+def main() -> int:
+    stage, path = sys.argv[1:]
+    try:
+        run_stages(read_config(path), (stage,))
+    except LbrError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

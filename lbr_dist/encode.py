@@ -1,0 +1,144 @@
+"""Texts to vectors with a model folder, in this process: what the exported model gives, packed and without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lbr_dist.config import ModelConfig
+from lbr_dist.data.packing import Sequence as PackedSequence
+from lbr_dist.data.packing import pack
+from lbr_dist.errors import DataError
+from lbr_dist.model.bottleneck import load_model
+from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
+
+Kind = Literal["query", "document"]
+PACKED_AT_ONCE = 512  # packing looks for room in every open row, so it works on so many texts at a time
+
+
+Progress = Callable[[int, int], None]
+
+
+class TextEncoder(Protocol):
+    """What the evaluation asks of a model."""
+
+    def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor: ...
+
+
+class Encoder:
+    """A model folder, ready to encode.
+
+    Args:
+        folder: a model of ours, or any Hugging Face causal LM (mean pooling over the text unless told).
+        settings: pooling, prompts and lengths, for a folder that has none of its own.
+        dtype: `bfloat16` or `float32`.
+        row_tokens: texts are packed into rows of this many tokens.
+        chunk_tokens: tokens that run at a time.
+
+    Raises:
+        ModelError: the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: EmbeddingSettings | None = None,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        row_tokens: int = 4096,
+        chunk_tokens: int = 32768,
+    ) -> None:
+        self.settings = EmbeddingSettings.read(folder) or settings or EmbeddingSettings("mean")
+        self.row_tokens, self.chunk_tokens = row_tokens, chunk_tokens
+        self.tokenizer = TextTokenizer(folder)
+        k = len(self.settings.bottleneck_ids)
+        config = ModelConfig(base=str(folder), bottleneck_tokens=k, dtype=dtype)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_model(config, folder, self.tokenizer, seed=0).to(self.device).eval()
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor:
+        """Embeddings of length one, ``[texts, d]`` float32 on the CPU.
+
+        Args:
+            texts: without prompts; the prompt of `kind` is put before.
+            kind: `query` or `document`.
+            progress: called with the number of texts done and their total.
+        """
+        s = self.settings
+        prompt, longest = (
+            (s.query_prompt, s.max_query_tokens) if kind == "query" else (s.document_prompt, s.max_document_tokens)
+        )
+        tokens = self.tokenizer.encode([prompt + text for text in texts], longest)
+        vectors = torch.empty(len(tokens), int(self.model.backbone.config.hidden_size))
+        # by length, so that rows fill well and the longest text shows at once whether memory is enough
+        by_length = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+        row_tokens = max(self.row_tokens, 1 + longest + len(s.bottleneck_ids))
+        per_chunk = max(1, self.chunk_tokens // row_tokens)
+        done = 0
+        for start in range(0, len(by_length), PACKED_AT_ONCE):
+            members = torch.tensor(by_length[start : start + PACKED_AT_ONCE])
+            packed = pack(
+                [PackedSequence(tokens[i], len(s.bottleneck_ids)) for i in members.tolist()],
+                row_tokens,
+                self.tokenizer.sink_id,
+            )
+            for row in range(0, len(packed.input_ids), per_chunk):
+                rows = packed.select(slice(row, row + per_chunk))
+                embedded = self.model(rows.to(self.device), task="embed", pooling=s.pooling)
+                vectors[members[rows.order]] = F.normalize(embedded, dim=1).cpu()
+                done += len(rows.order)
+                if progress is not None:
+                    progress(done, len(tokens))
+        return vectors
+
+
+class SentenceTransformersEncoder:
+    """Any other sentence-transformers folder, through that library."""
+
+    def __init__(self, folder: Path) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        self.model: Any = SentenceTransformer(str(folder), trust_remote_code=False)
+
+    def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor:
+        """See `Encoder.encode`."""
+        encode = self.model.encode_query if kind == "query" else self.model.encode_document
+        vectors: Tensor = encode(list(texts), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        return vectors.float().cpu()
+
+
+def open_encoder(
+    folder: Path, settings: EmbeddingSettings | None = None, row_tokens: int = 4096, chunk_tokens: int = 32768
+) -> TextEncoder:
+    """The encoder for a folder: ours, sentence-transformers', or a bare causal LM with `settings`."""
+    if EmbeddingSettings.read(folder) is None and (folder / "modules.json").exists():
+        return SentenceTransformersEncoder(folder)
+    return Encoder(folder, settings, row_tokens=row_tokens, chunk_tokens=chunk_tokens)
+
+
+def write_vectors(path: Path, ids: Sequence[str], vectors: Tensor) -> None:
+    """Vectors with their ids: `FILE.npy` (``[texts, d]`` float32) with `FILE.ids` beside it, or `FILE.parquet`.
+
+    Raises:
+        DataError: the file's name ends in neither.
+    """
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, vectors.numpy())
+        path.with_suffix(".ids").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        flat = pa.array(vectors.numpy().reshape(-1), pa.float32())
+        column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        pq.write_table(pa.table({"id": list(ids), "embedding": column}), path)
+    else:
+        raise DataError(f"{path}: found the ending {path.suffix!r}, expected .npy or .parquet.")

@@ -1,0 +1,171 @@
+"""The ZeRO-3 engine: sharded parameters, gradients and optimizer states.
+
+The only module that knows DeepSpeed's settings and calls. The stages see `Engine`: run, backward, step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbr_dist.config import EngineConfig, OptimizerConfig
+from lbr_dist.errors import CheckpointError
+
+
+def _deepspeed() -> Any:
+    import deepspeed
+
+    # Its shared-memory helper serves inference alone, and would be compiled at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.init_distributed(verbose=False)
+    return deepspeed
+
+
+def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> dict[str, Any]:
+    """DeepSpeed's settings for ours, every one written out that has a default of its own."""
+
+    def offload(where: str) -> dict[str, Any] | None:
+        if where == "none":
+            return None
+        return {"device": where, "pin_memory": torch.cuda.is_available()} | (
+            {"nvme_path": engine.nvme_path} if where == "nvme" else {}
+        )
+
+    zero = {
+        "stage": engine.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+        "reduce_scatter": True,
+        "stage3_param_persistence_threshold": engine.persistence_threshold,
+        "stage3_prefetch_bucket_size": engine.prefetch_elements,
+        "stage3_max_live_parameters": engine.live_elements,
+        "stage3_max_reuse_distance": engine.live_elements,
+        "offload_optimizer": offload(engine.offload_optimizer),
+        "offload_param": offload(engine.offload_parameters),
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {key: value for key, value in zero.items() if value is not None},
+        # torch's own AdamW, also for the offloaded states: DeepSpeed's would be compiled at the first start
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def sharded_init(engine: EngineConfig, dtype: str) -> AbstractContextManager[None]:
+    """Modules built inside are sharded as they are built, so that no rank ever holds the whole model."""
+    config = deepspeed_config(engine, dtype, max_grad_norm=0.0)
+    context: AbstractContextManager[None] = _deepspeed().zero.Init(config_dict_or_path=config, dtype=getattr(torch, dtype))
+    return context
+
+
+@contextmanager
+def whole(parameter: nn.Parameter, write: bool = False) -> Iterator[Tensor]:
+    """A parameter's full value on every rank; with `write`, what rank 0 leaves in it is everyone's afterwards."""
+    if not hasattr(parameter, "ds_id"):
+        yield parameter.data
+        return
+    with _deepspeed().zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
+        yield parameter.data
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter that may be sharded."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def parameter_groups(model: nn.Module, optimizer: OptimizerConfig, fast: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Weight decay for the matrices alone, and the parameters of `fast` at their own rate."""
+    fast_ids = {id(p) for p in fast}
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "fast": []}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        name = "fast" if id(parameter) in fast_ids else "matrices" if len(full_shape(parameter)) > 1 else "vectors"
+        groups[name].append(parameter)
+    return [
+        {
+            "params": members,
+            "lr": optimizer.lr,
+            "lr_factor": optimizer.bottleneck_lr_factor if name == "fast" else 1.0,
+            "weight_decay": optimizer.weight_decay if name == "matrices" else 0.0,
+        }
+        for name, members in groups.items()
+        if members
+    ]
+
+
+class Engine:
+    """A model under ZeRO-3, and its optimizer.
+
+    Everything runs through `__call__` (never the bare module: its hooks gather the parameters), and gradients
+    of all chunks of a step are reduced once, when the `accumulate` block ends.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig,
+        dtype: str,
+        fast: Iterable[nn.Parameter] = (),
+    ) -> None:
+        groups = parameter_groups(model, optimizer, fast)
+        self.model = model
+        self._engine, self._optimizer, _, _ = _deepspeed().initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2)),
+            config=deepspeed_config(engine, dtype, optimizer.max_grad_norm),
+        )
+        self.world_size: int = self._engine.world_size
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Gradients of every `backward` inside add up locally and are reduced once, at the end."""
+        with self._engine.coalesce_grad_reduction():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of this rank's share of a **global sum**: DeepSpeed's mean over the ranks is undone here."""
+        self._engine.backward(loss * self.world_size)
+
+    def step(self, lr: float) -> float:
+        """Clip, step and clear the gradients. Returns the global gradient norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
+        """Write this rank's shards of parameters and optimizer below ``folder/tag``; `state` is kept with them."""
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state={"lbr": dict(state)}, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Load what `save` wrote, on the same number of ranks, and return its `state`."""
+        path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise CheckpointError(f"{folder / tag}: DeepSpeed found no checkpoint of this number of ranks in it.")
+        loaded: dict[str, Any] = state["lbr"]
+        return loaded
+
+    def close(self) -> None:
+        """Drop hooks and buffers, so that another engine can follow in the same process."""
+        self._engine.destroy()

@@ -1,0 +1,216 @@
+"""The trained model as an ordinary folder: Hugging Face safetensors, tokenizer, sentence-transformers files, card.
+
+The weights are gathered one tensor at a time, and written shard by shard, so that a 7B model passes through the
+memory of one rank in pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lbr_dist import __version__
+from lbr_dist.config import RunConfig, to_dict
+from lbr_dist.distributed import Ranks
+from lbr_dist.engine import full_shape, whole
+from lbr_dist.model import span_mean
+from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX
+from lbr_dist.model.bottleneck import LBRModel
+from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
+
+SHARD_BYTES = 4 * 2**30
+
+
+def _grown(table: Tensor, ids: tuple[int, ...], rows: Tensor | None) -> Tensor:
+    """A vocabulary table with a row for every id, and `rows` (or zeros) written at `ids`."""
+    needed = max(len(table), *(i + 1 for i in ids))
+    grown = torch.cat([table, table.new_zeros(needed - len(table), table.shape[1])])
+    if rows is not None:
+        grown[list(ids)] = rows.to(grown.dtype)
+    return grown
+
+
+def _tensors(model: LBRModel, ids: tuple[int, ...], keep: bool) -> Iterator[tuple[str, Tensor | None]]:
+    """Each weight of the backbone by its name in the files, whole; None on the ranks that don't `keep` it."""
+    backbone = model.backbone
+    bottleneck = None
+    if model.bottleneck is not None:
+        with whole(model.bottleneck) as value:
+            bottleneck = value.detach().cpu().clone()
+    tables = [backbone.get_input_embeddings().weight, backbone.get_output_embeddings().weight]
+    for name, parameter in backbone.named_parameters():
+        with whole(parameter) as value:
+            tensor = value.detach().cpu().clone() if keep else None
+        if tensor is not None and ids and any(parameter is table for table in tables):
+            tensor = _grown(tensor, ids, bottleneck if parameter is tables[0] else None)
+        yield name, tensor
+
+
+def _shards(parameters: list[tuple[str, nn.Parameter]]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, parameter in parameters:
+        more = full_shape(parameter).numel() * parameter.element_size()
+        if shards[-1] and size + more > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += more
+    return shards
+
+
+def _write_weights(model: LBRModel, ids: tuple[int, ...], folder: Path, writes: bool) -> None:
+    shards = _shards(list(model.backbone.named_parameters()))
+    names = [WEIGHTS] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    tensors = _tensors(model, ids, writes)
+    total = 0
+    for file, members in zip(names, shards, strict=True):
+        part = {name: tensor for name, tensor in (next(tensors) for _ in members) if tensor is not None}
+        if writes:
+            save_file(part, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)
+            total += sum(tensor.nbytes for tensor in part.values())
+    if writes and len(shards) > 1:
+        weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_sentence_transformers(folder: Path, settings: EmbeddingSettings, dimension: int, max_tokens: int) -> None:
+    """The files from which sentence-transformers builds Transformer, Pooling and Normalize."""
+    k = len(settings.bottleneck_ids)
+    if settings.pooling in ("bottleneck_last", "last"):
+        # the key names of older releases, which newer ones and other servers read as well
+        pooling_type = "sentence_transformers.models.Pooling"
+        pooling: dict[str, Any] = {
+            "word_embedding_dimension": dimension,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": False,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+            "pooling_mode_weightedmean_tokens": False,
+            "pooling_mode_lasttoken": True,
+            "include_prompt": True,
+        }
+    else:
+        pooling_type = "lbr_span_mean.SpanMean"
+        span = "bottleneck" if settings.pooling == "bottleneck_mean" else "text"
+        pooling = {"dimension": dimension, "bottleneck_tokens": k, "span": span}
+        shutil.copyfile(span_mean.__file__, folder / "lbr_span_mean.py")
+    types = ["sentence_transformers.models.Transformer", pooling_type, "sentence_transformers.models.Normalize"]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [{"idx": i, "name": str(i), "path": p, "type": t} for i, (p, t) in enumerate(zip(paths, types, strict=True))]
+    _write_json(folder / "modules.json", modules)
+    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    _write_json(folder / "2_Normalize" / "config.json", {})
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
+    prompts = {"query": settings.query_prompt, "document": settings.document_prompt}
+    content = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    _write_json(folder / "config_sentence_transformers.json", content)
+
+
+def _card(settings: EmbeddingSettings, config: RunConfig, dimension: int) -> str:
+    remote = settings.pooling in ("bottleneck_mean", "mean")
+    load = f'SentenceTransformer("path/to/this/folder"{", trust_remote_code=True" if remote else ""})'
+    note = (
+        "\nThe pooling is a mean over "
+        + ("the bottleneck tokens" if settings.pooling == "bottleneck_mean" else "the text's tokens")
+        + ", which sentence-transformers does not have: `lbr_span_mean.py` in this folder is loaded for it, "
+        "hence `trust_remote_code=True`.\n"
+        if remote
+        else ""
+    )
+    front = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "feature-extraction", "learn-before-represent", config.domain],
+    }
+    k = len(settings.bottleneck_ids)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# An embedding model for the domain: {config.domain}
+
+Made by lbr-dist {__version__} from a causal LLM with the design of *Learn Before Represent* (arXiv 2601.11124):
+first causal language modelling of domain text through an information bottleneck, then contrastive training on the
+same compressed vectors. An implementation of the design, not a reproduction of the paper's configuration.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = {load}
+queries = model.encode_query(["..."])        # the query prompt is put before
+documents = model.encode_document(["..."])
+scores = model.similarity(queries, documents)
+```
+{note}
+| | |
+|---|---|
+| dimension | {dimension} |
+| pooling | `{settings.pooling}` |
+| bottleneck tokens | {k}, appended by the tokenizer |
+| query prompt | `{json.dumps(settings.query_prompt)}` |
+| document prompt | `{json.dumps(settings.document_prompt)}` |
+| longest text | {max(settings.max_query_tokens, settings.max_document_tokens)} tokens |
+| similarity | cosine |
+
+## Training
+
+```yaml
+{yaml.safe_dump({name: to_dict(getattr(config, name)) for name in ("learn", "represent")}, sort_keys=False)}```
+"""
+
+
+def export(
+    model: LBRModel,
+    tokenizer: TextTokenizer,
+    settings: EmbeddingSettings,
+    config: RunConfig,
+    folder: Path,
+    ranks: Ranks,
+) -> None:
+    """Write the model to `folder`; every rank takes part, the first one writes.
+
+    The folder appears at once, complete, by a rename; an older one is replaced.
+    """
+    k = 0 if model.bottleneck is None else full_shape(model.bottleneck)[0]
+    longest = max(settings.max_query_tokens, settings.max_document_tokens)
+    hf_tokenizer, ids = tokenizer.with_bottleneck(k, longest)
+    settings = replace(settings, bottleneck_ids=ids)
+    building = folder.with_name(f".{folder.name}.building")
+    if ranks.is_first:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+    dist.barrier()
+    _write_weights(model, ids, building, ranks.is_first)
+    if ranks.is_first:
+        hf_config = type(model.backbone.config).from_dict(model.backbone.config.to_dict())
+        rows = full_shape(model.backbone.get_input_embeddings().weight)[0]
+        hf_config.vocab_size = max(rows, *(i + 1 for i in ids)) if ids else rows
+        hf_config.dtype = config.model.dtype
+        hf_config.use_cache = True
+        hf_config.save_pretrained(building)
+        hf_tokenizer.chat_template = None
+        hf_tokenizer.save_pretrained(building)
+        settings.write(building)
+        dimension = int(model.backbone.config.hidden_size)
+        _write_sentence_transformers(building, settings, dimension, 1 + longest + k)
+        (building / "README.md").write_text(_card(settings, config, dimension), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        building.replace(folder)
+    dist.barrier()

@@ -1,0 +1,192 @@
+"""What a stage reports while it trains: a JSON line a step, TensorBoard scalars, and progress on the screen."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+PLAIN_EVERY_SECONDS = 5.0
+
+_SHOWN = (  # key, name on the screen, format
+    ("loss", "loss", ".3f"),
+    ("target_loss", "target", ".2f"),
+    ("text_loss", "text", ".2f"),
+    ("accuracy", "accuracy", ".2f"),
+    ("lr", "lr", ".1e"),
+)
+_RATES = (("tokens_per_second", "tok/s"), ("pairs_per_second", "pairs/s"))
+
+
+class MetricsLog:
+    """The one place that a stage's rank 0 reports its steps to; use it as a context manager.
+
+    Writes `metrics.jsonl` (one object a step, flushed each time, NaN and infinity as null) and, where TensorBoard is
+    installed, `tensorboard/`. On a terminal it shows a live bar, elsewhere a plain line every few seconds.
+
+    Args:
+        stage_dir: folder of the stage, made where it is missing.
+        stage: `learn` or `represent`.
+        total_steps: the step that the stage ends with.
+        start_step: the last step already done. Later lines of metrics.jsonl, written after the checkpoint that the
+            run resumes from, are dropped, so that the file has each step once.
+        quiet: show nothing; the files are written all the same.
+        stream: where progress goes; standard output by default.
+    """
+
+    def __init__(
+        self,
+        stage_dir: Path,
+        stage: str,
+        total_steps: int,
+        start_step: int = 0,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.stage, self.total_steps, self.quiet = stage, total_steps, quiet
+        self.stream = sys.stdout if stream is None else stream
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        path = stage_dir / "metrics.jsonl"
+        _drop_lines_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = _tensorboard_writer(stage_dir / "tensorboard", start_step)
+        # the speed of the last steps, not of all: the first ones compile and warm up
+        self._times = deque([(start_step, time.monotonic())], maxlen=50)
+        self._last_plain = -math.inf
+        live = not quiet and self.stream.isatty()
+        self._progress = _live_bar(self.stream) if live else None
+        if self._progress is not None:
+            self._task = self._progress.add_task(stage, total=total_steps, completed=start_step, left="", values="")
+
+    def __enter__(self) -> MetricsLog:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the terminal's live area and close the files; a second call does nothing."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+        self._file.close()
+
+    def log(self, step: int, **values: Any) -> None:
+        """Report one step, counted from 1. Values are numbers, strings or scalar tensors."""
+        plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+        numbers = {key: value for key, value in plain.items() if isinstance(value, int | float)}
+        bad = {key: None for key, value in numbers.items() if not math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, **plain, **bad}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in numbers.items():
+                self._writer.add_scalar(f"{self.stage}/{key}", value, step)
+        now = time.monotonic()
+        self._times.append((step, now))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, left=self._time_left(), values="  ".join(_shown(numbers)))
+        elif not self.quiet and (step >= self.total_steps or now - self._last_plain >= PLAIN_EVERY_SECONDS):
+            self._last_plain = now
+            width = len(str(self.total_steps))
+            head = f"{self.stage:<9} {step:>{width}}/{self.total_steps}"
+            self.say("  ".join([head, *_shown(numbers), f"left {self._time_left()}"]))
+
+    def say(self, message: str) -> None:
+        """Print a line, above the live bar where there is one."""
+        if self.quiet:
+            return
+        if self._progress is not None:
+            self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(message, file=self.stream, flush=True)
+
+    def _time_left(self) -> str:
+        (first_step, first_time), (step, now) = self._times[0], self._times[-1]
+        if step <= first_step:
+            return "?"
+        return _clock((now - first_time) / (step - first_step) * max(0, self.total_steps - step))
+
+
+def _drop_lines_after(path: Path, start_step: int) -> None:
+    """Keep the lines of steps 1 to start_step, each once; what a killed run left half-written goes too."""
+    if not path.exists():
+        return
+    kept: dict[int, str] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(step, int) and 0 < step <= start_step:
+            kept[step] = line
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept[step] + "\n" for step in sorted(kept))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    logger.info(message)
+
+
+def _tensorboard_writer(folder: Path, start_step: int) -> Any:
+    """A SummaryWriter, or None where TensorBoard is not installed."""
+    try:
+        # here and not above: the import takes seconds, and TensorBoard is optional
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _tell_once("tensorboard is not installed: scalars go to metrics.jsonl alone")
+        return None
+    # purge_step hides the events of steps that are run again
+    return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+
+def _live_bar(stream: TextIO) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("[bold]{task.description:<9}"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("left {task.fields[left]}"),
+        TextColumn("{task.fields[values]}", style="dim"),
+        console=Console(file=stream),
+        expand=True,
+    )
+
+
+def _shown(numbers: dict[str, int | float]) -> list[str]:
+    parts = [f"{name} {numbers[key]:{form}}" for key, name, form in _SHOWN if key in numbers]
+    parts += [f"{_rate(numbers[key])} {unit}" for key, unit in _RATES if key in numbers]
+    return parts
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 or not math.isfinite(value) else f"{value:.1f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

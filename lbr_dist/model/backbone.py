@@ -1,0 +1,196 @@
+"""The base model: any Hugging Face causal LM folder, its weights copied in tensor by tensor.
+
+Works on a bare model and on one that is being sharded; a rank never holds more than its shards and one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.masking_utils import AttentionMaskInterface
+
+from lbr_dist.engine import full_shape, whole
+from lbr_dist.errors import ModelError
+from lbr_dist.kernels.attention import bottleneck_mask, masked_attention
+
+ATTENTION = "lbr_bottleneck"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class RowLayout:
+    """What the attention of every layer needs to know of a batch of rows; masks are built once a window."""
+
+    def __init__(self, segment_ids: Tensor, roles: Tensor) -> None:
+        self.segment_ids = segment_ids
+        self.roles = roles
+        self._masks: dict[int | None, Tensor] = {}
+
+    def mask(self, sliding_window: int | None) -> Tensor:
+        """``[rows, 1, tokens, tokens]`` bool; see `bottleneck_mask`."""
+        if sliding_window not in self._masks:
+            self._masks[sliding_window] = bottleneck_mask(self.segment_ids, self.roles, sliding_window)
+        return self._masks[sliding_window]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: RowLayout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    output = masked_attention(query, key, value, layout.mask(sliding_window), scale)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder.
+
+    Raises:
+        ModelError: the file is missing or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file. A model folder has config.json, safetensors and a tokenizer.") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: found a {type(content).__name__}, expected a JSON object.")
+    return content
+
+
+class WeightFiles:
+    """The safetensors of a folder, one or many, read tensor by tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, str] = {}
+        if (folder / WEIGHTS_INDEX).exists():
+            self.files = dict(read_json(folder / WEIGHTS_INDEX)["weight_map"])
+        elif (folder / WEIGHTS).exists():
+            with safe_open(folder / WEIGHTS, framework="pt") as tensors:
+                self.files = dict.fromkeys(tensors.keys(), WEIGHTS)
+        else:
+            raise ModelError(
+                f"{folder}: no {WEIGHTS} and no {WEIGHTS_INDEX} in it. Weights are read from safetensors alone; "
+                "save the model again with save_pretrained."
+            )
+        missing = sorted(name for name in set(self.files.values()) if not (folder / name).exists())
+        if missing:
+            raise ModelError(f"{folder / WEIGHTS_INDEX}: names {', '.join(missing)}, which the folder lacks.")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with safe_open(self.folder / self.files[name], framework="pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self.folder / self.files[name], framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+            return tensor
+
+
+@contextmanager
+def _exact_buffers(sharding: AbstractContextManager[None], sharded: bool) -> Iterator[None]:
+    """Enter `sharding`, but keep the rotary tables in float32, where the context would cast them."""
+    if not sharded:
+        yield
+        return
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    with prevent_arange_dtype_change(), sharding:
+        yield
+
+
+def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
+    """All names under which each parameter stands in the model, by its first name."""
+    first: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(first.setdefault(id(parameter), name), []).append(name)
+    return names
+
+
+def _copy_weights(model: PreTrainedModel, files: WeightFiles) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sources: dict[str, str] = {}
+    missing = []
+    for name, aliases in _tied_names(model).items():
+        source = next((alias for alias in aliases if alias in files), None)
+        if source is None:
+            missing.append(name)
+        else:
+            sources[name] = source
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"{files.folder}: the weights lack {', '.join(missing[:3])}{more}, which its config.json asks for. "
+            "The folder's config and weights are of different models, or the download is incomplete."
+        )
+    for name, source in sources.items():  # on every rank, before the first collective
+        found, expected = files.shape(source), tuple(full_shape(parameters[name]))
+        if found != expected:
+            raise ModelError(f"{files.folder}: {source} is of shape {found}, its config.json asks for {expected}.")
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    for name, source in sources.items():
+        with whole(parameters[name], write=True) as value:
+            if writes:
+                value.copy_(files.read(source))
+
+
+def load_backbone(
+    folder: Path, dtype: torch.dtype, sharding: AbstractContextManager[None] | None = None
+) -> PreTrainedModel:
+    """Build the model of `folder` with our attention, and copy its weights in.
+
+    Args:
+        folder: a Hugging Face causal LM folder with safetensors.
+        dtype: type of the weights in memory.
+        sharding: `engine.sharded_init(...)`, or None for an ordinary model in this process.
+
+    Raises:
+        ModelError: not a causal LM, or weights that don't fit the config.
+    """
+    read_json(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with _exact_buffers(sharding or nullcontext(), sharding is not None), no_init_weights():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+            )
+    except ValueError as error:
+        raise ModelError(f"{folder}: not a causal LM that transformers can build ({error}).") from None
+    model.tie_weights()
+    _copy_weights(model, WeightFiles(folder))
+    return model
+
+
+def embedding_table(folder: Path, model: PreTrainedModel) -> Tensor:
+    """The input embeddings as the files of `folder` have them: ``[vocabulary, d]``, in the files' dtype."""
+    weight = model.get_input_embeddings().weight
+    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
+    files = WeightFiles(folder)
+    return files.read(next(name for name in names if name in files))

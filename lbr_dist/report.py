@@ -1,0 +1,292 @@
+"""The report of a run: one page that needs nothing but itself, to be read by people who did not train the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lbr_dist.charts import score_bars, system_variable, training_curve
+from lbr_dist.report_style import STYLE
+
+LABELS = {
+    "bm25": "BM25",
+    "base": "Base model, untouched",
+    "learn": "After learn alone (no labelled pair seen)",
+    "lbr": "LBR: learn, then represent",
+}
+# how a system is called inside a sentence
+_SHORT = {
+    "bm25": "BM25",
+    "base": "the untouched base model",
+    "learn": "the model after learn alone",
+    "lbr": "LBR",
+}
+_MEASURES = {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
+_CURVES = (  # stage, key in metrics.jsonl, title, whose colour
+    ("learn", "target_loss", "Learn: loss on the target, through the bottleneck", "learn"),
+    ("learn", "text_loss", "Learn: loss on the text itself", "learn"),
+    ("represent", "loss", "Represent: contrastive loss", "lbr"),
+    ("represent", "accuracy", "Represent: accuracy within the batch", "lbr"),
+)
+_LONGEST_TEXT = 240
+_NOTE = (
+    "An implementation of the design of Learn Before Represent (arXiv 2601.11124), "
+    "not a reproduction of its configuration."
+)
+
+
+def write_report(run_dir: Path, metrics: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Path:
+    """Write `report/index.html` under the run folder: inline style, inline SVG, no outside resource, no script.
+
+    Args:
+        run_dir: the run folder; `learn/metrics.jsonl` and `represent/metrics.jsonl` are read where they are present.
+        metrics: the content of `report/metrics.json`. Every part may be missing; the page then lacks what shows it.
+        examples: `{"query", "positives": [text], "systems": {name: [{"text", "relevant", "score"}]}}`, one a query.
+
+    Returns:
+        The path of the page.
+    """
+    systems = _in_order(metrics.get("systems") or {})
+    domain = str(metrics.get("domain") or "Unnamed domain")
+    sections = (
+        _scores_section(systems, metrics.get("comparisons") or []),
+        _training_section(run_dir),
+        _examples_section(examples),
+    )
+    body = f"""<header><p class="kicker">Learn Before Represent &middot; retrieval report</p>
+<h1>{_text(domain)}</h1>
+<p class="lead">{_headline(systems, metrics.get("num_queries"))}</p></header>
+<main>{"".join(sections)}</main>
+<footer>{_settings(metrics)}<p>{_text(_NOTE)}</p></footer>"""
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>{_text(domain)} &middot; retrieval report</title>
+<style>{STYLE}</style></head>
+<body>{body}</body></html>
+"""
+    path = run_dir / "report" / "index.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _text(value: object) -> str:
+    return escape(str(value), quote=True)
+
+
+def _in_order(systems: Mapping[str, Any]) -> dict[str, Any]:
+    """The known systems in the order of `LABELS`, then any others."""
+    return {name: systems[name] for name in [*LABELS, *systems] if name in systems}
+
+
+def _label(system: str) -> str:
+    return _text(LABELS.get(system, system))
+
+
+def _short(system: str) -> str:
+    return _text(_SHORT.get(system, system))
+
+
+def _dot(system: str) -> str:
+    return f'<span class="dot" style="--c:var({system_variable(system)})" aria-hidden="true"></span>'
+
+
+def _percent(share: float) -> str:
+    rounded = f"{100 * share:.0f}"
+    # 99.6 % must not read as all, nor 0.3 % as none
+    if (rounded == "100" and share < 1) or (rounded == "0" and share > 0):
+        rounded = f"{100 * share:.1f}"
+    return f"{rounded}&nbsp;%"
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else _text(value)
+
+
+def _headline(systems: Mapping[str, Any], num_queries: object) -> str:
+    """The main result in one plain sentence; recall is a share of the right documents, however many a query has."""
+    shares = {n: scores["recall@10"] for n, scores in systems.items() if scores.get("recall@10") is not None}
+    if not shares:
+        return "No system was scored."
+    first = "lbr" if "lbr" in shares else next(iter(shares))
+    over = f", on average over {_number(num_queries)} held-out queries" if num_queries is not None else ""
+    others = [f"{_short(n)} finds {_percent(shares[n])}" for n in ("bm25", "base") if n in shares and n != first]
+    rest = f"; {', '.join(others)}" if others else ""
+    name = _short(first)
+    return (
+        f"{name[0].upper()}{name[1:]} finds <strong>{_percent(shares[first])}</strong> of the right documents "
+        f"within its first ten results{over}{rest}."
+    )
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------
+
+
+def _scores_section(systems: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]]) -> str:
+    if not systems:
+        return ""
+    chart = ""
+    if any(scores.get("ndcg@10") is not None for scores in systems.values()):
+        wide, narrow = (score_bars(systems, LABELS, "ndcg@10", width, f"bars{width}") for width in (760, 340))
+        chart = (
+            f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div><figcaption>nDCG@10: 1 is a '
+            "perfect first ten. Thin lines are 95&nbsp;% intervals, by resampling the queries.</figcaption></figure>"
+        )
+    return f"<section><h2>How well each system ranks</h2>{chart}{_table(systems)}{_comparisons(comparisons)}</section>"
+
+
+def _table(systems: Mapping[str, Any]) -> str:
+    best = {m: max((s[m] for s in systems.values() if s.get(m) is not None), default=None) for m in _MEASURES}
+    head = "".join(f'<th scope="col" role="columnheader">{label}</th>' for label in _MEASURES.values())
+    rows = []
+    for name, scores in systems.items():
+        cells = []
+        for measure in _MEASURES:
+            value, interval = scores.get(measure), scores.get(f"{measure}_interval")
+            if value is None:
+                cells.append('<td role="cell">&ndash;</td>')
+                continue
+            shown = f"<b>{value:.3f}</b>" if value == best[measure] else f"{value:.3f}"
+            small = f"<small>{interval[0]:.3f}&ndash;{interval[1]:.3f}</small>" if interval else ""
+            cells.append(f'<td role="cell">{shown}{small}</td>')
+        header = f'<th scope="row" role="rowheader">{_dot(name)}{_label(name)}</th>'
+        rows.append(f'<tr role="row">{header}{"".join(cells)}</tr>')
+    # the roles say what the tags say; a phone lays the rows out as grids, and browsers then forget the tags
+    return (
+        '<table role="table"><caption>All measures, with their 95&nbsp;% intervals; the best of each column is bold.'
+        '</caption><thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">System</th>'
+        f'{head}</tr></thead><tbody role="rowgroup">{"".join(rows)}</tbody></table>'
+    )
+
+
+def _comparisons(comparisons: Iterable[Mapping[str, Any]]) -> str:
+    items = []
+    for pair in comparisons:
+        difference, interval = pair.get("ndcg@10_difference"), pair.get("interval")
+        if difference is None or not interval:
+            continue
+        a, b = _short(str(pair.get("a"))), _short(str(pair.get("b")))
+        low, high = interval
+        numbers = f"95&nbsp;% interval of the difference {_signed(low)} to {_signed(high)}"
+        if low <= 0 <= high:
+            sentence = (
+                f"{a} and {b} cannot be told apart on these queries (difference {_signed(difference)}; {numbers})."
+            )
+        else:
+            side = "above" if difference > 0 else "below"
+            sentence = f"{a} is <strong>{abs(difference):.3f}</strong> {side} {b} ({numbers})."
+        items.append(f"<li>{sentence[0].upper()}{sentence[1:]}</li>")
+    if not items:
+        return ""
+    return f"<h3>Query by query, in nDCG@10</h3><ul>{''.join(items)}</ul>"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "&minus;")
+
+
+# ---- training -------------------------------------------------------------------------------------------------
+
+
+def _training_section(run_dir: Path) -> str:
+    figures = []
+    for number, (stage, key, title, system) in enumerate(_CURVES):
+        points = _points(run_dir / stage / "metrics.jsonl", key)
+        if points:
+            steps, values = zip(*points, strict=True)
+            chart = training_curve(steps, values, title, system, f"curve{number}")
+            figures.append(f"<figure><figcaption>{_dot(system)}{_text(title)}</figcaption>{chart}</figure>")
+    if not figures:
+        return ""
+    return (
+        f'<section><h2>How training went</h2><div class="curves">{"".join(figures)}</div>'
+        '<p class="quiet">Over the optimizer steps. Faint: as measured. Strong: running mean.</p></section>'
+    )
+
+
+def _points(path: Path, key: str) -> list[tuple[int, float]]:
+    """(step, value) of each line that has both; a run that was killed may leave a broken line."""
+    points = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            step, value = int(entry["step"]), float(entry[key])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if math.isfinite(value):
+            points.append((step, value))
+    return points
+
+
+# ---- examples and settings ------------------------------------------------------------------------------------
+
+
+def _examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
+    if not examples:
+        return ""
+    cards = []
+    for example in examples:
+        positives = "".join(f"<li {_DIR}>{_cut(text)}</li>" for text in example.get("positives") or [])
+        wanted = f"<details><summary>What should be found</summary><ul>{positives}</ul></details>" if positives else ""
+        columns = "".join(_hits(name, hits) for name, hits in _in_order(example.get("systems") or {}).items())
+        query = f'<h3 {_DIR}><span class="tag">Query</span> {_cut(example.get("query", ""))}</h3>'
+        cards.append(f'<article>{query}{wanted}<div class="systems">{columns}</div></article>')
+    return (
+        "<section><h2>What the systems return</h2><p>The first three results of each system for a few held-out "
+        f'queries. <span class="mark">&#10003; Right</span> marks a document that answers the query.</p>'
+        f"{''.join(cards)}</section>"
+    )
+
+
+_DIR = 'dir="auto"'  # domains come in scripts of both directions
+
+
+def _hits(system: str, hits: Sequence[Mapping[str, Any]]) -> str:
+    items = []
+    for hit in hits:
+        relevant = bool(hit.get("relevant"))
+        mark = '<span class="mark">&#10003; Right</span>' if relevant else ""
+        score = hit.get("score")
+        shown = f'<span class="score">score {score:.3g}</span>' if score is not None and math.isfinite(score) else ""
+        items.append(
+            f'<li class="{"hit" if relevant else "miss"}"><p class="meta">{mark}{shown}</p>'
+            f"<p {_DIR}>{_cut(hit.get('text', ''))}</p></li>"
+        )
+    found = f"<ol>{''.join(items)}</ol>" if items else '<p class="quiet">Found nothing.</p>'
+    return f'<div style="--c:var({system_variable(system)})"><h4>{_dot(system)}{_label(system)}</h4>{found}</div>'
+
+
+def _cut(text: object) -> str:
+    whole = str(text)
+    return _text(whole if len(whole) <= _LONGEST_TEXT else whole[:_LONGEST_TEXT].rstrip() + " …")
+
+
+def _settings(metrics: Mapping[str, Any]) -> str:
+    rows = {
+        "Queries": metrics.get("num_queries"),
+        "Documents searched": metrics.get("num_documents"),
+        "Ranks": metrics.get("world_size"),
+        "ZeRO stage": metrics.get("zero_stage"),
+        "Time": _duration(metrics.get("seconds")),
+        "Peak memory of a rank's process": _gibibytes(metrics.get("peak_rss_bytes")),
+    }
+    items = "".join(f"<div><dt>{_text(k)}</dt><dd>{_number(v)}</dd></div>" for k, v in rows.items() if v is not None)
+    return f"<h2>Settings</h2><dl>{items}</dl>" if items else ""
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _gibibytes(size: float | None) -> str | None:
+    return None if size is None else f"{size / 2**30:.1f} GiB"

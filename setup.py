@@ -1,0 +1,41 @@
+"""Packaging of lbr-dist. The version is the package's own; what it needs is below, with the reasons for the floors."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+version = re.search(r'__version__ = "(.+)"', Path("lbr_dist/__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    version=version,
+    # kernels/, launch/ and slurm/ stand at the top level and are linked into the package; none of them has an
+    # __init__.py, since a top-level package named `kernels` would break transformers
+    packages=find_namespace_packages(include=["lbr_dist", "lbr_dist.*"]),
+    package_data={"lbr_dist.launch": ["configs/*.yaml"], "lbr_dist.slurm": ["*.sbatch"]},
+    install_requires=[
+        "torch>=2.10",  # older ones: CVE-2026-24747 in weights_only loading
+        "transformers>=5.3",  # older ones: CVE-2026-4372
+        "deepspeed>=0.19.8",  # coalesced gradient reduction for ZeRO-3
+        "sentence-transformers>=5.0",
+        "datasets>=4.0",
+        "pyarrow>=15",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "sentencepiece>=0.2",
+        "submitit>=1.5.3",
+        "bm25s>=0.2",
+        "jsonargparse>=4.40",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pyyaml>=6.0",
+        "rich>=13",
+    ],
+    extras_require={
+        "cuda": ["flash-attn>=2.7", "liger-kernel>=0.5"],
+        "mpi": ["mpi4py>=4.0"],
+        "tracking": ["tensorboard>=2.16"],
+        "eval": ["gguf>=0.10"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+    },
+)

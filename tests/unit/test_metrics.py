@@ -1,0 +1,150 @@
+"""The step log: its file, its resume, and what it shows."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lbr_dist import metrics
+from lbr_dist.metrics import MetricsLog
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_each_step_is_one_flushed_line_with_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "learn", "learn", 3, quiet=True) as log:
+        log.log(1, loss=2.5, lr=1e-4)
+        assert lines(tmp_path / "learn") == [{"step": 1, "loss": 2.5, "lr": 1e-4}]
+        log.log(2, loss=math.nan, grad_norm=torch.tensor(math.inf), note="diverged")
+        log.log(3, loss=torch.tensor(0.5), tokens=7)
+    assert lines(tmp_path / "learn")[1:] == [
+        {"step": 2, "loss": None, "grad_norm": None, "note": "diverged"},
+        {"step": 3, "loss": 0.5, "tokens": 7},
+    ]
+
+
+def test_resuming_drops_the_steps_that_are_run_again(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, "learn", 6, quiet=True) as log:
+        for step in range(1, 5):
+            log.log(step, loss=float(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # killed in the middle of a write
+    with MetricsLog(tmp_path, "learn", 6, start_step=2, quiet=True) as log:
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+        log.log(3, loss=30.0)
+        log.log(4, loss=40.0)
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    with MetricsLog(tmp_path, "learn", 6, quiet=True) as log:
+        log.log(1, loss=9.0)
+    assert [line["loss"] for line in lines(tmp_path)] == [9.0]
+
+
+def test_plain_lines_come_first_last_and_every_few_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("lbr_dist.metrics.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    with MetricsLog(tmp_path, "learn", 12, stream=stream) as log:
+        for step in range(1, 13):
+            clock[0] += 2.0
+            log.log(step, loss=2.9131, target_loss=3.1, text_loss=2.61, lr=1e-4, tokens_per_second=1204.4)
+    shown = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in shown] == ["1/12", "4/12", "7/12", "10/12", "12/12"]
+    assert shown[0] == "learn      1/12  loss 2.913  target 3.10  text 2.61  lr 1.0e-04  1,204 tok/s  left 0:22"
+    assert shown[-1].endswith("left 0:00")
+
+
+def test_represent_lines_and_long_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("lbr_dist.metrics.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    with MetricsLog(tmp_path, "represent", 1000, start_step=500, stream=stream) as log:
+        clock[0] = 10.0
+        log.log(501, loss=math.nan, accuracy=0.5, pairs_per_second=3.25)
+        log.say("checkpoint [saved]")
+    assert stream.getvalue().splitlines() == [
+        "represent  501/1000  loss nan  accuracy 0.50  3.2 pairs/s  left 1:23:10",
+        "checkpoint [saved]",
+    ]
+
+
+def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricsLog(tmp_path, "learn", 1, quiet=True) as log:
+        log.log(1, loss=1.0)
+        log.say("hello")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_gets_a_bar_and_whole_lines_above_it(tmp_path: Path) -> None:
+    stream = Terminal()
+    with MetricsLog(tmp_path, "represent", 4, stream=stream) as log:
+        log.log(1, loss=1.5)
+        log.say("checkpoint [bold] saved")
+        log.log(4, loss=0.25, pairs_per_second=4321.0)
+    shown = stream.getvalue()
+    assert "checkpoint [bold] saved\n" in shown
+    assert "represent" in shown and "4/4" in shown and "loss 0.250" in shown and "4,321 pairs/s" in shown
+
+
+def test_the_file_is_complete_when_the_stage_dies(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), MetricsLog(tmp_path, "learn", 9, stream=Terminal()) as log:
+        log.log(1, loss=1.0)
+        raise RuntimeError("boom")
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_missing_tensorboard_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics._tell_once.cache_clear()
+    with caplog.at_level(logging.INFO, "lbr_dist.metrics"):
+        for stage in ("learn", "represent"):
+            MetricsLog(tmp_path / stage, stage, 1, quiet=True).close()
+    assert len([r for r in caplog.records if "tensorboard" in r.message]) == 1
+
+
+def test_importing_the_module_imports_neither_tensorboard_nor_torch_nor_rich() -> None:
+    code = (
+        "import sys, lbr_dist.metrics; "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'tensorboard', 'torch.utils.tensorboard', 'rich')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(metrics.__file__).parents[1])
+
+
+def test_tensorboard_gets_the_scalars_and_a_resumed_run_replaces_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsLog(tmp_path, "learn", 4, quiet=True) as log:
+        for step in (1, 2, 3):
+            log.log(step, loss=float(step), note="text")
+    with MetricsLog(tmp_path, "learn", 4, start_step=1, quiet=True) as log:
+        log.log(2, loss=20.0)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["learn/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("learn/loss")] == [(1, 1.0), (2, 20.0)]
