@@ -233,6 +233,9 @@ class EngineConfig:
     prefetch_elements: int = 50_000_000
     """Elements gathered ahead of their use."""
 
+    reduce_elements: int = 50_000_000
+    """Elements of the buffer that gradients are reduced from; a larger parameter is reduced by itself."""
+
     live_elements: int = 1_000_000_000
     """Elements that may be whole at a time; with a model smaller than this, it is gathered once a step."""
 
@@ -240,7 +243,7 @@ class EngineConfig:
         needs_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
         if needs_nvme and not self.nvme_path:
             raise ConfigError("engine.nvme_path: not set, but an offload is `nvme`. Name a folder on a local disk.")
-        for name in ("persistence_threshold", "prefetch_elements", "live_elements"):
+        for name in ("persistence_threshold", "prefetch_elements", "reduce_elements", "live_elements"):
             _require(getattr(self, name) >= 0, f"engine.{name}", getattr(self, name), "zero or more")
 
 

@@ -45,6 +45,7 @@ def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> 
         "reduce_scatter": True,
         "stage3_param_persistence_threshold": engine.persistence_threshold,
         "stage3_prefetch_bucket_size": engine.prefetch_elements,
+        "reduce_bucket_size": engine.reduce_elements,
         "stage3_max_live_parameters": engine.live_elements,
         "stage3_max_reuse_distance": engine.live_elements,
         "offload_optimizer": offload(engine.offload_optimizer),

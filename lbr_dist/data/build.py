@@ -50,7 +50,7 @@ def write_domain(domain: Domain, out: Path) -> dict[str, Any]:
         "dev.jsonl": _pairs(domain.dev),
         "test.jsonl": _pairs(domain.test),
         "test_documents.jsonl": _texts(domain.documents),
-        "small/test.jsonl": _pairs(domain.small_test),
+        "small/test.jsonl": _pairs(_within(domain.small_test, small)),
         "small/test_documents.jsonl": _texts(small),
     }
     if out.exists() and not out.is_dir():
@@ -80,6 +80,12 @@ def write_domain(domain: Domain, out: Path) -> dict[str, Any]:
     temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(manifest_path)
     return manifest
+
+
+def _within(pairs: Iterable[Pair], documents: Mapping[str, str]) -> Iterator[Pair]:
+    """The pairs without the negatives that the collection lacks."""
+    for pair in pairs:
+        yield dataclasses.replace(pair, negatives=tuple(name for name in pair.negatives if name in documents))
 
 
 def _texts(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Corpora and pairs on disk: the only module that knows their file formats.
+"""Corpora and pairs on disk: the only module that knows what their records look like.
 
 A corpus is documents with an id. Pairs join a query to the documents that answer it; they name documents of the
 corpus, or bring the texts with them. Both come as JSON lines, Parquet, a dataset saved by Hugging Face datasets,
@@ -17,14 +17,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lbr_dist.data.record_files import Place, Row, records
 from lbr_dist.errors import DataError
-
-Row = dict[str, Any]
 
 _FORMATS = (
     ("lbr", ("query", "positive_ids")),
@@ -35,7 +34,6 @@ _FORMATS = (
     ("ms-swift messages", ("messages", "positive_messages")),
 )
 _KNOWN = "; ".join(f"{name}: {' + '.join(fields)}" for name, fields in _FORMATS)
-_SPLITS = ("train", "validation", "valid", "dev", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +59,6 @@ class PairSet:
     """Negatives that were left out because they are positives of the same pair."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a record stands, for messages: ``pairs.jsonl:12``, or ``pairs.parquet: row 12``."""
-
-    file: Path
-    number: int
-
-    def __str__(self) -> str:
-        lines = self.file.suffix in (".jsonl", ".json")
-        return f"{self.file}:{self.number}" if lines else f"{self.file}: row {self.number}"
-
-    def error(self, found: str, expected: str, remedy: str) -> DataError:
-        return DataError(f"{self}: found {found}, expected {expected}. {remedy}")
-
-
 # ---- corpora ------------------------------------------------------------------------------------------------------
 
 
@@ -86,13 +69,16 @@ def read_corpus(path: str | Path) -> dict[str, str]:
     toolkits do. Raises DataError for a missing or empty file, and with the line for a record that cannot be used.
     """
     texts: dict[str, str] = {}
-    places: dict[str, _Place] = {}
-    for place, row in _records(Path(path)):
+    places: dict[str, Place] = {}
+    for place, row in records(Path(path)):
         key = next((name for name in ("id", "_id", "docid") if row.get(name) is not None), "id")
         document = _identifier(place, row, key)
         if document in texts:
-            raise place.error(f"document id {document!r} again (first at {places[document]})", "each id once",
-                              "Remove one of the two, or give it an id of its own.")
+            raise place.error(
+                f"document id {document!r} again (first at {places[document]})",
+                "each id once",
+                "Remove one of the two, or give it an id of its own.",
+            )
         texts[document] = _titled(place, row)
         places[document] = place
     if not texts:
@@ -111,12 +97,15 @@ def read_pairs(path: str | Path, corpus: Mapping[str, str]) -> PairSet:
     """
     reader = _PairReader(corpus)
     expected = ""
-    for place, row in _records(Path(path)):
+    for place, row in records(Path(path)):
         form = _format_of(place, row)
         expected = expected or form
         if form != expected:
-            raise place.error(f"a record in the format {form}", f"{expected}, as in the first record",
-                              "Put records of different formats in different files.")
+            raise place.error(
+                f"a record in the format {form}",
+                f"{expected}, as in the first record",
+                "Put records of different formats in different files.",
+            )
         reader.add(place, row, form)
     if not reader.pairs:
         raise DataError(f"{path}: found no pairs, expected at least one record. Known formats: {_KNOWN}.")
@@ -131,39 +120,51 @@ class _PairReader:
         self.pairs: list[Pair] = []
         self.documents: dict[str, str] = {}
         self.dropped_negatives = 0
-        self.seen: dict[str, _Place] = {}
+        self.seen: dict[str, Place] = {}
 
-    def add(self, place: _Place, row: Row, form: str) -> None:
+    def add(self, place: Place, row: Row, form: str) -> None:
         # toolkits that train on graded pairs mark what does not match with a label of its own
         if row.get("label") not in (None, 1):
-            raise place.error(f"label = {row['label']!r}", "matching pairs alone (label 1, or none)",
-                              "Remove this record, or write its text as a negative of a matching pair.")
+            raise place.error(
+                f"label = {row['label']!r}",
+                "matching pairs alone (label 1, or none)",
+                "Remove this record, or write its text as a negative of a matching pair.",
+            )
         if form == "ms-swift messages":
             query = _conversation(place, row, "messages", row["messages"])
         else:
             query = _text(place, row, "anchor" if "anchor" in row else "query")
         positives = self._documents(place, row, form, "positives")
         if not positives:
-            raise place.error("no positive document", "at least one for each query",
-                              "Give the record one, or remove it.")
+            raise place.error(
+                "no positive document", "at least one for each query", "Give the record one, or remove it."
+            )
         candidates = self._documents(place, row, form, "negatives")
         negatives = tuple(document for document in candidates if document not in positives)
         self.dropped_negatives += len(candidates) - len(negatives)
         source = row.get("source")
-        pair = Pair(self._pair_id(place, row), query, positives, negatives,
-                    source if isinstance(source, str) and source else place.file.stem)
+        pair = Pair(
+            self._pair_id(place, row),
+            query,
+            positives,
+            negatives,
+            source if isinstance(source, str) and source else place.file.stem,
+        )
         self.pairs.append(pair)
 
-    def _pair_id(self, place: _Place, row: Row) -> str:
+    def _pair_id(self, place: Place, row: Row) -> str:
         key = next((name for name in ("id", "query_id") if row.get(name) is not None), None)
         pair = _identifier(place, row, key) if key else f"{place.file.stem}-{place.number}"
         if pair in self.seen:
-            raise place.error(f"pair id {pair!r} again (first at {self.seen[pair]})", "each id once",
-                              "Join the two records, or give one an id of its own.")
+            raise place.error(
+                f"pair id {pair!r} again (first at {self.seen[pair]})",
+                "each id once",
+                "Join the two records, or give one an id of its own.",
+            )
         self.seen[pair] = place
         return pair
 
-    def _documents(self, place: _Place, row: Row, form: str, role: str) -> tuple[str, ...]:
+    def _documents(self, place: Place, row: Row, form: str, role: str) -> tuple[str, ...]:
         """Ids of the record's positives or negatives, each once, in their order."""
         one = role.removesuffix("s")
         if form == "lbr":
@@ -179,15 +180,17 @@ class _PairReader:
             found = [self._inline(place, None, text) for text in _columns(place, row, form, one)]
         return tuple(dict.fromkeys(found))
 
-    def _known(self, place: _Place, document: str) -> str:
+    def _known(self, place: Place, document: str) -> str:
         if document not in self.corpus:
-            raise place.error(f"document id {document!r}, which is in no corpus",
-                              f"an id of the {len(self.corpus)} documents of the corpus",
-                              "Add the document to the corpus, or bring its text in the record.")
+            raise place.error(
+                f"document id {document!r}, which is in no corpus",
+                f"an id of the {len(self.corpus)} documents of the corpus",
+                "Add the document to the corpus, or bring its text in the record.",
+            )
         self.documents[document] = self.corpus[document]
         return document
 
-    def _passage(self, place: _Place, passage: Any) -> str:
+    def _passage(self, place: Place, passage: Any) -> str:
         if not isinstance(passage, dict):
             raise place.error(f"the passage {passage!r}", "an object with `docid` and `text`", "Write it so.")
         document = _identifier(place, passage, "docid") if passage.get("docid") is not None else None
@@ -195,26 +198,32 @@ class _PairReader:
             return self._known(place, document)
         return self._inline(place, document, _titled(place, passage))
 
-    def _inline(self, place: _Place, document: str | None, text: str) -> str:
+    def _inline(self, place: Place, document: str | None, text: str) -> str:
         if document is None:
             document = f"text-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
         known = self.documents.get(document, self.corpus.get(document, text))
         if known != text:
-            raise place.error(f"another text for document id {document!r}", f"{known[:60]!r}, as before",
-                              "Give one of the two documents an id of its own.")
+            raise place.error(
+                f"another text for document id {document!r}",
+                f"{known[:60]!r}, as before",
+                "Give one of the two documents an id of its own.",
+            )
         self.documents[document] = text
         return document
 
 
-def _format_of(place: _Place, row: Row) -> str:
+def _format_of(place: Place, row: Row) -> str:
     for name, fields in _FORMATS:
         if all(field in row for field in fields):
             return name
-    raise place.error(f"the fields {', '.join(map(repr, sorted(row))) or '(none)'}",
-                      "those of a known format of pairs", f"Known formats: {_KNOWN}.")
+    raise place.error(
+        f"the fields {', '.join(map(repr, sorted(row))) or '(none)'}",
+        "those of a known format of pairs",
+        f"Known formats: {_KNOWN}.",
+    )
 
 
-def _columns(place: _Place, row: Row, form: str, role: str) -> list[str]:
+def _columns(place: Place, row: Row, form: str, role: str) -> list[str]:
     """Texts in the plain columns of sentence-transformers and ms-swift; empty columns are left out."""
     if form == "ms-swift":
         names = ["response" if role == "positive" else "rejected_response"]
@@ -234,20 +243,20 @@ def _columns(place: _Place, row: Row, form: str, role: str) -> list[str]:
 # ---- fields -------------------------------------------------------------------------------------------------------
 
 
-def _text(place: _Place, row: Row, name: str) -> str:
+def _text(place: Place, row: Row, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise _wrong(place, row, name, "a text that is not empty")
     return value
 
 
-def _titled(place: _Place, row: Row) -> str:
+def _titled(place: Place, row: Row) -> str:
     text = _text(place, row, "text")
     title = row.get("title")
     return f"{title.strip()} {text}" if isinstance(title, str) and title.strip() else text
 
 
-def _identifier(place: _Place, row: Row, name: str) -> str:
+def _identifier(place: Place, row: Row, name: str) -> str:
     value = row.get(name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -256,7 +265,7 @@ def _identifier(place: _Place, row: Row, name: str) -> str:
     return value
 
 
-def _items(place: _Place, row: Row, name: str) -> list[Any]:
+def _items(place: Place, row: Row, name: str) -> list[Any]:
     value = row.get(name)
     if value is None:
         return []
@@ -265,109 +274,21 @@ def _items(place: _Place, row: Row, name: str) -> list[Any]:
     return value
 
 
-def _conversation(place: _Place, row: Row, name: str, turns: Any) -> str:
+def _conversation(place: Place, row: Row, name: str, turns: Any) -> str:
     """The texts of a conversation's turns, one a line."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise _wrong(place, row, name, "turns {role, content}")
     return "\n".join(_text(place, turn, "content") for turn in turns)
 
 
-def _wrong(place: _Place, row: Row, name: str, expected: str) -> DataError:
+def _wrong(place: Place, row: Row, name: str, expected: str) -> DataError:
     found = repr(row[name])[:80] if name in row else f"only the fields {', '.join(map(repr, sorted(row))) or '(none)'}"
-    return place.error(f"{name} = {found}" if name in row else found, f"{name}: {expected}",
-                       "Mend or remove this record.")
+    return place.error(
+        f"{name} = {found}" if name in row else found, f"{name}: {expected}", "Mend or remove this record."
+    )
 
 
-# ---- files --------------------------------------------------------------------------------------------------------
-
-
-def _records(path: Path) -> Iterator[tuple[_Place, Row]]:
-    """Every record of a file or folder with its place, counted from 1 in each file."""
-    for file in _files(path):
-        numbered = _json_lines(file) if file.suffix in (".jsonl", ".json") else _table_rows(file)
-        yield from numbered
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return _folder_files(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file or folder. Check the path; it is taken from the working directory.")
-    if path.suffix not in (".jsonl", ".json", ".parquet", ".arrow"):
-        raise DataError(
-            f"{path}: found a file ending in {path.suffix!r}, expected .jsonl, .json (one object a line), .parquet, "
-            ".arrow or a folder. Convert it, or rename it if it is one of these."
-        )
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: found an empty file, expected at least one record. Was it cut off on its way?")
-    return [path]
-
-
-def _folder_files(folder: Path) -> list[Path]:
-    """The files of one split: of a dataset saved by Hugging Face datasets, or of a plain folder."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(each.name for each in folder.iterdir() if (each / "state.json").is_file())
-        raise DataError(
-            f"{folder}: found a dataset of the splits {', '.join(splits)}, expected one split. "
-            f"Name its folder, as in {folder / (splits[0] if splits else 'train')}."
-        )
-    if (folder / "state.json").is_file():
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [folder / each["filename"] for each in state["_data_files"]]
-    files = [file for pattern in ("*.jsonl", "*.parquet", "*.arrow") for file in sorted(folder.glob(pattern))]
-    if not files:
-        raise DataError(f"{folder}: found no .jsonl, .parquet or .arrow file in this folder, expected at least one.")
-    splits = sorted({name for file in files for name in _SPLITS if re.match(rf"{name}\b", file.name)})
-    if len(splits) > 1:
-        raise DataError(
-            f"{folder}: found files of the splits {', '.join(splits)}, expected those of one. "
-            "Name one file, or move each split to a folder of its own."
-        )
-    return [each for file in files for each in _files(file)]
-
-
-def _json_lines(file: Path) -> Iterator[tuple[_Place, Row]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = _Place(file, number)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", None) or getattr(error, "reason", None) or str(error)
-                raise place.error(f"a line that is not JSON ({reason}): {line[:60]!r}", "one JSON object a line",
-                                  "Mend or remove this line.") from error
-            if not isinstance(row, dict):
-                raise place.error(f"a JSON {type(row).__name__}", "one JSON object a line",
-                                  "Write each record as an object on a line of its own.")
-            yield place, row
-
-
-def _table_rows(file: Path) -> Iterator[tuple[_Place, Row]]:
-    """Rows of a Parquet file or an Arrow stream."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        if file.suffix == ".parquet":
-            with pq.ParquetFile(file) as table:
-                for batch in table.iter_batches():
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield _Place(file, number), row
-        else:
-            with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
-                for batch in stream:
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield _Place(file, number), row
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{file}: row {number + 1}: found what cannot be read as {file.suffix[1:]} ({error}), "
-            "expected a whole file. Write or copy it again."
-        ) from error
+# ---- writing ------------------------------------------------------------------------------------------------------
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -104,8 +104,8 @@ def build(path: Path | None = None) -> Domain:
         ],
         split_rule=(
             "By molecular formula: all compounds of a formula are dealt to train, dev or test by a hash, so isomers "
-            "stay together. A name that stands for compounds of several splits, or that a training text holds, has no "
-            "dev or test query."
+            "stay together. A name that stands for compounds of several splits, that a training text holds, or that is "
+            "a document itself, is no dev or test query."
         ),
         corpus_rule=(
             "All documents (a SMILES string or a systematic name, never both of one compound), and for training "
@@ -117,17 +117,21 @@ def build(path: Path | None = None) -> Domain:
 def _pairs(compounds: list[Compound], splits: dict[str, Split]) -> dict[Split, list[Pair]]:
     isomers: dict[tuple[str, Task], list[str]] = defaultdict(list)
     asked: dict[tuple[str, Task], list[Compound]] = defaultdict(list)
+    owners: dict[str, set[Split]] = defaultdict(set)
+    collection = {each.document for each in compounds}
     taught: set[str] = set()
     for each in compounds:
         isomers[each.formula, each.task].append(each.cid)
         asked[each.query, each.task].append(each)
+        owners[normalise(each.query)].add(splits[each.cid])
         if splits[each.cid] == "train":
             taught.update(map(normalise, (each.iupac, each.common, *each.synonyms)))
     pairs: dict[Split, list[Pair]] = {"train": [], "dev": [], "test": [], "none": []}
     for (query, task), found in asked.items():
-        of = {splits[each.cid] for each in found}
-        split: Split = of.pop() if len(of) == 1 else "none"
-        if split in ("dev", "test") and normalise(query) in taught:
+        # names that differ in signs alone, as (+) and (-), are two queries, but not on two sides
+        of = owners[normalise(query)]
+        split: Split = next(iter(of)) if len(of) == 1 else "none"
+        if split in ("dev", "test") and (normalise(query) in taught or query in collection):
             split = "none"
         positives = tuple(each.cid for each in found)
         alike = [cid for each in found for cid in isomers[each.formula, task] if cid not in positives]

@@ -25,6 +25,7 @@ from lbr_dist.data.domains.domain import (
     Split,
     hash_order,
     hash_split,
+    normalise,
     small_evaluation,
     word_features,
 )
@@ -110,10 +111,11 @@ def _pairs(functions: list[Function], splits: dict[str, Split], unique: dict[str
     owners: dict[str, set[Split]] = defaultdict(set)
     for each in functions:
         modules[each.module].append(unique[each.body])
-        asked[each.query].append(each)
+        asked[normalise(each.query)].append(each)
         owners[unique[each.body]].add(splits[each.id])
     pairs: dict[Split, list[Pair]] = {"train": [], "dev": [], "test": [], "none": []}
-    for query, found in asked.items():
+    for found in asked.values():
+        query = found[0].query
         positives = tuple(dict.fromkeys(unique[each.body] for each in found))
         of = {split for document in positives for split in owners[document]}
         split: Split = of.pop() if len(of) == 1 else "none"
