@@ -36,6 +36,7 @@ def start(timeout_minutes: int = 30) -> Ranks:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed reads it
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -125,7 +125,7 @@ class Engine:
         self.model = model
         self._engine, self._optimizer, _, _ = _deepspeed().initialize(
             model=model,
-            optimizer=torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2)),
+            optimizer=torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2), fused=True),
             config=deepspeed_config(engine, dtype, optimizer.max_grad_norm),
         )
         self.world_size: int = self._engine.world_size

@@ -50,11 +50,10 @@ def load_data(config: RunConfig, tokenizer: TextTokenizer) -> LearnData:
 def rank_rows(sequences: list[Sequence], learn: LearnConfig, sink_id: int, rank: int, world_size: int) -> PackedRows:
     """This rank's rows of a global batch: every `world_size`-th, so that each rank has as many full ones.
 
-    Empty rows make the number the same on every rank, and a multiple of the micro batch.
+    Empty rows make the number the same on every rank.
     """
     needed = len(assign_rows([s.length for s in sequences], learn.row_tokens))
-    lockstep = world_size * learn.micro_batch_rows
-    rows = pack(sequences, learn.row_tokens, sink_id, rows=-(-needed // lockstep) * lockstep)
+    rows = pack(sequences, learn.row_tokens, sink_id, rows=-(-needed // world_size) * world_size)
     return rows.select(slice(rank, None, world_size))
 
 
