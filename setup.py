@@ -36,6 +36,6 @@ setup(
         "mpi": ["mpi4py>=4.0"],
         "tracking": ["tensorboard>=2.16"],
         "eval": ["gguf>=0.10"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14"],
     },
 )

@@ -192,7 +192,9 @@ def _parser() -> argparse.ArgumentParser:
         ("represent", represent, "Stage 2: contrastive training on the compressed vectors."),
     ):
         sub = command(name, function, text)
-        sub.add_argument("config", type=Path, help="YAML config; every field can be overridden by --section.field=value")
+        sub.add_argument(
+            "config", type=Path, help="YAML config; every field can be overridden by --section.field=value"
+        )
         sub.add_argument("--ranks", type=int, help="processes to start here (default: one a GPU, or 2 on a CPU)")
         sub.set_defaults(takes_overrides=True)
     command("config", config, "Print every key of a config with its default and meaning.")

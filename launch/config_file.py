@@ -124,13 +124,14 @@ def describe() -> str:
     """Every key with its type, default and meaning."""
     import ast
     import inspect
+    import itertools
 
     out: list[str] = []
 
     def meanings(cls: type) -> dict[str, str]:
         body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
         found = {}
-        for field, text in zip(body, body[1:], strict=False):
+        for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
         return found

@@ -91,8 +91,8 @@ def run_stage(stage: str, config_path: Path, ranks: int, log_folder: Path) -> No
                 failed = [(i, p.returncode) for i, p in enumerate(processes) if p.poll()]
         finally:
             _stop(processes)
-            for log in logs:
-                log.close()
+            for file in logs:
+                file.close()
     if not failed:
         return
     rank, code = failed[0]

@@ -80,11 +80,17 @@ def latest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = {"tag": str(content["tag"]), "step": int(content["step"]), "world_size": int(content["world_size"])}
+        found: dict[str, Any] = {
+            "tag": str(content["tag"]),
+            "step": int(content["step"]),
+            "world_size": int(content["world_size"]),
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({error!r}). Delete it to start the stage again.") from None
     if not (folder / found["tag"]).is_dir():
-        raise CheckpointError(f"{path}: names {found['tag']}, which is gone. Delete {POINTER} to start the stage again.")
+        raise CheckpointError(
+            f"{path}: names {found['tag']}, which is gone. Delete {POINTER} to start the stage again."
+        )
     return found
 
 

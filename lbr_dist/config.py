@@ -70,7 +70,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_query_tokens > 0, "data.max_query_tokens", self.max_query_tokens, "a positive number")
-        _require(self.max_document_tokens > 0, "data.max_document_tokens", self.max_document_tokens, "a positive number")
+        _require(
+            self.max_document_tokens > 0, "data.max_document_tokens", self.max_document_tokens, "a positive number"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,12 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
-        _require(self.bottleneck_lr_factor > 0, "optimizer.bottleneck_lr_factor", self.bottleneck_lr_factor, "a positive number")
+        _require(
+            self.bottleneck_lr_factor > 0,
+            "optimizer.bottleneck_lr_factor",
+            self.bottleneck_lr_factor,
+            "a positive number",
+        )
         _require(0 <= self.warmup_fraction < 1, "optimizer.warmup_fraction", self.warmup_fraction, "0 to below 1")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "zero or more")
         _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "zero (off) or more")
@@ -207,7 +214,12 @@ class RepresentConfig:
         _require(self.steps >= 0, "represent.steps", self.steps, "zero or more")
         _require(self.batch_pairs > 1, "represent.batch_pairs", self.batch_pairs, "two or more")
         _require(self.hard_negatives >= 0, "represent.hard_negatives", self.hard_negatives, "zero or more")
-        _require(self.chunk_tokens >= self.row_tokens, "represent.chunk_tokens", self.chunk_tokens, f"at least represent.row_tokens ({self.row_tokens})")
+        _require(
+            self.chunk_tokens >= self.row_tokens,
+            "represent.chunk_tokens",
+            self.chunk_tokens,
+            f"at least represent.row_tokens ({self.row_tokens})",
+        )
         _require(self.temperature > 0, "represent.temperature", self.temperature, "a positive number")
 
 
@@ -288,7 +300,12 @@ class EvaluateConfig:
     """Queries that the report shows with what each system returned."""
 
     def __post_init__(self) -> None:
-        _require(self.chunk_tokens >= self.row_tokens, "evaluate.chunk_tokens", self.chunk_tokens, f"at least evaluate.row_tokens ({self.row_tokens})")
+        _require(
+            self.chunk_tokens >= self.row_tokens,
+            "evaluate.chunk_tokens",
+            self.chunk_tokens,
+            f"at least evaluate.row_tokens ({self.row_tokens})",
+        )
         _require(self.bootstrap > 0, "evaluate.bootstrap", self.bootstrap, "a positive number")
         _require(self.examples >= 0, "evaluate.examples", self.examples, "zero or more")
 

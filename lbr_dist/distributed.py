@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def start(timeout_minutes: int = 30) -> Ranks:
         timeout = timedelta(minutes=timeout_minutes)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if url is None:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=timeout)
     return Ranks(rank, world_size, local_rank, device)

@@ -108,7 +108,9 @@ class SentenceTransformersEncoder:
     def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor:
         """See `Encoder.encode`."""
         encode = self.model.encode_query if kind == "query" else self.model.encode_document
-        vectors: Tensor = encode(list(texts), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        vectors: Tensor = encode(
+            list(texts), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
+        )
         return vectors.float().cpu()
 
 

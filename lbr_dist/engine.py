@@ -66,7 +66,9 @@ def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> 
 def sharded_init(engine: EngineConfig, dtype: str) -> AbstractContextManager[None]:
     """Modules built inside are sharded as they are built, so that no rank ever holds the whole model."""
     config = deepspeed_config(engine, dtype, max_grad_norm=0.0)
-    context: AbstractContextManager[None] = _deepspeed().zero.Init(config_dict_or_path=config, dtype=getattr(torch, dtype))
+    context: AbstractContextManager[None] = _deepspeed().zero.Init(
+        config_dict_or_path=config, dtype=getattr(torch, dtype)
+    )
     return context
 
 
@@ -85,7 +87,9 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def parameter_groups(model: nn.Module, optimizer: OptimizerConfig, fast: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, optimizer: OptimizerConfig, fast: Iterable[nn.Parameter]
+) -> list[dict[str, Any]]:
     """Weight decay for the matrices alone, and the parameters of `fast` at their own rate."""
     fast_ids = {id(p) for p in fast}
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "fast": []}

@@ -57,9 +57,7 @@ class TestSet:
 def search_bm25(test: TestSet, tokens: Literal["words", "characters"]) -> Run:
     """BM25's ranking of the test collection; see `bm25_search`."""
     names = list(test.documents)
-    scores, indices = bm25_search(
-        [query.query for query in test.queries], list(test.documents.values()), DEPTH, tokens
-    )
+    scores, indices = bm25_search([query.query for query in test.queries], list(test.documents.values()), DEPTH, tokens)
     return to_run([query.id for query in test.queries], names, scores, indices)
 
 
@@ -202,7 +200,10 @@ def evaluate_folder(
     say: Say = print,
 ) -> dict[str, Any]:
     """Score one model folder beside BM25; writes `metrics.json` and the TREC files to `out`."""
-    runs = {"bm25": search_bm25(test, evaluate.bm25_tokens), "model": search_model(test, folder, evaluate, settings, say)}
+    runs = {
+        "bm25": search_bm25(test, evaluate.bm25_tokens),
+        "model": search_model(test, folder, evaluate, settings, say),
+    }
     systems, comparisons = score(runs, test, evaluate.bootstrap, seed, "model")
     metrics = {
         "model": str(folder),

@@ -71,7 +71,11 @@ def _shards(parameters: list[tuple[str, nn.Parameter]]) -> list[list[str]]:
 
 def _write_weights(model: LBRModel, ids: tuple[int, ...], folder: Path, writes: bool) -> None:
     shards = _shards(list(model.backbone.named_parameters()))
-    names = [WEIGHTS] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = (
+        [WEIGHTS]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     tensors = _tensors(model, ids, writes)
     total = 0
     for file, members in zip(names, shards, strict=True):
@@ -114,7 +118,9 @@ def _write_sentence_transformers(folder: Path, settings: EmbeddingSettings, dime
         shutil.copyfile(span_mean.__file__, folder / "lbr_span_mean.py")
     types = ["sentence_transformers.models.Transformer", pooling_type, "sentence_transformers.models.Normalize"]
     paths = ["", "1_Pooling", "2_Normalize"]
-    modules = [{"idx": i, "name": str(i), "path": p, "type": t} for i, (p, t) in enumerate(zip(paths, types, strict=True))]
+    modules = [
+        {"idx": i, "name": str(i), "path": p, "type": t} for i, (p, t) in enumerate(zip(paths, types, strict=True))
+    ]
     _write_json(folder / "modules.json", modules)
     _write_json(folder / "1_Pooling" / "config.json", pooling)
     _write_json(folder / "2_Normalize" / "config.json", {})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from lbr_dist.config import LearnConfig, RunConfig
+from lbr_dist.config import LearnConfig, Pooling, RunConfig
 from lbr_dist.data.packing import PackedRows, Sequence, assign_rows, pack
 from lbr_dist.data.records import read_corpus, read_pairs
 from lbr_dist.data.targets import LearnData, pieces
@@ -111,7 +111,7 @@ def learn(config: RunConfig, ranks: Ranks) -> None:
         return accumulate_step(engine, sequences, config.learn, tokenizer.sink_id, ranks)
 
     train("learn", config, ranks, engine, run_step)
-    pooling = "bottleneck_mean" if config.model.bottleneck_tokens else "mean"
+    pooling: Pooling = "bottleneck_mean" if config.model.bottleneck_tokens else "mean"
     settings = EmbeddingSettings.of(config.data, pooling)
     export(model, tokenizer, settings, config, config.learn_export, ranks)
     write_summary(config.stage_path("learn"), config, ranks, time.perf_counter() - began)

@@ -96,7 +96,9 @@ def load_data(config: RunConfig, tokenizer: TextTokenizer) -> RepresentData:
     return RepresentData(found.pairs, queries, dict(zip(found.documents, documents, strict=True)))
 
 
-def rank_chunks(texts: list[Tokens], bottleneck: int, settings: RepresentConfig, sink_id: int, ranks: Ranks) -> list[PackedRows]:
+def rank_chunks(
+    texts: list[Tokens], bottleneck: int, settings: RepresentConfig, sink_id: int, ranks: Ranks
+) -> list[PackedRows]:
     """This rank's texts in chunks of `chunk_tokens`, as many chunks as the rank with the most."""
     rows = pack([Sequence(text, bottleneck) for text in texts], settings.row_tokens, sink_id)
     per_chunk = settings.chunk_tokens // settings.row_tokens

@@ -120,11 +120,8 @@ def assign_rows(lengths: list[int], row_tokens: int) -> list[list[int]]:
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[index] > row_tokens:
             raise ValueError(f"a sequence of {lengths[index]} tokens does not fit a row of {row_tokens}")
-        for row, free in enumerate(room):
-            if lengths[index] <= free:
-                break
-        else:
-            row = len(rows)
+        row = next((row for row, free in enumerate(room) if lengths[index] <= free), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(row_tokens)
         rows[row].append(index)

@@ -72,7 +72,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file. A model folder has config.json, safetensors and a tokenizer.") from None
+        raise ModelError(
+            f"{path}: no such file. A model folder has config.json, safetensors and a tokenizer."
+        ) from None
     except ValueError as error:
         raise ModelError(f"{path}: not valid JSON ({error}).") from None
     if not isinstance(content, dict):

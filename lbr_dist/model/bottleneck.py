@@ -132,9 +132,7 @@ class LBRModel(nn.Module):
         return sums / (stop - start).clamp(min=1)[:, None]
 
 
-def initial_bottleneck(
-    table: Tensor, count: int, settings: EmbeddingSettings | None, seed: int
-) -> Tensor:
+def initial_bottleneck(table: Tensor, count: int, settings: EmbeddingSettings | None, seed: int) -> Tensor:
     """``[count, d]`` float32: the rows of a model that has them, or the mean embedding and noise of its spread."""
     if settings is not None and len(settings.bottleneck_ids) == count:
         return table[list(settings.bottleneck_ids)].float()
@@ -143,7 +141,9 @@ def initial_bottleneck(
     return rows.mean(0) + rows.std(0) * torch.randn(count, rows.shape[1], generator=generator)
 
 
-def load_model(config: ModelConfig, folder: Path, tokenizer: TextTokenizer, seed: int, sharding: Any = None) -> LBRModel:
+def load_model(
+    config: ModelConfig, folder: Path, tokenizer: TextTokenizer, seed: int, sharding: Any = None
+) -> LBRModel:
     """The model of a stage: the folder's causal LM, and its bottleneck or a new one.
 
     Args:

@@ -6,7 +6,7 @@ Copied into the folders of models that are pooled so. Nothing of lbr-dist is nee
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sentence_transformers.models import Module
@@ -21,7 +21,7 @@ class SpanMean(Module):  # type: ignore[misc]
         span: `bottleneck` (the last k tokens) or `text` (all tokens but the sink and the last k).
     """
 
-    config_keys = ["dimension", "bottleneck_tokens", "span"]
+    config_keys: ClassVar[list[str]] = ["dimension", "bottleneck_tokens", "span"]
 
     def __init__(self, dimension: int, bottleneck_tokens: int, span: str) -> None:
         super().__init__()
@@ -33,7 +33,9 @@ class SpanMean(Module):  # type: ignore[misc]
         end = mask.sum(1, keepdim=True)
         first = end - self.bottleneck_tokens
         columns = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        inside = (columns >= first) & (columns < end) if self.span == "bottleneck" else (columns >= 1) & (columns < first)
+        inside = (
+            (columns >= first) & (columns < end) if self.span == "bottleneck" else (columns >= 1) & (columns < first)
+        )
         weights = inside[..., None].float()
         features["sentence_embedding"] = (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
         return features

@@ -56,7 +56,9 @@ class EmbeddingSettings:
             content["bottleneck_ids"] = tuple(content["bottleneck_ids"])
             return EmbeddingSettings(**content)
         except (ValueError, TypeError, KeyError) as error:
-            raise ModelError(f"{path}: not the settings of a model of ours ({error}). Export the model again.") from None
+            raise ModelError(
+                f"{path}: not the settings of a model of ours ({error}). Export the model again."
+            ) from None
 
 
 def bottleneck_token(j: int) -> str:
@@ -83,7 +85,7 @@ class TextTokenizer:
 
     @property
     def highest_id(self) -> int:
-        return max(self.hf.get_vocab().values())
+        return max(int(i) for i in self.hf.get_vocab().values())
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[tuple[int, ...]]:
         """Token ids of each text, without special tokens, cut to `max_tokens`."""

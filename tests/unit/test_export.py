@@ -1,0 +1,132 @@
+"""Export round trip: training, `lbr encode` and sentence-transformers give the same vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from lbr_dist import distributed, export
+from lbr_dist.config import ModelConfig, RepresentConfig, RunConfig
+from lbr_dist.data.packing import Sequence, pack
+from lbr_dist.encode import Encoder, open_encoder, write_vectors
+from lbr_dist.errors import DataError
+from lbr_dist.model.bottleneck import load_model
+from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
+from tests import tiny
+from tests.configs import tiny_run
+
+POOLINGS = ("bottleneck_last", "bottleneck_mean", "last", "mean")
+TEXTS = list(tiny.texts().values())[:9]
+
+
+def exported(base: Path, data: Path, folder: Path, pooling: str) -> tuple[Path, torch.Tensor, RunConfig]:
+    """Export an untrained model, and the vectors that training would have pooled for `TEXTS` as queries."""
+    k = 4 if pooling.startswith("bottleneck") else 0
+    represent = RepresentConfig(pooling=pooling, row_tokens=96, chunk_tokens=96)  # type: ignore[arg-type]
+    model_config = ModelConfig(base=str(base), bottleneck_tokens=k, dtype="float32")
+    config = tiny_run(folder, base, data, model=model_config, represent=represent)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_query_tokens=40))
+    ranks = distributed.start()
+    tokenizer = TextTokenizer(base)
+    model = load_model(model_config, base, tokenizer, seed=1)
+    tokens = tokenizer.encode(["find: " + text for text in TEXTS], 40)
+    rows = pack([Sequence(t, k) for t in tokens], 96, tokenizer.sink_id)
+    vectors = torch.empty(len(TEXTS), 32)
+    vectors[rows.order] = F.normalize(model(rows, task="embed", pooling=pooling), dim=1).detach()
+    settings = EmbeddingSettings.of(config.data, represent.pooling)
+    export.export(model, tokenizer, settings, config, folder / "model", ranks)
+    return folder / "model", vectors, config
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_round_trip(tiny_model: Path, tiny_data: Path, tmp_path: Path, pooling: str) -> None:
+    folder, vectors, _ = exported(tiny_model, tiny_data, tmp_path, pooling)
+    encoder = Encoder(folder, dtype="float32", row_tokens=96, chunk_tokens=192)
+    torch.testing.assert_close(encoder.encode(TEXTS, "query"), vectors, rtol=0, atol=1e-5)
+    ours = pooling.endswith("mean")
+    loaded = SentenceTransformer(str(folder), trust_remote_code=ours, model_kwargs={"dtype": torch.float32})
+    found = torch.tensor(loaded.encode(TEXTS, prompt_name="query"))
+    torch.testing.assert_close(found, vectors, rtol=0, atol=1e-5)
+    found = torch.tensor(loaded.encode_query(TEXTS))
+    torch.testing.assert_close(found, vectors, rtol=0, atol=1e-5)
+    documents = encoder.encode(TEXTS, "document")
+    assert (documents - vectors).abs().max() > 1e-3, "the query prompt changes nothing"
+    torch.testing.assert_close(torch.tensor(loaded.encode_document(TEXTS)), documents, rtol=0, atol=1e-5)
+    card = (folder / "README.md").read_text()
+    assert ("trust_remote_code=True" in card) == ours
+
+
+def test_long_texts_keep_the_bottleneck(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    folder, _, _ = exported(tiny_model, tiny_data, tmp_path, "bottleneck_last")
+    long = [" ".join(TEXTS), TEXTS[0]]
+    loaded = SentenceTransformer(str(folder), model_kwargs={"dtype": torch.float32})
+    encoder = Encoder(folder, dtype="float32", row_tokens=96, chunk_tokens=96)
+    found = torch.tensor(loaded.encode_document(long))
+    torch.testing.assert_close(found, encoder.encode(long, "document"), rtol=0, atol=1e-5)
+    ids = loaded.tokenizer(long, truncation=True, max_length=loaded.max_seq_length)["input_ids"][0]
+    assert tuple(ids[-4:]) == encoder.settings.bottleneck_ids and ids[0] == encoder.tokenizer.sink_id
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_and_vocabulary(tiny_data: Path, tmp_path: Path, tied: bool) -> None:
+    base = tiny.write_model(tmp_path / "base", tied=tied)
+    folder, _, _ = exported(base, tiny_data, tmp_path, "bottleneck_last")
+    before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert set(before) == set(after)
+    rows = len(before["model.embed_tokens.weight"])
+    for name, tensor in before.items():
+        assert torch.equal(after[name][:rows] if "embed" in name or "head" in name else after[name], tensor), name
+    settings = EmbeddingSettings.read(folder)
+    assert settings is not None and settings.bottleneck_ids == tuple(range(rows, rows + 4))
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == rows + 4
+    # and it is a base again: stage 2 begins with the rows of stage 1
+    again = load_model(
+        ModelConfig(base=str(folder), bottleneck_tokens=4, dtype="float32"), folder, TextTokenizer(folder), 9
+    )
+    assert again.bottleneck is not None
+    assert torch.equal(again.bottleneck, after["model.embed_tokens.weight"][rows:])
+
+
+def test_shards(tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
+    folder, vectors, _ = exported(tiny_model, tiny_data, tmp_path, "bottleneck_last")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert (
+        sum(t.nbytes for f in folder.glob("*.safetensors") for t in load_file(f).values())
+        == (index["metadata"]["total_size"])
+    )
+    encoder = Encoder(folder, dtype="float32", row_tokens=96, chunk_tokens=96)
+    torch.testing.assert_close(encoder.encode(TEXTS, "query"), vectors, rtol=0, atol=1e-5)
+
+
+def test_other_folders(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    bare = open_encoder(tiny_model, None, 96, 96).encode(TEXTS, "document")
+    assert bare.shape == (9, 32)
+    folder, vectors, _ = exported(tiny_model, tiny_data, tmp_path, "bottleneck_last")
+    (folder / "lbr.json").unlink()  # what is left is any sentence-transformers model
+    found = open_encoder(folder, None, 96, 96).encode(TEXTS, "query")
+    torch.testing.assert_close(found, vectors, rtol=0, atol=1e-5)
+
+
+def test_vector_files(tmp_path: Path) -> None:
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    vectors = torch.randn(3, 5)
+    write_vectors(tmp_path / "v.npy", ["a", "b", "c"], vectors)
+    assert np.array_equal(np.load(tmp_path / "v.npy"), vectors.numpy())
+    assert (tmp_path / "v.ids").read_text() == "a\nb\nc\n"
+    write_vectors(tmp_path / "v.parquet", ["a", "b", "c"], vectors)
+    table = pq.read_table(tmp_path / "v.parquet")
+    assert table["id"].to_pylist() == ["a", "b", "c"]
+    assert torch.equal(torch.tensor(table["embedding"].to_pylist()), vectors)
+    with pytest.raises(DataError, match=r"'.txt', expected .npy or .parquet"):
+        write_vectors(tmp_path / "v.txt", ["a"], vectors[:1])

@@ -1,0 +1,60 @@
+"""Stage 1's sequences: the three kinds of target, in their shares, the same on every rank."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lbr_dist.config import LearnConfig, TargetsConfig
+from lbr_dist.data.targets import LearnData, pieces
+
+TEXTS = [tuple(range(100 * i, 100 * i + 7 + i)) for i in range(40)]
+PAIRS = [((1, 2), (3, 4, 5)), ((6,), (7, 8))]
+DROP = -7
+
+
+def made(**targets: float) -> list:
+    data = LearnData(TEXTS, PAIRS, DROP)
+    shares = TargetsConfig(**({"continuation": 0.0, "reconstruction": 0.0} | targets))
+    return data.batch(LearnConfig(batch_texts=40, targets=shares, drop_target_tokens=0.3), 4, step=2, seed=1)
+
+
+def test_continuation() -> None:
+    cuts = set()
+    for s in made(continuation=1.0):
+        assert s.context + s.target in TEXTS and s.context and s.target and s.target_inputs is None
+        cuts.add(len(s.context) / len(s.context + s.target))
+    assert len(cuts) > 5 and min(cuts) < 0.4 and max(cuts) > 0.6
+
+
+def test_reconstruction() -> None:
+    dropped = total = 0
+    for s in made(reconstruction=1.0):
+        assert s.context == s.target and s.target_inputs is not None
+        assert all(fed in (token, DROP) for fed, token in zip(s.target_inputs, s.target, strict=True))
+        dropped += s.target_inputs.count(DROP)
+        total += len(s.target)
+    assert 0.2 < dropped / total < 0.4
+
+
+def test_pairs_go_both_ways() -> None:
+    seen = {(s.context, s.target) for s in made(pair=1.0)}
+    assert seen == {*PAIRS, *((d, q) for q, d in PAIRS)}
+
+
+def test_mixture_and_repeatability() -> None:
+    batch = made(continuation=1.0, reconstruction=1.0)
+    share = sum(s.target_inputs is not None for s in batch) / len(batch)
+    assert 0.25 < share < 0.75
+    assert batch == made(continuation=1.0, reconstruction=1.0)
+
+
+def test_none_is_the_text_alone() -> None:
+    data = LearnData(TEXTS, PAIRS, DROP)
+    learn = dataclasses.replace(LearnConfig(batch_texts=40), bottleneck="none")
+    batch = data.batch(learn, 4, step=0, seed=1)
+    assert sorted(s.context for s in batch) == TEXTS
+    assert all(s.bottleneck == 0 and not s.target for s in batch)
+
+
+def test_pieces() -> None:
+    assert pieces([(1, 2, 3, 4, 5), (6,), ()], 2) == [(1, 2), (3, 4)]
