@@ -33,14 +33,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ head.T).float()
-            log_normalizer = torch.logsumexp(logits, dim=1)
-            losses[part] = log_normalizer - logits.gather(1, labels[part, None])[:, 0]
+            label, weight = labels[part, None], weights[part, None]
+            label_logit, top = logits.gather(1, label), logits.amax(1, keepdim=True)
+            exponentials = logits.sub_(top).exp_()
+            normalizer = exponentials.sum(1, keepdim=True)
+            losses[part] = (normalizer.log() + top - label_logit)[:, 0]
             if grad_hidden is None or grad_head is None:
                 continue
             # d loss / d logits = weight * (softmax - one_hot), built in place
-            grad = logits.sub_(log_normalizer[:, None]).exp_()
-            grad.scatter_add_(1, labels[part, None], torch.full_like(grad[:, :1], -1.0))
-            low = grad.mul_(weights[part, None]).to(head.dtype)
+            low = exponentials.mul_(weight / normalizer).scatter_add_(1, label, -weight).to(head.dtype)
             torch.mm(low, head, out=grad_hidden[part])
             grad_head += low.T @ hidden[part]
         if with_grad:
@@ -57,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk: int = 512
+    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of ``-log softmax(hidden @ head.T)[labels]``.
 

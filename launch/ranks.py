@@ -14,12 +14,6 @@ from typing import IO
 
 from lbr_dist.errors import LaunchError
 
-# A CPU rank frees and takes the same gigabytes at each step. Kept in the heap, in huge pages, they are not mapped
-# and cleared anew by the kernel each time: a step of the demo takes 0.8 to 0.9 of its time (benchmarks/malloc.md).
-GLIBC_TUNABLES = ":".join(
-    f"glibc.malloc.{name}"
-    for name in ("hugetlb=1", "mmap_max=0", "arena_max=1", "trim_threshold=17179869184", "top_pad=67108864")
-)
 USER_ERROR = 2  # a rank's exit code for an `LbrError`, whose message it has printed
 GRACE_SECONDS = 10.0
 TAIL_LINES = 25
@@ -65,7 +59,6 @@ def run_stage(stage: str, config_path: Path, ranks: int, log_folder: Path) -> No
                     "WORLD_SIZE": str(ranks),
                     "LOCAL_WORLD_SIZE": str(ranks),
                     "LBR_RENDEZVOUS": f"file://{folder}/rendezvous",
-                    "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", GLIBC_TUNABLES),
                     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))),
                 }
                 log = None if rank == 0 else (log_folder / f"rank-{rank}.log").open("wb")

@@ -66,9 +66,8 @@ def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> 
 def sharded_init(engine: EngineConfig, dtype: str) -> AbstractContextManager[None]:
     """Modules built inside are sharded as they are built, so that no rank ever holds the whole model."""
     config = deepspeed_config(engine, dtype, max_grad_norm=0.0)
-    context: AbstractContextManager[None] = _deepspeed().zero.Init(
-        config_dict_or_path=config, dtype=getattr(torch, dtype)
-    )
+    # The type comes from the config: given as an argument it is taken for bfloat16 on machines without fp16.
+    context: AbstractContextManager[None] = _deepspeed().zero.Init(config_dict_or_path=config)
     return context
 
 

@@ -23,12 +23,17 @@ def test_cross_entropy(tokens: int, chunk: int, dtype: torch.dtype) -> None:
     truth = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="none")
     true_grads = torch.autograd.grad(3.0 * (truth * weights).sum(), exact)
     # the same precision by plain PyTorch: our error is at most twice its error, and rounding of the last place
-    plain, plain_losses = reference_cross_entropy(hidden.detach(), head.detach(), labels, weights)
-    assert_close(losses, plain_losses, truth.detach(), dtype)
-    assert_close(loss.detach(), plain, (truth * weights).sum().detach(), dtype)
-    for ours, expected in zip(grads, true_grads, strict=True):
+    plain_losses = torch.nn.functional.cross_entropy((hidden @ head.T).float(), labels, reduction="none")
+    plain = (plain_losses * weights).sum()
+    plain_grads = torch.autograd.grad(3.0 * plain, (hidden, head))
+    assert_close(losses, plain_losses.detach(), truth.detach(), dtype)
+    assert_close(loss.detach(), plain.detach(), (truth * weights).sum().detach(), dtype)
+    for ours, same, expected in zip(grads, plain_grads, true_grads, strict=True):
         assert ours.dtype == dtype
-        assert_close(ours, expected.to(dtype), expected, dtype)
+        assert_close(ours, same, expected, dtype)
+    reference, reference_losses = reference_cross_entropy(hidden.double(), head.double(), labels, weights)
+    torch.testing.assert_close(reference.double(), (truth * weights).sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reference_losses.double(), truth.detach(), rtol=1e-5, atol=1e-5)
 
 
 def assert_close(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
