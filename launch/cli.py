@@ -117,7 +117,8 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     from lbr_dist.config import EvaluateConfig
-    from lbr_dist.evaluate import TestSet, evaluate_folder, table
+    from lbr_dist.errors import ConfigError
+    from lbr_dist.evaluate import TestSet, evaluate_folders, table
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.model.tokens import EmbeddingSettings
 
@@ -125,7 +126,13 @@ def evaluate(args: argparse.Namespace) -> None:
     test = TestSet.read(args.pairs, args.documents)
     settings = EvaluateConfig(bm25_tokens=args.bm25_tokens, row_tokens=args.row_tokens, chunk_tokens=args.chunk_tokens)
     plain = EmbeddingSettings(args.pooling, query_prompt=args.query_prompt)
-    metrics = evaluate_folder(args.model, test, settings, plain, 0, args.out, _say)
+    folders = {"model": args.model}
+    for beside in args.beside:
+        name, equals, folder = beside.partition("=")
+        if not (name.isidentifier() and equals and folder) or name in ("bm25", *folders):
+            raise ConfigError(f"--beside: found {beside!r}, expected NAME=FOLDER with a name not used yet.")
+        folders[name] = Path(folder)
+    metrics = evaluate_folders(folders, test, settings, plain, 0, args.out, _say)
     _say(table(metrics["systems"], NAMES))
     _say(f"\nwritten to {args.out}")
 
@@ -208,6 +215,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--pairs", type=Path, required=True, help="held-out pairs")
     sub.add_argument("--documents", type=Path, required=True, help="the collection that is searched")
     sub.add_argument("--out", type=Path, required=True, help="folder for metrics.json and the TREC files")
+    sub.add_argument(
+        "--beside", action="append", default=[], metavar="NAME=FOLDER", help="another model to score, e.g. the base"
+    )
     sub.add_argument("--pooling", choices=("mean", "last"), default="mean", help="for a bare causal LM")
     sub.add_argument("--query-prompt", default="", help="for a bare causal LM")
     sub.add_argument("--bm25-tokens", choices=("words", "characters"), default="words")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from lbr_dist.errors import LaunchError
+from lbr_dist.launch.preflight import count_gpus
 
 USER_ERROR = 2  # a rank's exit code for an `LbrError`, whose message it has printed
 GRACE_SECONDS = 10.0
@@ -21,6 +23,17 @@ TAIL_LINES = 25
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the launcher is killed
+
+
+def _allocator() -> dict[str, str]:
+    """On a CPU, preload tcmalloc where the system has it: it keeps the gigabytes that each step frees and takes again.
+
+    glibc gives them back to the kernel, which clears every page anew: a quarter of a step's time.
+    """
+    library = ctypes.util.find_library("tcmalloc_minimal")
+    if count_gpus() or library is None or "LD_PRELOAD" in os.environ:
+        return {}
+    return {"LD_PRELOAD": library}
 
 
 def _tail(path: Path) -> str:
@@ -48,19 +61,24 @@ def run_stage(stage: str, config_path: Path, ranks: int, log_folder: Path) -> No
     """
     log_folder.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
+    allocator = _allocator()
     processes: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="lbr-") as folder:
         try:
             for rank in range(ranks):
-                environment = os.environ | {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "LOCAL_WORLD_SIZE": str(ranks),
-                    "LBR_RENDEZVOUS": f"file://{folder}/rendezvous",
-                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))),
-                }
+                environment = (
+                    os.environ
+                    | allocator
+                    | {
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(ranks),
+                        "LOCAL_WORLD_SIZE": str(ranks),
+                        "LBR_RENDEZVOUS": f"file://{folder}/rendezvous",
+                        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))),
+                    }
+                )
                 log = None if rank == 0 else (log_folder / f"rank-{rank}.log").open("wb")
                 if log is not None:
                     logs.append(log)

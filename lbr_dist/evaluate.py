@@ -182,16 +182,14 @@ def evaluate_run(config: RunConfig, say: Say = print) -> dict[str, Any]:
     metrics["seconds"] = round(metrics["seconds"] + time.perf_counter() - began, 1)
     folder = config.report_path
     folder.mkdir(parents=True, exist_ok=True)
-    for name, run in runs.items():
-        write_trec_run(folder / f"{name}.run", run, name)
-    write_qrels(folder / "test.qrels", test.qrels)
+    _write_runs(folder, runs, test)
     write_atomic(folder / "examples.json", json.dumps(examples(runs, test, config.evaluate.examples), indent=1) + "\n")
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def evaluate_folder(
-    folder: Path,
+def evaluate_folders(
+    folders: Mapping[str, Path],
     test: TestSet,
     evaluate: EvaluateConfig,
     settings: EmbeddingSettings | None,
@@ -199,25 +197,39 @@ def evaluate_folder(
     out: Path,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Score one model folder beside BM25; writes `metrics.json` and the TREC files to `out`."""
-    runs = {
-        "bm25": search_bm25(test, evaluate.bm25_tokens),
-        "model": search_model(test, folder, evaluate, settings, say),
-    }
-    systems, comparisons = score(runs, test, evaluate.bootstrap, seed, "model")
+    """Score model folders beside BM25; writes `metrics.json` and the TREC files to `out`.
+
+    Args:
+        folders: name to folder; the first one is compared with the others.
+        test: queries and documents.
+        evaluate: BM25's tokens, row and chunk sizes, resamples.
+        settings: for causal LMs that have none of their own.
+        seed: of the bootstrap.
+        out: folder for the results.
+        say: told how far the encoding is.
+    """
+    runs = {"bm25": search_bm25(test, evaluate.bm25_tokens)}
+    for name, folder in folders.items():
+        say(f"evaluate: {name}, {len(test.documents):,} documents and {len(test.queries):,} queries")
+        runs[name] = search_model(test, folder, evaluate, settings, say)
+    systems, comparisons = score(runs, test, evaluate.bootstrap, seed, next(iter(folders)))
     metrics = {
-        "model": str(folder),
+        "models": {name: str(folder) for name, folder in folders.items()},
         "num_queries": len(test.queries),
         "num_documents": len(test.documents),
         "systems": systems,
         "comparisons": comparisons,
     }
     out.mkdir(parents=True, exist_ok=True)
-    for name, run in runs.items():
-        write_trec_run(out / f"{name}.run", run, name)
-    write_qrels(out / "test.qrels", test.qrels)
+    _write_runs(out, runs, test)
     write_atomic(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def _write_runs(folder: Path, runs: Mapping[str, Run], test: TestSet) -> None:
+    for name, run in runs.items():
+        write_trec_run(folder / f"{name}.run", run, name)
+    write_qrels(folder / "test.qrels", test.qrels)
 
 
 def table(systems: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:

@@ -17,15 +17,15 @@ from lbr_dist.config import (
 )
 
 
-def tiny_run(run_dir: Path, model: Path, data: Path, **sections: Any) -> RunConfig:
+def tiny_run(run_dir: Path, base: Path, files: Path, **sections: Any) -> RunConfig:
     """Both stages in a few steps, float32; `sections` replace whole sections."""
     optimizer = OptimizerConfig(lr=3e-3)
     defaults: dict[str, Any] = {
-        "model": ModelConfig(base=str(model), bottleneck_tokens=4, dtype="float32"),
+        "model": ModelConfig(base=str(base), bottleneck_tokens=4, dtype="float32"),
         "data": DataConfig(
-            corpus=str(data / "corpus.jsonl"),
-            train=str(data / "train.jsonl"),
-            test=str(data / "test.jsonl"),
+            corpus=str(files / "corpus.jsonl"),
+            train=str(files / "train.jsonl"),
+            test=str(files / "test.jsonl"),
             query_prompt="find: ",
             max_query_tokens=24,
             max_document_tokens=48,

@@ -105,11 +105,13 @@ def test_encode_and_evaluate(finished: tuple[Path, Path, str], tiny_data: Path, 
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "v.ids").read_text().splitlines()) == 96
     pairs, documents = str(tiny_data / "test.jsonl"), str(tiny_data / "corpus.jsonl")
-    done = lbr("evaluate", model, "--pairs", pairs, "--documents", documents, "--out", str(tmp_path / "e"))
+    beside = ("--beside", f"learn={finished[1] / 'learn' / 'export'}")
+    done = lbr("evaluate", model, "--pairs", pairs, "--documents", documents, "--out", str(tmp_path / "e"), *beside)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "e" / "metrics.json").read_text())["systems"]["model"]["ndcg@10"]
-    expected = json.loads((finished[1] / "report" / "metrics.json").read_text())["systems"]["lbr"]["ndcg@10"]
-    assert found == pytest.approx(expected, abs=1e-6)
+    found = json.loads((tmp_path / "e" / "metrics.json").read_text())["systems"]
+    expected = json.loads((finished[1] / "report" / "metrics.json").read_text())["systems"]
+    for ours, theirs in (("model", "lbr"), ("learn", "learn"), ("bm25", "bm25")):
+        assert found[ours]["ndcg@10"] == pytest.approx(expected[theirs]["ndcg@10"], abs=1e-6)
 
 
 def test_a_killed_rank_takes_the_run_down_and_it_resumes(
