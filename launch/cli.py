@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -16,14 +15,6 @@ from lbr_dist.errors import LbrError
 
 if TYPE_CHECKING:
     from lbr_dist.config import RunConfig
-
-NAMES = {
-    "bm25": "BM25",
-    "base": "base model, untouched",
-    "learn": "after learn alone (no labelled pair seen)",
-    "lbr": "LBR: learn, then represent",
-    "model": "model",
-}
 
 
 def _say(message: str) -> None:
@@ -99,17 +90,14 @@ def run(args: argparse.Namespace) -> None:
     if config.data.test is None:
         _say(f"model: {config.model_path} (no data.test, so nothing is evaluated)")
         return
-    from lbr_dist.evaluate import evaluate_run, table
-    from lbr_dist.launch.worker import quiet_libraries
-    from lbr_dist.report import write_report
+    if "RANK" in os.environ:
+        from lbr_dist.launch.worker import evaluate as evaluate_here
 
-    quiet_libraries()
-    metrics = evaluate_run(config, _say)
-    examples = json.loads((config.report_path / "examples.json").read_text(encoding="utf-8"))
-    page = write_report(config.run_path, metrics, examples)
-    _say(f"\n{metrics['num_queries']} held-out queries, {metrics['num_documents']:,} documents\n")
-    _say(table(metrics["systems"], NAMES))
-    _say(f"\nmodel   {config.model_path}\nreport  {page}")
+        evaluate_here(config)
+        return
+    from lbr_dist.launch.ranks import run_stage
+
+    run_stage("evaluate", config.run_path / "config.yaml", 1, config.report_path)
 
 
 # ---- models and data ------------------------------------------------------------------------------------------
@@ -133,7 +121,7 @@ def evaluate(args: argparse.Namespace) -> None:
             raise ConfigError(f"--beside: found {beside!r}, expected NAME=FOLDER with a name not used yet.")
         folders[name] = Path(folder)
     metrics = evaluate_folders(folders, test, settings, plain, 0, args.out, _say)
-    _say(table(metrics["systems"], NAMES))
+    _say(table(metrics["systems"]))
     _say(f"\nwritten to {args.out}")
 
 

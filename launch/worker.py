@@ -1,7 +1,8 @@
-"""One rank of a stage: `python -m lbr_dist.launch.worker learn runs/NAME/config.yaml`."""
+"""One process of a run: `python -m lbr_dist.launch.worker learn runs/NAME/config.yaml`."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import warnings
@@ -43,10 +44,28 @@ def run_stages(config: RunConfig, stages: tuple[str, ...]) -> bool:
     return ranks.is_first
 
 
+def evaluate(config: RunConfig) -> None:
+    """Score a finished run in this process, write the report and print the table."""
+    from lbr_dist.evaluate import evaluate_run, table
+    from lbr_dist.report import write_report
+
+    quiet_libraries()
+    metrics = evaluate_run(config, lambda message: print(message, flush=True))
+    examples = json.loads((config.report_path / "examples.json").read_text(encoding="utf-8"))
+    page = write_report(config.run_path, metrics, examples)
+    print(f"\n{metrics['num_queries']} held-out queries, {metrics['num_documents']:,} documents\n")
+    print(table(metrics["systems"]))
+    print(f"\nmodel   {config.model_path}\nreport  {page}", flush=True)
+
+
 def main() -> int:
     stage, path = sys.argv[1:]
     try:
-        run_stages(read_config(path), (stage,))
+        config = read_config(path)
+        if stage == "evaluate":
+            evaluate(config)
+        else:
+            run_stages(config, (stage,))
     except LbrError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

@@ -17,6 +17,7 @@ from lbr_dist.checkpoint import write_atomic
 from lbr_dist.config import EvaluateConfig, RunConfig
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
 from lbr_dist.model.tokens import EmbeddingSettings
+from lbr_dist.report import LABELS
 from lbr_dist.retrieval import (
     Run,
     bm25_search,
@@ -232,13 +233,13 @@ def _write_runs(folder: Path, runs: Mapping[str, Run], test: TestSet) -> None:
     write_qrels(folder / "test.qrels", test.qrels)
 
 
-def table(systems: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
+def table(systems: Mapping[str, Mapping[str, Any]]) -> str:
     """The systems' measures as lines of text."""
     measures: Sequence[str] = ("ndcg@10", "recall@10", "recall@100", "mrr@10")
-    width = max(len(names.get(name, name)) for name in systems)
+    width = max(len(LABELS.get(name, name)) for name in systems)
     lines = [" " * width + "".join(f"{m:>12}" for m in measures) + "   95 % interval of nDCG@10"]
     for name, values in systems.items():
         low, high = values["ndcg@10_interval"]
         figures = "".join(f"{values[m]:>12.3f}" for m in measures)
-        lines.append(f"{names.get(name, name):<{width}}{figures}   [{low:.3f}, {high:.3f}]")
+        lines.append(f"{LABELS.get(name, name):<{width}}{figures}   [{low:.3f}, {high:.3f}]")
     return "\n".join(lines)
