@@ -14,6 +14,7 @@ from lbr_dist.config import ModelConfig
 from lbr_dist.data.packing import Sequence as PackedSequence
 from lbr_dist.data.packing import pack
 from lbr_dist.errors import DataError
+from lbr_dist.model.backbone import read_json
 from lbr_dist.model.bottleneck import load_model
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 
@@ -36,7 +37,7 @@ class Encoder:
     Args:
         folder: a model of ours, or any Hugging Face causal LM (mean pooling over the text unless told).
         settings: pooling, prompts and lengths, for a folder that has none of its own.
-        dtype: `bfloat16` or `float32`.
+        dtype: `bfloat16` or `float32`; `auto` is float32 for a folder of float32 weights, else bfloat16.
         row_tokens: texts are packed into rows of this many tokens.
         chunk_tokens: tokens that run at a time.
 
@@ -48,13 +49,15 @@ class Encoder:
         self,
         folder: Path,
         settings: EmbeddingSettings | None = None,
-        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         row_tokens: int = 4096,
         chunk_tokens: int = 32768,
     ) -> None:
         self.settings = EmbeddingSettings.read(folder) or settings or EmbeddingSettings("mean")
         self.row_tokens, self.chunk_tokens = row_tokens, chunk_tokens
         self.tokenizer = TextTokenizer(folder)
+        if dtype == "auto":
+            dtype = "float32" if read_json(folder / "config.json").get("dtype") == "float32" else "bfloat16"
         k = len(self.settings.bottleneck_ids)
         config = ModelConfig(base=str(folder), bottleneck_tokens=k, dtype=dtype)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

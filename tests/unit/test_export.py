@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from lbr_dist import distributed, export
-from lbr_dist.config import ModelConfig, RepresentConfig, RunConfig
+from lbr_dist.config import LearnConfig, ModelConfig, RepresentConfig, RunConfig
 from lbr_dist.data.packing import Sequence, pack
 from lbr_dist.encode import Encoder, open_encoder, write_vectors
 from lbr_dist.errors import DataError
@@ -31,7 +31,8 @@ def exported(base: Path, data: Path, folder: Path, pooling: str) -> tuple[Path, 
     k = 4 if pooling.startswith("bottleneck") else 0
     represent = RepresentConfig(pooling=pooling, row_tokens=96, chunk_tokens=96)  # type: ignore[arg-type]
     model_config = ModelConfig(base=str(base), bottleneck_tokens=k, dtype="float32")
-    config = tiny_run(folder, base, data, model=model_config, represent=represent)
+    learn = LearnConfig(bottleneck="mask" if k else "none")
+    config = tiny_run(folder, base, data, model=model_config, learn=learn, represent=represent)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_query_tokens=40))
     ranks = distributed.start()
     tokenizer = TextTokenizer(base)
