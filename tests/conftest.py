@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
 from tests import tiny
 from tests.ranks import RankPool
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # one suite for every machine: the tests run on the CPU unless GPU tests are asked for by name
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

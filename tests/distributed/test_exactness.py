@@ -78,6 +78,21 @@ def test_learn_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_p
         assert len(result["reduced"]) == len(expected), "a gradient was never reduced"
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gemma3_text"])
+def test_every_family(two_ranks: RankPool, tiny_data: Path, tmp_path: Path, family: str) -> None:
+    """Sharded loading and stage 1's gradient for the other families; qwen2 with an LM head of its own."""
+    base = tiny.write_model(tmp_path / "base", family, tied=family != "qwen2")
+    config = tiny_run(tmp_path, base, tiny_data)
+    model, tokenizer = single.model_of(config)
+    # within the sliding window of the families that have one, which the single-process truth does not know
+    sequences = [Sequence(s.context[:5], 4, s.target[:5]) for s in learn_batch(tokenizer, config.learn, 4)]
+    loss = single.learn_loss(model, sequences, tokenizer.sink_id, "mask", 1.0)
+    expected = single.gradients(model, loss)
+    for result in two_ranks.run(on_ranks.learn_gradients, config=config, sequences=sequences):
+        assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_same(result["gradients"], expected)
+
+
 @pytest.mark.parametrize("pooling", ["bottleneck_last", "bottleneck_mean", "mean"])
 def test_represent_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, pooling: str) -> None:
     # 11 queries with one hard negative each, on up to 4 ranks: uneven shares and uneven numbers of chunks
