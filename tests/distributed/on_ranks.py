@@ -76,8 +76,20 @@ def represent_gradients(ranks: Ranks, config: RunConfig, batch: PairBatch) -> di
     engine.train()
     reduced = _count_reductions(engine)
     k = config.model.bottleneck_tokens
-    values = represent.accumulate_step(engine, batch, k, config.represent, tokenizer.sink_id, ranks)
-    result = {"values": values, "gradients": _gradients(engine), "reduced": reduced}
+    filled: list[int] = []
+    original = represent.rank_chunks
+
+    def counted(*args: Any) -> Any:
+        chunks = original(*args)
+        filled.append(sum(len(chunk.spans) > 0 for chunk in chunks))
+        return chunks
+
+    represent.rank_chunks = counted
+    try:
+        values = represent.accumulate_step(engine, batch, k, config.represent, tokenizer.sink_id, ranks)
+    finally:
+        represent.rank_chunks = original
+    result = {"values": values, "gradients": _gradients(engine), "reduced": reduced, "filled": filled[0]}
     engine.close()
     return result
 

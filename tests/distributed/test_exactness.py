@@ -95,12 +95,12 @@ def test_every_family(two_ranks: RankPool, tiny_data: Path, tmp_path: Path, fami
 
 @pytest.mark.parametrize("pooling", ["bottleneck_last", "bottleneck_mean", "mean"])
 def test_represent_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, pooling: str) -> None:
-    # 11 queries with one hard negative each, on up to 4 ranks: uneven shares and uneven numbers of chunks
+    # 11 queries with one hard negative each, on up to 4 ranks: uneven shares, and at 2 and 4 uneven numbers of chunks
     represent = RepresentConfig(
         batch_pairs=11,
         hard_negatives=1,
-        row_tokens=96,
-        chunk_tokens=96,
+        row_tokens=64,
+        chunk_tokens=64,
         pooling=pooling,  # type: ignore[arg-type]
     )
     config = tiny_run(tmp_path, tiny_model, tiny_data, represent=represent)
@@ -109,7 +109,12 @@ def test_represent_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, t
     assert batch.masked.shape == (11, len(batch.documents))
     loss = single.represent_loss(model, batch, tokenizer.sink_id, represent.temperature, pooling)
     expected = single.gradients(model, loss)
-    for result in pool.run(on_ranks.represent_gradients, config=config, batch=batch):
+    results = pool.run(on_ranks.represent_gradients, config=config, batch=batch)
+    filled = [result["filled"] for result in results]
+    assert max(filled) > 1, "one chunk alone has no cache to test"
+    if pool.world_size in (2, 4):
+        assert min(filled) < max(filled), "every rank has as many chunks: lockstep is not tested"
+    for result in results:
         assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
         # the text's own states come before the bottleneck, which they never see
         assert_same(result["gradients"], expected, without=("bottleneck",) if pooling == "mean" else ())
