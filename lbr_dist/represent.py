@@ -148,7 +148,7 @@ def accumulate_step(
         (loss / len(batch.queries)).backward()  # type: ignore[no-untyped-call]
         assert queries.grad is not None and documents.grad is not None
         gradient = torch.cat([queries.grad, reduce_rows(documents.grad, document_counts, ranks.rank)])
-        results.extend(total([float(loss), float(correct)], ranks.device))
+        results.extend(total([float(loss.detach()), float(correct)], ranks.device))
         return list(gradient[order].split([len(r) for r in representations]))
 
     forward_backward(engine, chunks, build_cache, pooling=settings.pooling)
