@@ -14,9 +14,9 @@ from torch import Tensor
 SINK, CONTEXT, BOTTLENECK, TARGET = range(4)
 """Roles of a token within its sequence."""
 
-# On a CPU, SDPA's backward costs three to four times the plain matrix products for rows up to this long
-# (benchmarks/attention_cpu.py).
-DENSE_ROW_TOKENS = 192
+# On a CPU, SDPA with a mask takes 1.3 to 2.5 times as long as the plain matrix products, forward and backward, for
+# rows up to this long (benchmarks/attention_cpu.py).
+DENSE_ROW_TOKENS = 512
 
 
 def bottleneck_mask(segment_ids: Tensor, roles: Tensor, sliding_window: int | None = None) -> Tensor:

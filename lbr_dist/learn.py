@@ -16,12 +16,11 @@ from lbr_dist.data.packing import PackedRows, Sequence, assign_rows, pack
 from lbr_dist.data.records import read_corpus, read_pairs
 from lbr_dist.data.targets import LearnData, pieces
 from lbr_dist.distributed import Ranks, total
-from lbr_dist.engine import Engine, sharded_init
+from lbr_dist.engine import Engine
 from lbr_dist.errors import DataError
 from lbr_dist.export import export
-from lbr_dist.model.bottleneck import load_model
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
-from lbr_dist.trainer import train, write_summary
+from lbr_dist.trainer import load_engine, train, write_summary
 
 
 def load_data(config: RunConfig, tokenizer: TextTokenizer) -> LearnData:
@@ -102,9 +101,7 @@ def learn(config: RunConfig, ranks: Ranks) -> None:
     base = Path(config.model.base)
     tokenizer = TextTokenizer(base)
     data = load_data(config, tokenizer)
-    sharding = sharded_init(config.engine, config.model.dtype)
-    model = load_model(config.model, base, tokenizer, config.seed, sharding)
-    engine = Engine(model, config.engine, config.learn.optimizer, config.model.dtype, fast=model.fast_parameters)
+    engine, model = load_engine(config, base, tokenizer, config.learn.optimizer)
 
     def run_step(step: int) -> dict[str, float]:
         sequences = data.batch(config.learn, config.model.bottleneck_tokens, step, config.seed)

@@ -21,14 +21,13 @@ from lbr_dist.data import sampler
 from lbr_dist.data.packing import PackedRows, Sequence, pack
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
 from lbr_dist.distributed import Ranks, gather_rows, largest, reduce_rows, share, total
-from lbr_dist.engine import Engine, sharded_init
+from lbr_dist.engine import Engine
 from lbr_dist.errors import DataError
 from lbr_dist.export import export
 from lbr_dist.grad_cache import forward_backward
 from lbr_dist.kernels.infonce import info_nce
-from lbr_dist.model.bottleneck import load_model
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
-from lbr_dist.trainer import train, write_summary
+from lbr_dist.trainer import load_engine, train, write_summary
 
 Tokens = tuple[int, ...]
 
@@ -166,9 +165,7 @@ def represent(config: RunConfig, ranks: Ranks) -> None:
     base = config.learn_export if config.learn.steps else Path(config.model.base)
     tokenizer = TextTokenizer(base)
     data = load_data(config, tokenizer)
-    sharding = sharded_init(config.engine, config.model.dtype)
-    model = load_model(config.model, base, tokenizer, config.seed, sharding)
-    engine = Engine(model, config.engine, config.represent.optimizer, config.model.dtype, fast=model.fast_parameters)
+    engine, model = load_engine(config, base, tokenizer, config.represent.optimizer)
 
     def run_step(step: int) -> dict[str, float]:
         batch = data.batch(config.represent, step, config.seed)

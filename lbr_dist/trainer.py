@@ -1,4 +1,4 @@
-"""The loop that both stages share: step, log, checkpoint, and a summary at the end."""
+"""What both stages share: the engine around their model, and the loop of steps, log, checkpoints and summary."""
 
 from __future__ import annotations
 
@@ -14,11 +14,22 @@ from typing import Literal
 from lbr_dist import checkpoint
 from lbr_dist.config import OptimizerConfig, RunConfig
 from lbr_dist.distributed import Ranks, total
-from lbr_dist.engine import Engine
+from lbr_dist.engine import Engine, sharded_init
 from lbr_dist.metrics import MetricsLog
+from lbr_dist.model.bottleneck import LBRModel, load_model
+from lbr_dist.model.tokens import TextTokenizer
 
 SUMMARY = "summary.json"
 Stage = Literal["learn", "represent"]
+
+
+def load_engine(
+    config: RunConfig, folder: Path, tokenizer: TextTokenizer, optimizer: OptimizerConfig
+) -> tuple[Engine, LBRModel]:
+    """The model of `folder`, sharded as it is built, under the engine; the bottleneck at its own learning rate."""
+    sharding = sharded_init(config.engine, config.model.dtype)
+    model = load_model(config.model, folder, tokenizer, config.seed, sharding)
+    return Engine(model, config.engine, optimizer, config.model.dtype, fast=model.fast_parameters), model
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:

@@ -12,18 +12,16 @@ from lbr_dist import learn, represent
 from lbr_dist.config import RunConfig
 from lbr_dist.data.packing import Sequence
 from lbr_dist.distributed import Ranks, gather_rows, reduce_rows
-from lbr_dist.engine import Engine, full_shape, sharded_init, whole
-from lbr_dist.model.bottleneck import load_model
+from lbr_dist.engine import Engine, full_shape, whole
 from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.represent import PairBatch
+from lbr_dist.trainer import load_engine
 
 
 def _engine(config: RunConfig) -> tuple[Engine, TextTokenizer]:
     tokenizer = TextTokenizer(Path(config.model.base))
-    sharding = sharded_init(config.engine, config.model.dtype)
-    model = load_model(config.model, Path(config.model.base), tokenizer, config.seed, sharding)
-    optimizer = config.learn.optimizer
-    return Engine(model, config.engine, optimizer, config.model.dtype, model.fast_parameters), tokenizer
+    engine, _ = load_engine(config, Path(config.model.base), tokenizer, config.learn.optimizer)
+    return engine, tokenizer
 
 
 def weights(ranks: Ranks, config: RunConfig) -> dict[str, Any]:
