@@ -239,6 +239,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LbrError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Name a path that can be read and written.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the run goes on from its last checkpoint when started again", file=sys.stderr)
         return 130

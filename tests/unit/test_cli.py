@@ -169,6 +169,12 @@ def test_bad_files(name: str, run: tuple[Path, RunConfig], capsys: pytest.Captur
     assert not (config.run_path / "learn").exists()
 
 
+def test_a_path_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "error: /proc/nowhere: No such file or directory" in message(
+        capsys, "data", "medical", "--out", "/proc/nowhere"
+    )
+
+
 def test_too_many_ranks(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
     assert "--ranks: found 1000" in message(capsys, "run", str(run[0]), "--ranks", "1000")
     assert not run[1].run_path.exists()
