@@ -75,6 +75,7 @@ def check_data(config: RunConfig) -> None:
     """
     data = config.data
     corpus = read_corpus(data.corpus)
+    # a few long texts make many pieces, which only the tokenizer can count: stage 1 checks those itself
     if config.learn.steps and len(corpus) < config.learn.batch_texts and sum(map(len, corpus.values())) < 2**20:
         raise DataError(
             f"{data.corpus}: found {len(corpus)} texts, learn.batch_texts is {config.learn.batch_texts}. "

@@ -44,7 +44,7 @@ def _causal(tokens: int) -> Tensor:
 
 
 def learn_loss(model: LBRModel, sequences: list[Sequence], sink: int, form: str, text_weight: float) -> Tensor:
-    """L_learn of a batch, as METHOD writes it."""
+    """L_learn of a batch, as the head of lbr_dist/learn.py writes it."""
     embed, head = model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings()
     text: list[Tensor] = []
     target: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Rows hold every sequence once, with the positions, labels and roles of METHOD's definition."""
+"""Rows hold every sequence once, with the positions, labels and roles of the definition in data/packing.py."""
 
 from __future__ import annotations
 
