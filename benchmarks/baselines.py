@@ -9,19 +9,16 @@ Each system is a run folder below `--out`; a finished one is not run again. Appe
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from measure import record
+
 from lbr_dist.retrieval import paired_bootstrap, per_query_values
 
-RESULTS = Path(__file__).parent / "results" / "baselines.jsonl"
 NO_TOKENS = ("--model.bottleneck_tokens=0", "--learn.bottleneck=none")
 
 SYSTEMS: dict[str, tuple[str, ...]] = {
@@ -33,17 +30,6 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "lbr_mask": ("--learn.bottleneck=mask",),
     "lbr_reinject": ("--learn.bottleneck=reinject",),
 }
-
-
-def machine() -> dict[str, Any]:
-    """Hardware, versions and date of a result."""
-    names = ("torch", "deepspeed", "transformers")
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), **versions, "date": str(datetime.date.today())}
 
 
 def read_run(path: Path) -> dict[str, list[tuple[str, float]]]:
@@ -71,7 +57,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
         for system in args.systems:
@@ -88,8 +73,7 @@ def main() -> None:
             }
             row = {"system": system, "seed": seed, **figures, "seconds": metrics["seconds"]}
             rows.append(row | {"values": values["ndcg@10"]})
-            with RESULTS.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"config": str(args.config), **row, **machine()}) + "\n")
+            record("baselines", {"config": str(args.config), **row})
     print(f"\n{'system':<26}{'seed':>5}{'nDCG@10':>10}{'recall@10':>11}   lbr_mask minus it, same seed (95 % interval)")
     for row in rows:
         ours = next((r for r in rows if r["system"] == "lbr_mask" and r["seed"] == row["seed"]), None)

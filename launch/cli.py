@@ -112,7 +112,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     quiet_libraries()
     test = TestSet.read(args.pairs, args.documents)
-    settings = EvaluateConfig(bm25_tokens=args.bm25_tokens, row_tokens=args.row_tokens, chunk_tokens=args.chunk_tokens)
+    settings = EvaluateConfig(bm25_tokens=args.bm25_tokens, chunk_tokens=args.chunk_tokens)
     plain = EmbeddingSettings(args.pooling, query_prompt=args.query_prompt)
     folders = {"model": args.model}
     for beside in args.beside:
@@ -132,7 +132,7 @@ def encode(args: argparse.Namespace) -> None:
 
     quiet_libraries()
     texts = read_corpus(args.input)
-    encoder = open_encoder(args.model, None, args.row_tokens, args.chunk_tokens)
+    encoder = open_encoder(args.model, None, args.chunk_tokens)
     last = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -195,7 +195,6 @@ def _parser() -> argparse.ArgumentParser:
     command("config", config, "Print every key of a config with its default and meaning.")
 
     def encoding(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--row-tokens", type=int, default=512, help="texts are packed into rows of this many tokens")
         sub.add_argument("--chunk-tokens", type=int, default=8192, help="tokens that run at a time")
 
     sub = command("evaluate", evaluate, "Score a model folder on held-out pairs, beside BM25.")

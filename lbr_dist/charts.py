@@ -9,11 +9,15 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 # stand-in -> CSS variable of the page; the values only have to differ from one another
 _STAND_INS = {
@@ -25,9 +29,10 @@ _STAND_INS = {
     "#060606": "--learn",
     "#070707": "--lbr",
     "#080808": "--other",
+    "#090909": "--warn",
 }
 _COLOUR = {variable: stand_in for stand_in, variable in _STAND_INS.items()}
-_INK, _MUTED, _RULE = (_COLOUR[name] for name in ("--ink", "--muted", "--rule"))
+_INK, _MUTED, _RULE, _WARN = (_COLOUR[name] for name in ("--ink", "--muted", "--rule", "--warn"))
 
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
@@ -91,8 +96,24 @@ def _said(interval: Sequence[float] | None) -> str:
     return f", 95 % interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
 
 
-def training_curve(steps: Sequence[int], values: Sequence[float], title: str, system: str, prefix: str) -> str:
-    """One quantity over the steps: what was measured, faint, under its running mean."""
+def training_curve(
+    steps: Sequence[int],
+    values: Sequence[float],
+    title: str,
+    system: str,
+    prefix: str,
+    marked: Sequence[int] = (),
+) -> str:
+    """One quantity over the steps: what was measured, faint, under its running mean.
+
+    Args:
+        steps: where it was measured, rising.
+        values: one a step, all finite.
+        title: what is read out in place of the picture, with the first and the last value.
+        system: whose colour the line has.
+        prefix: put before every id inside the picture, to keep ids unique in the page.
+        marked: steps that get a tick along the bottom.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(350 / 72, 190 / 72))
         axes = figure.add_axes((46 / 350, 28 / 190, 1 - 58 / 350, 1 - 36 / 190))
@@ -103,15 +124,163 @@ def training_curve(steps: Sequence[int], values: Sequence[float], title: str, sy
         axes.plot(thin_steps, thin_values, color=colour, linewidth=1, alpha=0.35 if many else 1, marker=marker)
         if many:
             axes.plot(thin_steps, _running_mean(thin_values), color=colour, linewidth=2.2)
-        axes.locator_params(axis="y", nbins=4)
-        axes.locator_params(axis="x", nbins=5, integer=True)
-        axes.grid(axis="y", color=_RULE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "left", "right"]].set_visible(False)
-        axes.tick_params(length=0)
-        axes.margins(x=0.02, y=0.08)
+        first, last = min([*steps, *marked]), max([*steps, *marked])
+        beside = 0.02 * (last - first) or 1
+        axes.set_xlim(first - beside, last + beside)
+        _dress(axes, first, last, thin_values)
         said = f"{title}: from {values[0]:.3g} at step {steps[0]} to {values[-1]:.3g} at step {steps[-1]}."
+        if marked:
+            _tick_along_the_bottom(axes, marked, (last - first) / 100)
+            said += f" Skipped steps marked: {len(marked)}."
         return _svg(figure, said, prefix)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A quantity that is measured now and then, with its name at its end."""
+
+    steps: Sequence[int]
+    """Where it was measured, rising; lines of one picture need not share their steps."""
+
+    values: Sequence[float]
+    """One a step, all finite."""
+
+    name: str
+    """What is read out in place of the line."""
+
+    label: str = ""
+    """Drawn at the line's end, before its last value."""
+
+    emphasis: int = 0
+    """0 for the line that the picture is about; 1 and 2 for what it is held against."""
+
+
+def measured_lines(lines: Sequence[Line], title: str, size: tuple[int, int], label_width: int, prefix: str) -> str:
+    """Lines through what was measured, unsmoothed, each labelled at its end.
+
+    Args:
+        lines: at least one, each with at least one point; the first has the colour of the learn stage.
+        title: what is read out in place of the picture, before each line's name and values.
+        size: drawn width and height, in CSS pixels.
+        label_width: room for the labels, right of the lines, in CSS pixels.
+        prefix: put before every id inside the picture, to keep ids unique in the page.
+    """
+    width, height = size
+    left, bottom, top = 46, 28, 10
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width / 72, height / 72))
+        plot = (width - left - label_width, height - bottom - top)
+        axes = figure.add_axes((left / width, bottom / height, plot[0] / width, plot[1] / height))
+        first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
+        # beside its label, where it is the only point
+        axes.set_xlim(first if first < last else first - 1, last)
+        drawn = [_thinned_between_its_ends(line) for line in lines]
+        _dress(axes, first, last, [value for _, values in drawn for value in values])
+        for line, (steps, values) in zip(lines, drawn, strict=True):
+            colour, thickness, dashes = _EMPHASIS[line.emphasis]
+            marker = "o" if len(values) <= _MOST_DOTS else ""
+            (drawn_line,) = axes.plot(steps, values, color=colour, linewidth=thickness, linestyle=dashes, clip_on=False)
+            drawn_line.set(marker=marker, markersize=3.5 if line.emphasis else 6)
+            if steps[-1] < last:
+                # to its label, where the other lines went on without it
+                axes.plot([steps[-1], last], [values[-1]] * 2, color=_MUTED, linewidth=0.8, alpha=0.5)
+        low, high = axes.get_ylim()
+        pixel = (high - low) / plot[1]
+        beside = axes.get_yaxis_transform()
+        ends = [line.values[-1] for line in lines]
+        for line, end, place in zip(lines, ends, _apart(ends, 16 * pixel, low + 8 * pixel, high), strict=True):
+            if abs(place - end) > 2 * pixel:
+                reach = [1 + pixels / plot[0] for pixels in (3, 11)]
+                axes.plot(reach, [end, place], color=_MUTED, linewidth=0.8, transform=beside, clip_on=False)
+            axes.text(
+                1 + 14 / plot[0],
+                place,
+                f"{line.label} {shown(end)}".strip(),
+                transform=beside,
+                va="center_baseline",
+                fontweight="normal" if line.emphasis else "bold",
+                color=_MUTED if line.emphasis else _INK,
+            )
+        said = "; ".join(f"{line.name} from {shown(line.values[0])} to {shown(line.values[-1])}" for line in lines)
+        return _svg(figure, f"{title}, from step {first} to step {last}: {said}.", prefix)
+
+
+_EMPHASIS: Any = (  # colour, thickness, dashes: told apart without colour too
+    (_COLOUR["--learn"], 2.4, "-"),
+    (_INK, 1.5, (0, (4, 2))),
+    (_MUTED, 1.5, (0, (1.2, 1.6))),
+)
+_MOST_DOTS = 12
+_RUN_AWAY = 1e7
+
+
+def shown(value: float) -> str:
+    """A value with about three digits, in scientific notation only where a perplexity has run away."""
+    size = abs(value)
+    if size >= _RUN_AWAY:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
+
+
+def _dress(axes: Axes, first: int, last: int, values: Sequence[float]) -> None:
+    """Few quiet ticks, whole steps; a flat line stays flat where matplotlib would magnify its noise."""
+    low, high = min(values), max(values)
+    size = max(abs(low), abs(high))
+    lacking = max(0.0, 0.04 * size - (high - low)) or (0.1 if size == 0 else 0.0)
+    room = 0.08 * (high - low) + lacking / 2
+    axes.set_ylim(low - room, high + room)
+    axes.locator_params(axis="y", nbins=5)
+    if first == last:
+        axes.set_xticks([first])
+    else:
+        width = 72 * axes.get_window_extent().width / axes.figure.dpi
+        axes.locator_params(axis="x", nbins=min(5, int(width / 50)), integer=True)
+    axes.ticklabel_format(axis="y", style="plain")
+    if size >= 1000:
+        form = ".0e" if size >= _RUN_AWAY else ",.0f"
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{form}}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.grid(axis="y", color=_RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _tick_along_the_bottom(axes: Axes, steps: Sequence[int], apart: float) -> None:
+    """One path for all ticks, none closer than can be seen: any number of them weighs little."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for step in steps:
+        if not xs or step - xs[-2] >= apart:
+            xs += [step, step, math.nan]
+            ys += [0, 0.07, math.nan]
+    axes.plot(xs, ys, color=_WARN, linewidth=1.4, transform=axes.get_xaxis_transform(), clip_on=False)
+
+
+def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places near the wanted ones and in their order, at least `gap` from one another, between low and high."""
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    places = list(wanted)
+    for _ in range(50):
+        for below, above in pairwise(order):
+            push = max(0.0, gap - (places[above] - places[below])) / 2
+            places[below] -= push
+            places[above] += push
+    for i in order:
+        places[i] = max(places[i], low)
+        low = places[i] + gap
+    for i in reversed(order):
+        places[i] = min(places[i], high)
+        high = places[i] - gap
+    return places
+
+
+def _thinned_between_its_ends(line: Line) -> tuple[list[float], list[float]]:
+    """The ends stay as measured: a label and a sentence say their values."""
+    if len(line.values) <= _MOST_POINTS:
+        return list(line.steps), list(line.values)
+    steps, values = _thinned(line.steps[1:-1], line.values[1:-1])
+    return [line.steps[0], *steps, line.steps[-1]], [line.values[0], *values, line.values[-1]]
 
 
 def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -140,6 +309,8 @@ def _svg(figure: Figure, description: str, prefix: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}-", svg)
+    # a hundredth of a pixel is enough, and halves what the curves weigh
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
     for stand_in, variable in _STAND_INS.items():
         svg = svg.replace(stand_in, f"var({variable})")
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)  # the page's own font

@@ -53,12 +53,13 @@ def _restore_random_state(state: dict[str, Any], ranks: Ranks) -> None:
         torch.cuda.set_rng_state(state["cuda"], ranks.device)
 
 
-def save(engine: Engine, folder: Path, step: int, ranks: Ranks, settings: CheckpointConfig) -> None:
-    """Save after `step` steps; the pointer moves when every rank's shards are written."""
+def save(engine: Engine, folder: Path, state: dict[str, Any], ranks: Ranks, settings: CheckpointConfig) -> None:
+    """Save after ``state["step"]`` steps; the pointer moves when every rank's shards are written."""
+    step = state["step"]
     if ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    engine.save(folder, _tag(step), {"step": step, "random": _random_state(ranks)})
+    engine.save(folder, _tag(step), state | {"random": _random_state(ranks)})
     dist.barrier()  # DeepSpeed's own save does not wait for the other ranks' shards
     if ranks.is_first:
         content = {"tag": _tag(step), "step": step, "world_size": ranks.world_size}
@@ -94,15 +95,16 @@ def latest(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def resume(engine: Engine, folder: Path, ranks: Ranks, settings: CheckpointConfig) -> int:
-    """Go on from the newest checkpoint, where there is one and `settings` allows it. Returns the steps done.
+def resume(engine: Engine, folder: Path, ranks: Ranks, settings: CheckpointConfig) -> dict[str, Any] | None:
+    """Go on from the newest checkpoint, where there is one and `settings` allows it. Returns the state it was saved
+    with.
 
     Raises:
         CheckpointError: the checkpoint was written by another number of ranks, or cannot be read.
     """
     found = latest(folder) if settings.resume == "auto" else None
     if found is None:
-        return 0
+        return None
     if found["world_size"] != ranks.world_size:
         raise CheckpointError(
             f"{folder / found['tag']}: written by {found['world_size']} ranks, this run has {ranks.world_size}. "
@@ -112,4 +114,4 @@ def resume(engine: Engine, folder: Path, ranks: Ranks, settings: CheckpointConfi
     _restore_random_state(state["random"], ranks)
     if ranks.is_first:
         print(f"resumed after step {state['step']} from {folder / found['tag']}", file=sys.stderr, flush=True)
-    return int(state["step"])
+    return state

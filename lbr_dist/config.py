@@ -25,6 +25,29 @@ def _require(condition: bool, name: str, found: object, expected: str) -> None:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters by peft in the place of full fine-tuning; merged into the weights on export."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+
+    alpha: float = 32.0
+    """The adapters' product is scaled by alpha / rank."""
+
+    dropout: float = 0.0
+    """Dropout of the adapters' inputs."""
+
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get an adapter. The bottleneck's embeddings are always trained."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "model.lora.rank", self.rank, "zero (off) or more")
+        _require(self.alpha > 0, "model.lora.alpha", self.alpha, "a positive number")
+        _require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 to below 1")
+        _require(bool(self.targets), "model.lora.targets", self.targets, "at least one layer's name")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     base: str
     """Folder of the base model: any Hugging Face causal LM with its tokenizer."""
@@ -38,6 +61,12 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Recompute each layer in backward: less memory, a third more computation."""
 
+    attention: Literal["auto", "flash_attn", "torch_varlen", "tiles", "sdpa", "reference"] = "auto"
+    """Attention kernel. `auto` takes the fastest that the device has; see kernels/attention.py."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters, in both stages."""
+
     def __post_init__(self) -> None:
         _require(0 <= self.bottleneck_tokens <= 256, "model.bottleneck_tokens", self.bottleneck_tokens, "0 to 256")
 
@@ -49,6 +78,15 @@ class DataConfig:
 
     train: str
     """Training pairs: JSONL, Parquet or a Hugging Face dataset folder, in any of the formats of docs/data.md."""
+
+    learn_corpus: str | None = None
+    """Text for stage 1 where it is not `corpus`: records with `text`, ids not needed, larger than memory if need be."""
+
+    cache_dir: str = "~/.cache/lbr-dist"
+    """Stage 1's text is tokenised once, into a folder below this one that every run and rank reads."""
+
+    longest_document: int = 10_000_000
+    """Stage 1 skips documents of more characters than this, and says so."""
 
     test: str | None = None
     """Held-out pairs for the evaluation; without them the run ends with the export."""
@@ -126,6 +164,13 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """The global gradient is scaled down to this norm; 0 switches clipping off."""
 
+    spike_factor: float = 20.0
+    """A step whose gradient norm is above this many times the median of the last ones is skipped; 0: never.
+    A step whose gradient is not finite is always skipped, by every rank alike."""
+
+    most_skipped: int = 10
+    """So many skipped steps in a row end the run."""
+
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
         _require(
@@ -137,6 +182,10 @@ class OptimizerConfig:
         _require(0 <= self.warmup_fraction < 1, "optimizer.warmup_fraction", self.warmup_fraction, "0 to below 1")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "zero or more")
         _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "zero (off) or more")
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1, "optimizer.spike_factor", self.spike_factor, "0 or above 1"
+        )
+        _require(self.most_skipped > 0, "optimizer.most_skipped", self.most_skipped, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -155,11 +204,9 @@ class LearnConfig:
     max_text_tokens: int = 1024
     """Longer texts are cut into pieces of this many tokens."""
 
-    row_tokens: int = 4096
-    """Texts are packed into rows of this many tokens."""
-
-    micro_batch_rows: int = 1
-    """Rows that one rank runs at a time; the gradients of all its rows are reduced once a step."""
+    row_tokens: int = 8192
+    """Tokens that one rank runs at a time: texts are packed into rows of up to this many, without padding. The
+    gradients of all rows of a step are reduced once."""
 
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     """The mixture of targets."""
@@ -170,6 +217,19 @@ class LearnConfig:
     text_weight: float = 1.0
     """Weight of the loss on the text itself, beside that on the target."""
 
+    kl_weight: float = 0.0
+    """`reinject` alone: weight of the KL divergence to a unit normal, a bottleneck token (nats). Above 0 the vectors
+    that are injected are drawn from a learned posterior: a variational bottleneck."""
+
+    z_loss: float = 0.0
+    """Weight of the mean squared log-normaliser of the softmax, which keeps logits from drifting."""
+
+    held_out_texts: int = 64
+    """Texts kept out of training for the diagnostics: at most this many, and at most a twentieth of the corpus."""
+
+    diagnose_every: int = 100
+    """The diagnostics are measured before the first step, after each so many steps, and at the end; 0: never."""
+
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer of this stage."""
 
@@ -177,9 +237,15 @@ class LearnConfig:
         _require(self.steps >= 0, "learn.steps", self.steps, "zero or more")
         _require(self.batch_texts > 0, "learn.batch_texts", self.batch_texts, "a positive number")
         _require(self.max_text_tokens > 1, "learn.max_text_tokens", self.max_text_tokens, "two or more")
-        _require(self.micro_batch_rows > 0, "learn.micro_batch_rows", self.micro_batch_rows, "a positive number")
+        _require(self.row_tokens > 0, "learn.row_tokens", self.row_tokens, "a positive number")
         _require(0 <= self.drop_target_tokens < 1, "learn.drop_target_tokens", self.drop_target_tokens, "0 to below 1")
-        _require(self.text_weight >= 0, "learn.text_weight", self.text_weight, "zero or more")
+        for name in ("text_weight", "kl_weight", "z_loss", "held_out_texts", "diagnose_every"):
+            _require(getattr(self, name) >= 0, f"learn.{name}", getattr(self, name), "zero or more")
+        if self.kl_weight and self.bottleneck != "reinject":
+            raise ConfigError(
+                f"learn.kl_weight: found {self.kl_weight} with learn.bottleneck {self.bottleneck!r}. The divergence is "
+                "that of the injected vectors: use `reinject`, or set it to 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -196,10 +262,7 @@ class RepresentConfig:
     """Hard negatives taken from each pair's own negatives; pairs with fewer bring what they have."""
 
     chunk_tokens: int = 32768
-    """Tokens that one rank runs at a time (the gradient cache's chunk)."""
-
-    row_tokens: int = 4096
-    """Texts are packed into rows of this many tokens."""
+    """Tokens that one rank runs at a time (the gradient cache's chunk), packed without padding."""
 
     temperature: float = 0.05
     """Temperature of the softmax over cosine similarities."""
@@ -214,12 +277,6 @@ class RepresentConfig:
         _require(self.steps >= 0, "represent.steps", self.steps, "zero or more")
         _require(self.batch_pairs > 1, "represent.batch_pairs", self.batch_pairs, "two or more")
         _require(self.hard_negatives >= 0, "represent.hard_negatives", self.hard_negatives, "zero or more")
-        _require(
-            self.chunk_tokens >= self.row_tokens,
-            "represent.chunk_tokens",
-            self.chunk_tokens,
-            f"at least represent.row_tokens ({self.row_tokens})",
-        )
         _require(self.temperature > 0, "represent.temperature", self.temperature, "a positive number")
 
 
@@ -250,6 +307,9 @@ class EngineConfig:
 
     live_elements: int = 1_000_000_000
     """Elements that may be whole at a time; with a model smaller than this, it is gathered once a step."""
+
+    resident_head: bool = True
+    """Stage 1 keeps the LM head whole on every rank, gathered once a step; false gathers it for every row."""
 
     def __post_init__(self) -> None:
         needs_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
@@ -287,11 +347,8 @@ class EvaluateConfig:
     bm25_tokens: Literal["words", "characters"] = "words"
     """BM25 over words, or over character 3-grams where words don't match (SMILES)."""
 
-    row_tokens: int = 4096
-    """Texts are packed into rows of this many tokens for encoding."""
-
     chunk_tokens: int = 32768
-    """Tokens that are encoded at a time."""
+    """Tokens that are encoded at a time, packed without padding."""
 
     bootstrap: int = 1000
     """Resamples of the queries for the 95 % intervals."""
@@ -300,12 +357,6 @@ class EvaluateConfig:
     """Queries that the report shows with what each system returned."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.chunk_tokens >= self.row_tokens,
-            "evaluate.chunk_tokens",
-            self.chunk_tokens,
-            f"at least evaluate.row_tokens ({self.row_tokens})",
-        )
         _require(self.bootstrap > 0, "evaluate.bootstrap", self.bootstrap, "a positive number")
         _require(self.examples >= 0, "evaluate.examples", self.examples, "zero or more")
 
@@ -384,10 +435,10 @@ class RunConfig:
             )
         longest = 1 + max(self.data.max_query_tokens, self.data.max_document_tokens) + k
         for name in ("represent", "evaluate"):
-            rows = getattr(self, name).row_tokens
-            if rows < longest:
+            tokens = getattr(self, name).chunk_tokens
+            if tokens < longest:
                 raise ConfigError(
-                    f"{name}.row_tokens: found {rows}, expected at least {longest} (1 + data.max_document_tokens "
+                    f"{name}.chunk_tokens: found {tokens}, expected at least {longest} (1 + data.max_document_tokens "
                     "+ model.bottleneck_tokens). Raise it, or lower data.max_document_tokens."
                 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,15 +12,13 @@ from torch import Tensor
 
 from lbr_dist.config import ModelConfig
 from lbr_dist.data.packing import Sequence as PackedSequence
-from lbr_dist.data.packing import pack
+from lbr_dist.data.packing import pack_row
 from lbr_dist.errors import DataError
 from lbr_dist.model.backbone import read_json
 from lbr_dist.model.bottleneck import load_model
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 
 Kind = Literal["query", "document"]
-PACKED_AT_ONCE = 512  # packing looks for room in every open row, so it works on so many texts at a time
-
 
 Progress = Callable[[int, int], None]
 
@@ -31,6 +29,18 @@ class TextEncoder(Protocol):
     def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor: ...
 
 
+def _chunks(lengths: Sequence[int], chunk_tokens: int) -> Iterator[range]:
+    """Neighbours that fit a chunk together; `lengths` fall."""
+    start = used = 0
+    for i, length in enumerate(lengths):
+        if used + length > chunk_tokens:
+            yield range(start, i)
+            start, used = i, 0
+        used += length
+    if start < len(lengths):
+        yield range(start, len(lengths))
+
+
 class Encoder:
     """A model folder, ready to encode.
 
@@ -38,8 +48,7 @@ class Encoder:
         folder: a model of ours, or any Hugging Face causal LM (mean pooling over the text unless told).
         settings: pooling, prompts and lengths, for a folder that has none of its own.
         dtype: `bfloat16` or `float32`; `auto` is float32 for a folder of float32 weights, else bfloat16.
-        row_tokens: texts are packed into rows of this many tokens.
-        chunk_tokens: tokens that run at a time.
+        chunk_tokens: tokens that run at a time, packed without padding.
 
     Raises:
         ModelError: the folder cannot be used.
@@ -50,11 +59,10 @@ class Encoder:
         folder: Path,
         settings: EmbeddingSettings | None = None,
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
-        row_tokens: int = 4096,
         chunk_tokens: int = 32768,
     ) -> None:
         self.settings = EmbeddingSettings.read(folder) or settings or EmbeddingSettings("mean")
-        self.row_tokens, self.chunk_tokens = row_tokens, chunk_tokens
+        self.chunk_tokens = chunk_tokens
         self.tokenizer = TextTokenizer(folder)
         if dtype == "auto":
             dtype = "float32" if read_json(folder / "config.json").get("dtype") == "float32" else "bfloat16"
@@ -80,23 +88,16 @@ class Encoder:
         vectors = torch.empty(len(tokens), int(self.model.backbone.config.hidden_size))
         # by length, so that rows fill well and the longest text shows at once whether memory is enough
         by_length = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-        row_tokens = max(self.row_tokens, 1 + longest + len(s.bottleneck_ids))
-        per_chunk = max(1, self.chunk_tokens // row_tokens)
+        chunk_tokens = max(self.chunk_tokens, 1 + longest + len(s.bottleneck_ids))
         done = 0
-        for start in range(0, len(by_length), PACKED_AT_ONCE):
-            members = torch.tensor(by_length[start : start + PACKED_AT_ONCE])
-            packed = pack(
-                [PackedSequence(tokens[i], len(s.bottleneck_ids)) for i in members.tolist()],
-                row_tokens,
-                self.tokenizer.sink_id,
-            )
-            for row in range(0, len(packed.input_ids), per_chunk):
-                rows = packed.select(slice(row, row + per_chunk))
-                embedded = self.model(rows.to(self.device), task="embed", pooling=s.pooling)
-                vectors[members[rows.order]] = F.normalize(embedded, dim=1).cpu()
-                done += len(rows.order)
-                if progress is not None:
-                    progress(done, len(tokens))
+        for members in _chunks([1 + len(tokens[i]) + len(s.bottleneck_ids) for i in by_length], chunk_tokens):
+            chosen = [by_length[i] for i in members]
+            row = pack_row([PackedSequence(tokens[i], len(s.bottleneck_ids)) for i in chosen], self.tokenizer.sink_id)
+            embedded = self.model(row.to(self.device), task="embed", pooling=s.pooling)
+            vectors[torch.tensor(chosen)] = F.normalize(embedded, dim=1).cpu()
+            done += len(chosen)
+            if progress is not None:
+                progress(done, len(tokens))
         return vectors
 
 
@@ -117,13 +118,11 @@ class SentenceTransformersEncoder:
         return vectors.float().cpu()
 
 
-def open_encoder(
-    folder: Path, settings: EmbeddingSettings | None = None, row_tokens: int = 4096, chunk_tokens: int = 32768
-) -> TextEncoder:
+def open_encoder(folder: Path, settings: EmbeddingSettings | None = None, chunk_tokens: int = 32768) -> TextEncoder:
     """The encoder for a folder: ours, sentence-transformers', or a bare causal LM with `settings`."""
     if EmbeddingSettings.read(folder) is None and (folder / "modules.json").exists():
         return SentenceTransformersEncoder(folder)
-    return Encoder(folder, settings, row_tokens=row_tokens, chunk_tokens=chunk_tokens)
+    return Encoder(folder, settings, chunk_tokens=chunk_tokens)
 
 
 def write_vectors(path: Path, ids: Sequence[str], vectors: Tensor) -> None:

@@ -6,8 +6,10 @@ The only module that knows DeepSpeed's settings and calls. The stages see `Engin
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,17 @@ def parameter_groups(
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an optimizer step did; the same on every rank."""
+
+    grad_norm: float
+    """The global gradient's norm before clipping; infinite where it is not finite."""
+
+    applied: bool
+    """False where the step was skipped: no weight and no optimizer state has changed."""
+
+
 class Engine:
     """A model under ZeRO-3, and its optimizer.
 
@@ -123,7 +136,17 @@ class Engine:
         optimizer: OptimizerConfig,
         dtype: str,
         fast: Iterable[nn.Parameter] = (),
+        resident: Iterable[nn.Parameter] = (),
     ) -> None:
+        """
+        Args:
+            model: built under `sharded_init`.
+            engine: sharding and offload.
+            optimizer: AdamW's settings.
+            dtype: of weights and activations.
+            fast: parameters that learn at `optimizer.bottleneck_lr_factor` times the rate.
+            resident: parameters that stay whole on every rank, gathered once a step.
+        """
         groups = parameter_groups(model, optimizer, fast)
         self.model = model
         self._engine, self._optimizer, _, _ = _deepspeed().initialize(
@@ -132,6 +155,16 @@ class Engine:
             config=deepspeed_config(engine, dtype, optimizer.max_grad_norm),
         )
         self.world_size: int = self._engine.world_size
+        kept = self._engine.optimizer.persistent_parameters
+        for parameter in resident:
+            if not parameter.ds_persist:  # type: ignore[attr-defined]
+                parameter.ds_persist = True  # type: ignore[attr-defined]
+                kept.append(parameter)
+
+    @property
+    def dimension(self) -> int:
+        """d, the width of the hidden states."""
+        return int(self.model.backbone.config.hidden_size)  # type: ignore[union-attr,arg-type]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -149,12 +182,27 @@ class Engine:
         """Backward of this rank's share of a **global sum**: DeepSpeed's mean over the ranks is undone here."""
         self._engine.backward(loss * self.world_size)
 
-    def step(self, lr: float) -> float:
-        """Clip, step and clear the gradients. Returns the global gradient norm before clipping."""
+    def step(self, lr: float, largest_norm: float = math.inf) -> Update:
+        """Clip, step and clear the gradients; or only clear them, where their norm is not finite or too large.
+
+        Args:
+            lr: the learning rate.
+            largest_norm: a gradient of a larger norm is not applied.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
+        if math.isfinite(largest_norm):
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            zero = self._engine.optimizer
+            norm = float(combine_grad_norm_groups(zero._get_norm_groups()))  # of all ranks' gradients
+            if norm > largest_norm:
+                zero._overflow_clean_up(zero.loss_scale)
+                return Update(norm, applied=False)
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        norm = float(self._engine.get_global_grad_norm())
+        # DeepSpeed itself skips a step whose norm is not finite
+        return Update(norm, applied=math.isfinite(norm))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 

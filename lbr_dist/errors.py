@@ -28,3 +28,7 @@ class CheckpointError(LbrError):
 
 class LaunchError(LbrError):
     """The ranks could not be started, or one of them died."""
+
+
+class TrainingError(LbrError):
+    """The training itself went wrong: gradients that are not finite, or spike again and again."""

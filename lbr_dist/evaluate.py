@@ -70,13 +70,13 @@ def search_model(
     Args:
         test: queries and documents.
         folder: a model of ours, any sentence-transformers folder, or a causal LM.
-        evaluate: row and chunk sizes.
+        evaluate: chunk size.
         settings: pooling, prompts and lengths for a causal LM that has none of its own.
         say: told how far the encoding is.
     """
     from lbr_dist.encode import open_encoder
 
-    encoder = open_encoder(folder, settings, evaluate.row_tokens, evaluate.chunk_tokens)
+    encoder = open_encoder(folder, settings, evaluate.chunk_tokens)
     began = last = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
@@ -203,7 +203,7 @@ def evaluate_folders(
     Args:
         folders: name to folder; the first one is compared with the others.
         test: queries and documents.
-        evaluate: BM25's tokens, row and chunk sizes, resamples.
+        evaluate: BM25's tokens, chunk size, resamples.
         settings: for causal LMs that have none of their own.
         seed: of the bootstrap.
         out: folder for the results.

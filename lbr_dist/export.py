@@ -24,6 +24,7 @@ from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.distributed import Ranks
 from lbr_dist.engine import full_shape, whole
 from lbr_dist.model import span_mean
+from lbr_dist.model.adapters import file_parameters, merged_weights
 from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX
 from lbr_dist.model.bottleneck import LBRModel
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
@@ -48,9 +49,7 @@ def _tensors(model: LBRModel, ids: tuple[int, ...], keep: bool) -> Iterator[tupl
         with whole(model.bottleneck) as value:
             bottleneck = value.detach().cpu().clone()
     tables = [backbone.get_input_embeddings().weight, backbone.get_output_embeddings().weight]
-    for name, parameter in backbone.named_parameters():
-        with whole(parameter) as value:
-            tensor = value.detach().cpu().clone() if keep else None
+    for name, parameter, tensor in merged_weights(backbone, keep):
         if tensor is not None and ids and any(parameter is table for table in tables):
             tensor = _grown(tensor, ids, bottleneck if parameter is tables[0] else None)
         yield name, tensor
@@ -70,7 +69,7 @@ def _shards(parameters: list[tuple[str, nn.Parameter]]) -> list[list[str]]:
 
 
 def _write_weights(model: LBRModel, ids: tuple[int, ...], folder: Path, writes: bool) -> None:
-    shards = _shards(list(model.backbone.named_parameters()))
+    shards = _shards(file_parameters(model.backbone))
     names = (
         [WEIGHTS]
         if len(shards) == 1

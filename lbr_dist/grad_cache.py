@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lbr_dist.data.packing import PackedRows
+from lbr_dist.data.packing import PackedRow
 from lbr_dist.engine import Engine
 
 
@@ -51,7 +51,7 @@ class RandomState:
 
 def forward_backward(
     engine: Engine,
-    chunks: list[PackedRows],
+    chunks: list[PackedRow],
     build_cache: Callable[[list[Tensor]], list[Tensor]],
     **options: object,
 ) -> None:

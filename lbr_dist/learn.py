@@ -2,112 +2,159 @@
 
     L_learn = mean over target tokens of -log p(y_t | bottleneck, y_<t)
             + text_weight x mean over text tokens of -log p(x_i | x_<i)
+            + kl_weight   x mean over bottleneck tokens of their divergence from a unit normal (`reinject` alone)
+            + z_loss      x mean over scored tokens of the squared log-normaliser
 
-Both means are over the tokens of the **global** batch, so that the gradient does not depend on the number of ranks.
+The means are over the tokens of the **global** batch, so that the gradient does not depend on the number of ranks.
 """
 
 from __future__ import annotations
 
+import hashlib
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from lbr_dist.config import LearnConfig, Pooling, RunConfig
-from lbr_dist.data.packing import PackedRows, Sequence, assign_rows, pack
+from lbr_dist.data import build_tokens
+from lbr_dist.data.packing import PackedRow, Sequence, rank_rows
 from lbr_dist.data.records import read_corpus, read_pairs
-from lbr_dist.data.targets import LearnData, pieces
+from lbr_dist.data.targets import LearnData, split
+from lbr_dist.data.token_cache import TokenCache, Tokens
+from lbr_dist.diagnostics import Diagnostics
 from lbr_dist.distributed import Ranks, total
 from lbr_dist.engine import Engine
 from lbr_dist.errors import DataError
 from lbr_dist.export import export
+from lbr_dist.model.bottleneck import LossWeights
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 from lbr_dist.trainer import load_engine, train, write_summary
 
 
-def load_data(config: RunConfig, tokenizer: TextTokenizer) -> LearnData:
-    """Tokenise the corpus, and the training pairs where they are targets.
+def token_cache(config: RunConfig, processes: int, say: Callable[[str], None]) -> TokenCache:
+    """Stage 1's text, tokenised: from the cache, or now by `processes` processes.
+
+    Raises:
+        DataError: the corpus cannot be read, or the cache not be written.
+    """
+    data = config.data
+    return build_tokens.build(
+        Path(data.learn_corpus or data.corpus),
+        Path(config.model.base),
+        Path(data.cache_dir).expanduser(),
+        processes,
+        say,
+        max_characters=data.longest_document,
+    )
+
+
+def load_data(config: RunConfig, tokenizer: TextTokenizer, ranks: Ranks) -> LearnData:
+    """The corpus in pieces, and the training pairs where they are targets.
 
     Raises:
         DataError: the corpus gives fewer texts than a batch.
     """
     longest = config.learn.max_text_tokens
-    corpus = read_corpus(config.data.corpus)
-    texts = pieces(tokenizer.encode(list(corpus.values())), longest)
+
+    def say(message: str) -> None:
+        if ranks.is_first:
+            print(message, file=sys.stderr, flush=True)
+
+    texts, held_out = split(token_cache(config, 1, say), longest, config.learn.held_out_texts)
     if len(texts) < config.learn.batch_texts:
         raise DataError(
-            f"{config.data.corpus}: found {len(texts)} texts of two tokens or more, learn.batch_texts is "
-            f"{config.learn.batch_texts}. Lower learn.batch_texts, or bring more text."
+            f"{config.data.learn_corpus or config.data.corpus}: found {len(texts)} texts of two tokens or more, "
+            f"learn.batch_texts is {config.learn.batch_texts}. Lower learn.batch_texts, or bring more text."
         )
-    pairs = []
+    pairs: list[tuple[Tokens, Tokens]] = []
     if config.learn.targets.pair:
-        found = read_pairs(config.data.train, corpus)
+        found = read_pairs(config.data.train, read_corpus(config.data.corpus))
         queries = tokenizer.encode([pair.query for pair in found.pairs], longest)
         documents = tokenizer.encode([found.documents[pair.positives[0]] for pair in found.pairs], longest)
         pairs = list(zip(queries, documents, strict=True))
-    return LearnData(texts, pairs, tokenizer.drop_id)
+    return LearnData(texts, pairs, tokenizer.drop_id, held_out)
 
 
-def rank_rows(sequences: list[Sequence], learn: LearnConfig, sink_id: int, rank: int, world_size: int) -> PackedRows:
-    """This rank's rows of a global batch: every `world_size`-th, so that each rank has as many full ones.
-
-    Empty rows make the number the same on every rank.
-    """
-    needed = len(assign_rows([s.length for s in sequences], learn.row_tokens))
-    rows = pack(sequences, learn.row_tokens, sink_id, rows=-(-needed // world_size) * world_size)
-    return rows.select(slice(rank, None, world_size))
+def unit_noise(row: PackedRow, dimension: int, key: str) -> Tensor:
+    """``[bottleneck tokens, dimension]`` float32, unit normal: a function of `key` and of each sequence's place in
+    the global batch, so that it does not depend on the number of ranks."""
+    drawn = []
+    for place in row.order.tolist() or [-1]:  # a row that fills up has one sequence of no place
+        digest = hashlib.blake2b(f"{key}/{place}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        drawn.append(torch.randn(row.layout.bottleneck, dimension, generator=generator))
+    return torch.cat(drawn)
 
 
 def accumulate_step(
-    engine: Engine, sequences: list[Sequence], learn: LearnConfig, sink_id: int, ranks: Ranks
+    engine: Engine, sequences: list[Sequence], learn: LearnConfig, sink_id: int, ranks: Ranks, noise_key: str = ""
 ) -> dict[str, float]:
     """Accumulate the gradient of one global batch, reduced once.
 
     Args:
         engine: an `LBRModel` under ZeRO-3.
         sequences: the **global** batch, the same on every rank.
-        learn: form, weights, row and micro-batch sizes.
+        learn: form, weights and row size.
         sink_id: the token that every sequence begins with.
         ranks: this process among its peers.
+        noise_key: names the noise of a variational bottleneck; another one for each step.
 
     Returns:
         The global batch's losses and token counts, the same on every rank.
     """
-    rows = rank_rows(sequences, learn, sink_id, ranks.rank, ranks.world_size)
-    text_tokens = sum(max(0, len(s.context) - 1) for s in sequences)
-    target_tokens = sum(len(s.target) for s in sequences)
-    weights = (learn.text_weight / max(1, text_tokens), 1.0 / max(1, target_tokens))
-    if learn.bottleneck == "none":
-        weights = (1.0 / max(1, text_tokens), 0.0)  # the text's loss is all there is
-    sums = [0.0] * 4
+    rows, filled = rank_rows(sequences, learn.row_tokens, sink_id, ranks.rank, ranks.world_size)
+    text_tokens = max(1, sum(max(0, len(s.context) - 1) for s in sequences))
+    target_tokens = max(1, sum(len(s.target) for s in sequences))
+    scored = text_tokens + (target_tokens if learn.bottleneck != "none" else 0)
+    weights = LossWeights(
+        # without a bottleneck the text's loss is all there is
+        text=(1.0 if learn.bottleneck == "none" else learn.text_weight) / text_tokens,
+        target=1.0 / target_tokens,
+        z=learn.z_loss / scored,
+        kl=learn.kl_weight / max(1, sum(s.bottleneck for s in sequences)),
+    )
+    sums, losses = [0.0] * 5, 0.0
     with engine.accumulate():
-        for start in range(0, len(rows.input_ids), learn.micro_batch_rows):
-            micro_batch = rows.select(slice(start, start + learn.micro_batch_rows)).to(ranks.device)
-            loss, parts = engine(micro_batch, task="learn", form=learn.bottleneck, weights=weights)
+        for row in rows:
+            options: dict[str, Any] = {"form": learn.bottleneck, "weights": weights}
+            if learn.kl_weight:
+                options["noise"] = unit_noise(row, engine.dimension, noise_key).to(ranks.device)
+            loss, parts = engine(row.to(ranks.device), task="learn", **options)
             engine.backward(loss)
             sums = [a + b for a, b in zip(sums, parts.tolist(), strict=True)]
-    target, text, targets, texts = total(sums, ranks.device)
-    values = {"loss": target * weights[1] + text * weights[0], "text_loss": text / max(1.0, texts)}
+            losses += float(loss.detach())
+    loss_sum, text, target, texts, targets, divergence = total([losses, *sums], ranks.device)
+    values = {"loss": loss_sum, "text_loss": text / max(1.0, texts)}
     if targets:
         values["target_loss"] = target / targets
-    return values | {"num_tokens": float(sum(s.length for s in sequences))}
+    if learn.kl_weight:
+        values["kl"] = divergence / max(1, sum(s.bottleneck for s in sequences))
+    return values | {"num_tokens": float(sum(s.length for s in sequences)), "packing_efficiency": filled}
 
 
 def learn(config: RunConfig, ranks: Ranks) -> None:
     """Run stage 1 on every rank, and export the model after it to `learn/export`.
 
     Raises:
-        DataError, ModelError, CheckpointError: see the messages.
+        DataError, ModelError, CheckpointError, TrainingError: see the messages.
     """
     began = time.perf_counter()
     base = Path(config.model.base)
     tokenizer = TextTokenizer(base)
-    data = load_data(config, tokenizer)
-    engine, model = load_engine(config, base, tokenizer, config.learn.optimizer)
+    data = load_data(config, tokenizer, ranks)
+    engine, model = load_engine(config, base, tokenizer, "learn")
+    diagnostics = Diagnostics(engine, data, config, tokenizer.sink_id, ranks)
 
     def run_step(step: int) -> dict[str, float]:
         sequences = data.batch(config.learn, config.model.bottleneck_tokens, step, config.seed)
-        return accumulate_step(engine, sequences, config.learn, tokenizer.sink_id, ranks)
+        return accumulate_step(engine, sequences, config.learn, tokenizer.sink_id, ranks, f"{config.seed}/{step}")
 
-    train("learn", config, ranks, engine, run_step)
+    train("learn", config, ranks, engine, run_step, diagnostics.measure if diagnostics else None)
     pooling: Pooling = "bottleneck_mean" if config.model.bottleneck_tokens else "mean"
     settings = EmbeddingSettings.of(config.data, pooling)
     export(model, tokenizer, settings, config, config.learn_export, ranks)

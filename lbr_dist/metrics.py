@@ -25,9 +25,12 @@ _SHOWN = (  # key, name on the screen, format
     ("loss", "loss", ".3f"),
     ("target_loss", "target", ".2f"),
     ("text_loss", "text", ".2f"),
+    ("kl", "kl", ".3f"),
     ("accuracy", "accuracy", ".2f"),
     ("lr", "lr", ".1e"),
 )
+_HELDOUT = "heldout_target_loss"
+_HELDOUT_AGAINST = ("shuffled", "without")  # endings of the losses that it is held against
 _RATES = (("tokens_per_second", "tok/s"), ("pairs_per_second", "pairs/s"))
 
 
@@ -35,14 +38,15 @@ class MetricsLog:
     """The one place that a stage's rank 0 reports its steps to; use it as a context manager.
 
     Writes `metrics.jsonl` (one object a step, flushed each time, NaN and infinity as null) and, where TensorBoard is
-    installed, `tensorboard/`. On a terminal it shows a live bar, elsewhere a plain line every few seconds.
+    installed, `tensorboard/`. On a terminal it shows a live bar, elsewhere a plain line every few seconds. Held-out
+    diagnostics and skipped steps get a line of their own at once, on both.
 
     Args:
         stage_dir: folder of the stage, made where it is missing.
         stage: `learn` or `represent`.
         total_steps: the step that the stage ends with.
-        start_step: the last step already done. Later lines of metrics.jsonl, written after the checkpoint that the
-            run resumes from, are dropped, so that the file has each step once.
+        start_step: the last step already done; 0 for a stage that begins. Later lines of metrics.jsonl, written after
+            the checkpoint that the run resumes from, are dropped, so that the file has each step once.
         quiet: show nothing; the files are written all the same.
         stream: where progress goes; standard output by default.
     """
@@ -90,7 +94,11 @@ class MetricsLog:
         self._file.close()
 
     def log(self, step: int, **values: Any) -> None:
-        """Report one step, counted from 1. Values are numbers, strings or scalar tensors."""
+        """Report one step, counted from 1, or what was measured before the first one, as step 0.
+
+        A step may be reported again with diagnostics alone. Values are numbers, strings or scalar tensors; a true
+        `skipped` says that the step left the model as it was.
+        """
         plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
         numbers = {key: value for key, value in plain.items() if isinstance(value, int | float)}
         bad = {key: None for key, value in numbers.items() if not math.isfinite(value)}
@@ -100,14 +108,24 @@ class MetricsLog:
             for key, value in numbers.items():
                 self._writer.add_scalar(f"{self.stage}/{key}", value, step)
         now = time.monotonic()
-        self._times.append((step, now))
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, left=self._time_left(), values="  ".join(_shown(numbers)))
-        elif not self.quiet and (step >= self.total_steps or now - self._last_plain >= PLAIN_EVERY_SECONDS):
-            self._last_plain = now
+        trained = step > self._times[-1][0]
+        if trained:
+            self._times.append((step, now))
+        elif len(self._times) == 1:
+            # what is measured before the first step is no part of a step's time
+            self._times[0] = (step, now)
+        left = self._time_left()
+        diagnosed = _diagnosed(numbers)
+        told = bool(diagnosed or numbers.get("skipped"))
+        due = step >= self.total_steps or now - self._last_plain >= PLAIN_EVERY_SECONDS
+        if told or (due and self._progress is None):
             width = len(str(self.total_steps))
             head = f"{self.stage:<9} {step:>{width}}/{self.total_steps}"
-            self.say("  ".join([head, *_shown(numbers), f"left {self._time_left()}"]))
+            self.say("  ".join([head, *_shown(numbers), *diagnosed, *([f"left {left}"] if trained else [])]))
+            if trained:
+                self._last_plain = now
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, left=left, values="  ".join(_shown(numbers)))
 
     def say(self, message: str) -> None:
         """Print a line, above the live bar where there is one."""
@@ -126,20 +144,27 @@ class MetricsLog:
 
 
 def _drop_lines_after(path: Path, start_step: int) -> None:
-    """Keep the lines of steps 1 to start_step, each once; what a killed run left half-written goes too."""
+    """Keep one line for each of the steps 0 to start_step, none where the stage begins again.
+
+    What a killed run left half-written goes too.
+    """
     if not path.exists():
         return
-    kept: dict[int, str] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    kept: dict[int, dict[str, Any]] = {}
+    # a stage that begins measures step 0 again
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if start_step > 0 else []
+    for line in lines:
         try:
-            step = json.loads(line)["step"]
+            entry = json.loads(line)
+            step = entry["step"]
         except (ValueError, KeyError, TypeError):
             continue
-        if isinstance(step, int) and 0 < step <= start_step:
-            kept[step] = line
+        if isinstance(step, int) and 0 <= step <= start_step:
+            # diagnostics may have come in a line of their own
+            kept[step] = {**kept.get(step, {}), **entry}
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(kept[step] + "\n" for step in sorted(kept))
+        file.writelines(json.dumps(kept[step]) + "\n" for step in sorted(kept))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -159,7 +184,7 @@ def _tensorboard_writer(folder: Path, start_step: int) -> Any:
         _tell_once("tensorboard is not installed: scalars go to metrics.jsonl alone")
         return None
     # purge_step hides the events of steps that are run again
-    return SummaryWriter(str(folder), purge_step=start_step + 1)
+    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
 
 
 def _live_bar(stream: TextIO) -> Progress:
@@ -178,8 +203,22 @@ def _live_bar(stream: TextIO) -> Progress:
 
 
 def _shown(numbers: dict[str, int | float]) -> list[str]:
-    parts = [f"{name} {numbers[key]:{form}}" for key, name, form in _SHOWN if key in numbers]
-    parts += [f"{_rate(numbers[key])} {unit}" for key, unit in _RATES if key in numbers]
+    parts = ["skipped"] if numbers.get("skipped") else []
+    parts += [f"{name} {numbers[key]:{form}}" for key, name, form in _SHOWN if key in numbers]
+    return parts + [f"{_rate(numbers[key])} {unit}" for key, unit in _RATES if key in numbers]
+
+
+def _diagnosed(numbers: dict[str, int | float]) -> list[str]:
+    parts = []
+    if _HELDOUT in numbers:
+        others = {name: numbers.get(f"{_HELDOUT}_{name}") for name in _HELDOUT_AGAINST}
+        against = ", ".join(f"{name} {value:.2f}" for name, value in others.items() if value is not None)
+        parts.append(f"held-out {numbers[_HELDOUT]:.2f}" + (f" ({against})" if against else ""))
+    if "heldout_perplexity" in numbers:
+        perplexity = numbers["heldout_perplexity"]
+        parts.append(f"ppl {perplexity:,.1f}" if perplexity < 1e7 else f"ppl {perplexity:.1e}")
+    if "effective_rank" in numbers:
+        parts.append(f"rank {_rate(numbers['effective_rank'])}")
     return parts
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.charts import score_bars, system_variable, training_curve
-from lbr_dist.report_style import STYLE
+from lbr_dist.charts import score_bars, system_variable
+from lbr_dist.report_style import STYLE, as_text, dot
+from lbr_dist.report_training import training_section
 
 LABELS = {
     "bm25": "BM25",
@@ -26,12 +25,6 @@ _SHORT = {
     "lbr": "LBR",
 }
 _MEASURES = {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
-_CURVES = (  # stage, key in metrics.jsonl, title, whose colour
-    ("learn", "target_loss", "Learn: loss on the target, through the bottleneck", "learn"),
-    ("learn", "text_loss", "Learn: loss on the text itself", "learn"),
-    ("represent", "loss", "Represent: contrastive loss", "lbr"),
-    ("represent", "accuracy", "Represent: accuracy within the batch", "lbr"),
-)
 _LONGEST_TEXT = 240
 _NOTE = (
     "An implementation of the design of Learn Before Represent (arXiv 2601.11124), "
@@ -54,17 +47,17 @@ def write_report(run_dir: Path, metrics: Mapping[str, Any], examples: Sequence[M
     domain = str(metrics.get("domain") or "Unnamed domain")
     sections = (
         _scores_section(systems, metrics.get("comparisons") or []),
-        _training_section(run_dir),
+        training_section(run_dir),
         _examples_section(examples),
     )
     body = f"""<header><p class="kicker">Learn Before Represent &middot; retrieval report</p>
-<h1>{_text(domain)}</h1>
+<h1>{as_text(domain)}</h1>
 <p class="lead">{_headline(systems, metrics.get("num_queries"))}</p></header>
 <main>{"".join(sections)}</main>
-<footer>{_settings(metrics)}<p>{_text(_NOTE)}</p></footer>"""
+<footer>{_settings(metrics)}<p>{as_text(_NOTE)}</p></footer>"""
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{_text(domain)} &middot; retrieval report</title>
+<meta name="color-scheme" content="light dark"><title>{as_text(domain)} &middot; retrieval report</title>
 <style>{STYLE}</style></head>
 <body>{body}</body></html>
 """
@@ -74,25 +67,17 @@ def write_report(run_dir: Path, metrics: Mapping[str, Any], examples: Sequence[M
     return path
 
 
-def _text(value: object) -> str:
-    return escape(str(value), quote=True)
-
-
 def _in_order(systems: Mapping[str, Any]) -> dict[str, Any]:
     """The known systems in the order of `LABELS`, then any others."""
     return {name: systems[name] for name in [*LABELS, *systems] if name in systems}
 
 
 def _label(system: str) -> str:
-    return _text(LABELS.get(system, system))
+    return as_text(LABELS.get(system, system))
 
 
 def _short(system: str) -> str:
-    return _text(_SHORT.get(system, system))
-
-
-def _dot(system: str) -> str:
-    return f'<span class="dot" style="--c:var({system_variable(system)})" aria-hidden="true"></span>'
+    return as_text(_SHORT.get(system, system))
 
 
 def _percent(share: float) -> str:
@@ -104,7 +89,7 @@ def _percent(share: float) -> str:
 
 
 def _number(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else _text(value)
+    return f"{value:,}" if isinstance(value, int) else as_text(value)
 
 
 def _headline(systems: Mapping[str, Any], num_queries: object) -> str:
@@ -153,7 +138,7 @@ def _table(systems: Mapping[str, Any]) -> str:
             shown = f"<b>{value:.3f}</b>" if value == best[measure] else f"{value:.3f}"
             small = f"<small>{interval[0]:.3f}&ndash;{interval[1]:.3f}</small>" if interval else ""
             cells.append(f'<td role="cell">{shown}{small}</td>')
-        header = f'<th scope="row" role="rowheader">{_dot(name)}{_label(name)}</th>'
+        header = f'<th scope="row" role="rowheader">{dot(name)}{_label(name)}</th>'
         rows.append(f'<tr role="row">{header}{"".join(cells)}</tr>')
     # the roles say what the tags say; a phone lays the rows out as grids, and browsers then forget the tags
     return (
@@ -187,40 +172,6 @@ def _comparisons(comparisons: Iterable[Mapping[str, Any]]) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "&minus;")
-
-
-# ---- training -------------------------------------------------------------------------------------------------
-
-
-def _training_section(run_dir: Path) -> str:
-    figures = []
-    for number, (stage, key, title, system) in enumerate(_CURVES):
-        points = _points(run_dir / stage / "metrics.jsonl", key)
-        if points:
-            steps, values = zip(*points, strict=True)
-            chart = training_curve(steps, values, title, system, f"curve{number}")
-            figures.append(f"<figure><figcaption>{_dot(system)}{_text(title)}</figcaption>{chart}</figure>")
-    if not figures:
-        return ""
-    return (
-        f'<section><h2>How training went</h2><div class="curves">{"".join(figures)}</div>'
-        '<p class="quiet">Over the optimizer steps. Faint: as measured. Strong: running mean.</p></section>'
-    )
-
-
-def _points(path: Path, key: str) -> list[tuple[int, float]]:
-    """(step, value) of each line that has both; a run that was killed may leave a broken line."""
-    points = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            step, value = int(entry["step"]), float(entry[key])
-        except (ValueError, KeyError, TypeError):
-            continue
-        if math.isfinite(value):
-            points.append((step, value))
-    return points
 
 
 # ---- examples and settings ------------------------------------------------------------------------------------
@@ -258,12 +209,12 @@ def _hits(system: str, hits: Sequence[Mapping[str, Any]]) -> str:
             f"<p {_DIR}>{_cut(hit.get('text', ''))}</p></li>"
         )
     found = f"<ol>{''.join(items)}</ol>" if items else '<p class="quiet">Found nothing.</p>'
-    return f'<div style="--c:var({system_variable(system)})"><h4>{_dot(system)}{_label(system)}</h4>{found}</div>'
+    return f'<div style="--c:var({system_variable(system)})"><h4>{dot(system)}{_label(system)}</h4>{found}</div>'
 
 
 def _cut(text: object) -> str:
     whole = str(text)
-    return _text(whole if len(whole) <= _LONGEST_TEXT else whole[:_LONGEST_TEXT].rstrip() + " …")
+    return as_text(whole if len(whole) <= _LONGEST_TEXT else whole[:_LONGEST_TEXT].rstrip() + " …")
 
 
 def _settings(metrics: Mapping[str, Any]) -> str:
@@ -275,7 +226,7 @@ def _settings(metrics: Mapping[str, Any]) -> str:
         "Time": _duration(metrics.get("seconds")),
         "Peak memory of a rank's process": _gibibytes(metrics.get("peak_rss_bytes")),
     }
-    items = "".join(f"<div><dt>{_text(k)}</dt><dd>{_number(v)}</dd></div>" for k, v in rows.items() if v is not None)
+    items = "".join(f"<div><dt>{as_text(k)}</dt><dd>{_number(v)}</dd></div>" for k, v in rows.items() if v is not None)
     return f"<h2>Settings</h2><dl>{items}</dl>" if items else ""
 
 

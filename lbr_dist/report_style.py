@@ -1,14 +1,22 @@
 """The style of the report's page: one palette for light and for dark, one colour a system."""
 
+from __future__ import annotations
+
+from html import escape
+
+from lbr_dist.charts import system_variable
+
 STYLE = """
 :root { color-scheme: light dark;
   --sans: ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   --serif: ui-serif, "Iowan Old Style", Charter, Georgia, "Times New Roman", serif;
   --paper: #fbfaf8; --card: #ffffff; --ink: #1e2329; --muted: #5d6670; --rule: #e2dfd9;
-  --bm25: #7b8794; --base: #b9853b; --learn: #2b8a87; --lbr: #3f51b5; --other: #8a6d8f; --good: #1f6f43; }
+  --bm25: #7b8794; --base: #b9853b; --learn: #2b8a87; --lbr: #3f51b5; --other: #8a6d8f; --good: #1f6f43;
+  --warn: #a33b12; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #15181c; --card: #1c2026; --ink: #e8e6e1; --muted: #a0a8b1; --rule: #323840;
-  --bm25: #8f9ba8; --base: #d3a25c; --learn: #4fb3ae; --lbr: #8c9cf5; --other: #b797bd; --good: #7fcf9f; } }
+  --bm25: #8f9ba8; --base: #d3a25c; --learn: #4fb3ae; --lbr: #8c9cf5; --other: #b797bd; --good: #7fcf9f;
+  --warn: #f0a07a; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; max-width: 60rem; padding: 3.5rem 1.5rem 3rem; background: var(--paper); color: var(--ink);
@@ -43,6 +51,11 @@ td small { display: block; white-space: nowrap; font-size: .75rem; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 2rem 2.25rem; }
 .curves figcaption { margin-bottom: .5rem; color: var(--ink); }
 .curves + .quiet { margin-top: 1.25rem; }
+.skips, .finding { margin-top: 1rem; max-width: 42rem; }
+.finding + figure, .warning + figure, figure + .curves { margin-top: 1.5rem; }
+.finding + figure figcaption, .warning + figure figcaption { margin-bottom: .5rem; color: var(--ink); }
+.warning { margin-top: 1rem; padding-left: .9rem; border-left: 3px solid var(--warn); max-width: 42rem; }
+.warning strong { color: var(--warn); }
 article { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 1.25rem;
   margin-top: 1.25rem; }
 .tag { font-weight: 400; color: var(--muted); margin-right: .35em; }
@@ -76,3 +89,13 @@ dd { margin: 0; color: var(--ink); font-size: 1rem; font-variant-numeric: tabula
   article { padding: 1rem; } }
 @media print { body { max-width: none; padding: 0; } article, figure { break-inside: avoid; } }
 """
+
+
+def as_text(value: object) -> str:
+    """The value as text of the page, whatever it holds."""
+    return escape(str(value), quote=True)
+
+
+def dot(system: str) -> str:
+    """A dot in the system's colour."""
+    return f'<span class="dot" style="--c:var({system_variable(system)})" aria-hidden="true"></span>'

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lbr_dist.config import RepresentConfig, RunConfig
 from lbr_dist.data import sampler
-from lbr_dist.data.packing import PackedRows, Sequence, pack
+from lbr_dist.data.packing import PackedRow, Sequence, filler, pack
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
 from lbr_dist.distributed import Ranks, gather_rows, largest, reduce_rows, share, total
 from lbr_dist.engine import Engine
@@ -97,15 +97,11 @@ def load_data(config: RunConfig, tokenizer: TextTokenizer) -> RepresentData:
 
 def rank_chunks(
     texts: list[Tokens], bottleneck: int, settings: RepresentConfig, sink_id: int, ranks: Ranks
-) -> list[PackedRows]:
+) -> list[PackedRow]:
     """This rank's texts in chunks of `chunk_tokens`, as many chunks as the rank with the most."""
-    rows = pack([Sequence(text, bottleneck) for text in texts], settings.row_tokens, sink_id)
-    per_chunk = settings.chunk_tokens // settings.row_tokens
-    count = largest(max(1, -(-len(rows.input_ids) // per_chunk)), ranks.device)
-    chunks = [rows.select(slice(i * per_chunk, (i + 1) * per_chunk)) for i in range(count)]
-    filler = pack([Sequence((sink_id,), bottleneck)], settings.row_tokens, sink_id)
-    # a rank that is done runs a row that counts for nothing: the others wait for it in every gather
-    return [(chunk if len(chunk.input_ids) else filler.without_spans()).to(ranks.device) for chunk in chunks]
+    chunks = pack([Sequence(text, bottleneck) for text in texts], settings.chunk_tokens, sink_id)
+    missing = largest(max(1, len(chunks)), ranks.device) - len(chunks)
+    return [chunk.to(ranks.device) for chunk in (*chunks, *[filler(bottleneck, sink_id)] * missing)]
 
 
 def accumulate_step(
@@ -165,7 +161,7 @@ def represent(config: RunConfig, ranks: Ranks) -> None:
     base = config.learn_export if config.learn.steps else Path(config.model.base)
     tokenizer = TextTokenizer(base)
     data = load_data(config, tokenizer)
-    engine, model = load_engine(config, base, tokenizer, config.represent.optimizer)
+    engine, model = load_engine(config, base, tokenizer, "represent")
 
     def run_step(step: int) -> dict[str, float]:
         batch = data.batch(config.represent, step, config.seed)

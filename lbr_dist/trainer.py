@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import resource
+import statistics
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -14,7 +16,8 @@ from typing import Literal
 from lbr_dist import checkpoint
 from lbr_dist.config import OptimizerConfig, RunConfig
 from lbr_dist.distributed import Ranks, total
-from lbr_dist.engine import Engine, sharded_init
+from lbr_dist.engine import Engine, Update, sharded_init
+from lbr_dist.errors import TrainingError
 from lbr_dist.metrics import MetricsLog
 from lbr_dist.model.bottleneck import LBRModel, load_model
 from lbr_dist.model.tokens import TextTokenizer
@@ -23,13 +26,17 @@ SUMMARY = "summary.json"
 Stage = Literal["learn", "represent"]
 
 
-def load_engine(
-    config: RunConfig, folder: Path, tokenizer: TextTokenizer, optimizer: OptimizerConfig
-) -> tuple[Engine, LBRModel]:
+def load_engine(config: RunConfig, folder: Path, tokenizer: TextTokenizer, stage: Stage) -> tuple[Engine, LBRModel]:
     """The model of `folder`, sharded as it is built, under the engine; the bottleneck at its own learning rate."""
+    learns = stage == "learn"
     sharding = sharded_init(config.engine, config.model.dtype)
-    model = load_model(config.model, folder, tokenizer, config.seed, sharding)
-    return Engine(model, config.engine, optimizer, config.model.dtype, fast=model.fast_parameters), model
+    variational = learns and config.learn.kl_weight > 0
+    model = load_model(config.model, folder, tokenizer, config.seed, sharding, variational)
+    optimizer = config.learn.optimizer if learns else config.represent.optimizer
+    # every micro-batch of stage 1 ends in the head: it is gathered once a step
+    resident = [model.language_loss.weight] if learns and config.engine.resident_head else []
+    dtype, fast = config.model.dtype, model.fast_parameters
+    return Engine(model, config.engine, optimizer, dtype, fast, resident), model
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
@@ -44,12 +51,54 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
     return optimizer.lr * (0.1 + 0.9 * shape[optimizer.schedule])
 
 
+class SpikeGuard:
+    """Decides which gradients are too large to be applied, from the norms of the last ones.
+
+    Every rank sees the same norms, so every rank decides the same.
+    """
+
+    HISTORY, ENOUGH = 64, 16
+
+    def __init__(self, optimizer: OptimizerConfig, norms: Sequence[float] = ()) -> None:
+        self.optimizer = optimizer
+        self.norms = deque(norms, maxlen=self.HISTORY)
+        self.skipped = 0
+
+    @property
+    def largest_norm(self) -> float:
+        """The largest norm to be applied; infinite while too few are known to tell."""
+        if not self.optimizer.spike_factor or len(self.norms) < self.ENOUGH:
+            return math.inf
+        return self.optimizer.spike_factor * statistics.median(self.norms)
+
+    def observe(self, update: Update, stage: Stage, step: int, checkpoints: Path) -> None:
+        """Take note of a step.
+
+        Raises:
+            TrainingError: too many steps in a row were skipped.
+        """
+        if update.applied:
+            self.norms.append(update.grad_norm)
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.skipped >= self.optimizer.most_skipped:
+            found = checkpoint.latest(checkpoints)
+            last = f"The last checkpoint is {checkpoints / found['tag']}" if found else "There is no checkpoint yet"
+            raise TrainingError(
+                f"{stage}: {self.skipped} steps in a row were skipped, up to step {step}; the last gradient norm is "
+                f"{update.grad_norm:.3g}, expected a finite one of at most {self.largest_norm:.3g}. {last}. Lower "
+                f"{stage}.optimizer.lr, or look at the data of these steps."
+            )
+
+
 def train(
     stage: Stage,
     config: RunConfig,
     ranks: Ranks,
     engine: Engine,
     run_step: Callable[[int], dict[str, float]],
+    diagnose: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Run a stage's steps, from its newest checkpoint on.
 
@@ -60,29 +109,54 @@ def train(
         engine: the model and its optimizer.
         run_step: accumulates the gradients of the step of this number (from 0) and returns what to log; the
             same on every rank.
+        diagnose: measures the model on held-out data, every `learn.diagnose_every` steps.
+
+    Raises:
+        TrainingError: too many steps in a row were skipped.
     """
     settings = config.learn if stage == "learn" else config.represent
     folder = config.stage_path(stage)
     checkpoints = folder / "checkpoints"
-    first = checkpoint.resume(engine, checkpoints, ranks, config.checkpoint)
+    state = checkpoint.resume(engine, checkpoints, ranks, config.checkpoint) or {"step": 0, "norms": []}
+    first: int = state["step"]
+    guard = SpikeGuard(settings.optimizer, state["norms"])
     engine.train()
+
+    def diagnosed(done: int) -> dict[str, float]:
+        wanted = done == settings.steps or done % max(1, config.learn.diagnose_every) == 0
+        if diagnose is None or not wanted:
+            return {}
+        engine.train(False)
+        values = diagnose()
+        engine.train()
+        return values
+
     with MetricsLog(folder, stage, settings.steps, start_step=first) if ranks.is_first else nullcontext() as log:
+        if first == 0 and settings.steps:
+            values = diagnosed(0)
+            if log is not None and values:
+                log.log(0, **values)
         for step in range(first, settings.steps):
             began = time.perf_counter()
             values = run_step(step)
             rate = learning_rate(settings.optimizer, step, settings.steps)
-            norm = engine.step(rate)
+            update = engine.step(rate, guard.largest_norm)
             seconds = time.perf_counter() - began
+            done = step + 1
             throughput = {
                 name.replace("num_", "") + "_per_second": values.pop(name) / seconds
                 for name in ("num_tokens", "num_pairs")
                 if name in values
             }
+            values |= {"lr": rate, "grad_norm": update.grad_norm, "seconds": seconds} | throughput
+            values |= {} if update.applied else {"skipped": 1}
+            values |= diagnosed(done)
             if log is not None:
-                log.log(step + 1, **values, lr=rate, grad_norm=norm, seconds=seconds, **throughput)
-            done = step + 1
+                log.log(done, **values)
+            guard.observe(update, stage, done, checkpoints)
             if done % config.checkpoint.every_steps == 0 or done == settings.steps:
-                checkpoint.save(engine, checkpoints, done, ranks, config.checkpoint)
+                state = {"step": done, "norms": list(guard.norms)}
+                checkpoint.save(engine, checkpoints, state, ranks, config.checkpoint)
 
 
 def write_summary(folder: Path, config: RunConfig, ranks: Ranks, seconds: float) -> None:

@@ -29,14 +29,11 @@ def tiny_run(run_dir: Path, base: Path, files: Path, **sections: Any) -> RunConf
             query_prompt="find: ",
             max_query_tokens=24,
             max_document_tokens=48,
+            cache_dir=str(files / "cache"),
         ),
-        "learn": LearnConfig(
-            steps=4, batch_texts=13, max_text_tokens=40, row_tokens=96, micro_batch_rows=2, optimizer=optimizer
-        ),
-        "represent": RepresentConfig(
-            steps=4, batch_pairs=11, hard_negatives=1, row_tokens=96, chunk_tokens=192, optimizer=optimizer
-        ),
+        "learn": LearnConfig(steps=4, batch_texts=13, max_text_tokens=40, row_tokens=192, optimizer=optimizer),
+        "represent": RepresentConfig(steps=4, batch_pairs=11, hard_negatives=1, chunk_tokens=192, optimizer=optimizer),
         "checkpoint": CheckpointConfig(every_steps=2, keep=3),
-        "evaluate": EvaluateConfig(row_tokens=96, chunk_tokens=192, bootstrap=50, examples=2),
+        "evaluate": EvaluateConfig(chunk_tokens=192, bootstrap=50, examples=2),
     }
     return RunConfig(run_dir=str(run_dir), domain="tiny", **(defaults | sections))

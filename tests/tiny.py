@@ -40,6 +40,12 @@ def pairs() -> list[dict[str, object]]:
     ]
 
 
+def pieces(texts: list[tuple[int, ...]], longest: int) -> list[tuple[int, ...]]:
+    """Token ids cut into pieces of at most `longest`; pieces of one token, which teach nothing, are left out."""
+    cut = (text[i : i + longest] for text in texts for i in range(0, len(text), longest))
+    return [piece for piece in cut if len(piece) > 1]
+
+
 def write_data(folder: Path) -> None:
     """`corpus.jsonl`, `train.jsonl` and `test.jsonl` of the above."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,22 +1,24 @@
-"""Sequences ``[sink x b y]`` and the rows that many of them are packed into.
+"""Sequences ``[sink x b y]``, and the rows that many of them are packed into without padding.
 
-This is the one place that lays tokens out. Everything after it (mask, positions, labels, pooling) is read from
-the tensors of a `PackedRows`.
+This is the one place that lays tokens out. Everything after it (attention, positions, labels, pooling) is read from a
+`PackedRow`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from lbr_dist.kernels.attention import BOTTLENECK, CONTEXT, SINK, TARGET
+from lbr_dist.kernels.layout import BOTTLENECK, CONTEXT, SINK, TARGET, BottleneckLayout
 
 NO_LABEL = -100
 TEXT_LOSS, TARGET_LOSS = 0, 1
-TOKEN_FIELDS = ("input_ids", "position_ids", "segment_ids", "roles", "labels", "loss_kinds")
+TOKEN_FIELDS = ("input_ids", "position_ids", "roles", "labels", "loss_kinds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +38,24 @@ class Sequence:
     """What the model reads in the place of y, where it differs (dropped tokens)."""
 
     @property
+    def inputs(self) -> int:
+        """Tokens of y that are read: the last one is a label only, never an input."""
+        return max(0, len(self.target) - 1)
+
+    @property
     def length(self) -> int:
-        # the last token of y is a label only, never an input
-        return 1 + len(self.context) + self.bottleneck + max(0, len(self.target) - 1)
+        return 1 + len(self.context) + self.bottleneck + self.inputs
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRows:
-    """Rows of packed sequences. All tensors are ``[rows, tokens]`` int64 unless stated."""
+class PackedRow:
+    """Sequences one after another. All tensors are ``[tokens]`` int64 unless stated."""
 
     input_ids: Tensor
     """Token ids; at a bottleneck token, the number j of the token."""
 
     position_ids: Tensor
     """Positions, from 0 in each sequence."""
-
-    segment_ids: Tensor
-    """The sequence a token belongs to, counted within its row; -1 is padding."""
 
     roles: Tensor
     """`SINK`, `CONTEXT`, `BOTTLENECK` or `TARGET`."""
@@ -63,82 +66,84 @@ class PackedRows:
     loss_kinds: Tensor
     """`TEXT_LOSS` or `TARGET_LOSS`, where there is a label."""
 
+    layout: BottleneckLayout
+    """Which keys each token sees."""
+
     spans: Tensor
-    """``[sequences, 4]``: row, first column of the text, first column of the bottleneck, column after it."""
+    """``[sequences, 3]``: first place of the text, first place of the bottleneck, place after it."""
 
     order: Tensor
-    """``[sequences]``: the place of each span in the list of sequences that was packed."""
+    """``[sequences]``: where each stands in the list of sequences that was packed."""
 
-    def to(self, device: torch.device | str) -> PackedRows:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+    def to(self, device: torch.device | str) -> PackedRow:
+        return dataclasses.replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def select(self, rows: slice) -> PackedRows:
-        """Some of the rows, with the spans that lie in them."""
-        chosen = torch.arange(len(self.input_ids))[rows]
-        place = torch.full((len(self.input_ids),), -1)
-        place[chosen] = torch.arange(len(chosen))
-        kept = place[self.spans[:, 0]] >= 0
-        spans = self.spans[kept]
-        spans[:, 0] = place[spans[:, 0]]
-        taken = {name: getattr(self, name)[rows] for name in TOKEN_FIELDS}
-        return PackedRows(**taken, spans=spans, order=self.order[kept])
+    def without_spans(self) -> PackedRow:
+        """The same row with nothing to pool in it."""
+        return dataclasses.replace(self, spans=self.spans[:0], order=self.order[:0])
 
-    def without_spans(self) -> PackedRows:
-        """The same rows with nothing to pool in them."""
-        return replace(self, spans=self.spans[:0], order=self.order[:0])
-
-    def without_labels(self, kind: int) -> PackedRows:
-        """The same rows with the labels of one kind of loss taken out."""
-        return replace(self, labels=self.labels.where(self.loss_kinds != kind, NO_LABEL))
+    def without_labels(self, kind: int) -> PackedRow:
+        """The same row with the labels of one kind of loss taken out."""
+        return dataclasses.replace(self, labels=self.labels.where(self.loss_kinds != kind, NO_LABEL))
 
 
-def without(rows: PackedRows, role: int) -> PackedRows:
-    """The same rows with the tokens of one role taken out, and no others: positions and segments stay.
+def without(row: PackedRow, role: int) -> PackedRow:
+    """The same row with the tokens of one role taken out: `CONTEXT` or `TARGET`.
 
-    For the two passes of the `reinject` form. The order of the tokens that stay is kept. Spans are meaningless
-    afterwards, and empty.
+    For the two passes of the `reinject` form: ``[sink x b]``, and ``[sink b y]``, in which y sees all before it. The
+    positions stay as they were. Spans are meaningless afterwards, and empty.
     """
-    keep = (rows.roles != role) & (rows.segment_ids >= 0)
-    width = max(1, int(keep.sum(1).max()))
-    index = torch.argsort((~keep).int(), dim=1, stable=True)[:, :width]
-    kept = keep.gather(1, index)
-    taken = {name: getattr(rows, name).gather(1, index) for name in TOKEN_FIELDS}
-    taken["segment_ids"] = taken["segment_ids"].where(kept, -1)
-    taken["labels"] = taken["labels"].where(kept, NO_LABEL)
-    taken["roles"] = taken["roles"].where(kept, CONTEXT)
-    return PackedRows(**taken, spans=rows.spans[:0], order=rows.order[:0])
+    kept = row.roles != role
+    old = row.layout
+    if role == TARGET:
+        lengths = {"context": old.context, "bottleneck": old.bottleneck, "target": [0] * len(old.target)}
+    else:
+        short = [old.sink + old.bottleneck + m for m in old.target]
+        lengths = {"context": short, "bottleneck": 0, "target": [0] * len(old.target)}
+    layout = BottleneckLayout.from_lengths(**lengths, sink=old.sink).to(row.labels.device)  # type: ignore[arg-type]
+    taken = {name: getattr(row, name)[kept] for name in TOKEN_FIELDS}
+    return PackedRow(**taken, layout=layout, spans=row.spans[:0], order=row.order[:0])
 
 
-def assign_rows(lengths: list[int], row_tokens: int) -> list[list[int]]:
-    """First-fit decreasing: the indices of the sequences of each row.
+def assign_rows(lengths: list[int], row_tokens: int, multiple: int = 1) -> list[list[int]]:
+    """Which sequences each row holds: few rows, evenly filled.
+
+    Args:
+        lengths: tokens of each sequence.
+        row_tokens: the most tokens of a row.
+        multiple: the number of rows is a multiple of this, for ranks that run one each; a row may be empty.
+
+    Returns:
+        The indices of each row's sequences. A function of the lengths alone.
 
     Raises:
         ValueError: a sequence is longer than a row.
     """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[index] > row_tokens:
-            raise ValueError(f"a sequence of {lengths[index]} tokens does not fit a row of {row_tokens}")
-        row = next((row for row, free in enumerate(room) if lengths[index] <= free), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(row_tokens)
-        rows[row].append(index)
-        room[row] -= lengths[index]
-    return rows
+    ordered = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if ordered and lengths[ordered[0]] > row_tokens:
+        raise ValueError(f"a sequence of {lengths[ordered[0]]} tokens does not fit a row of {row_tokens}")
+    count = -(-max(1, -(-sum(lengths) // row_tokens)) // multiple) * multiple if lengths else 0
+    while True:
+        # the longest first, always to the emptiest row: ranks wait for the fullest
+        rows: list[list[int]] = [[] for _ in range(count)]
+        fill = [(0, row) for row in range(count)]
+        for index in ordered:
+            used, row = heapq.heappop(fill)
+            rows[row].append(index)
+            heapq.heappush(fill, (used + lengths[index], row))
+        if all(used <= row_tokens for used, _ in fill):
+            return rows
+        count += multiple
 
 
-def _write(lines: dict[str, list[int]], sequence: Sequence, segment: int, sink_id: int) -> tuple[int, int, int]:
-    """Append one sequence to a row's lists; returns the columns of its text, of its bottleneck and after it."""
+def _write(lines: dict[str, list[int]], sequence: Sequence, sink_id: int) -> tuple[int, int, int]:
+    """Append one sequence to a row's lists; returns the places of its text, of its bottleneck and after it."""
     n, k, m = len(sequence.context), sequence.bottleneck, len(sequence.target)
-    inputs = sequence.target if sequence.target_inputs is None else sequence.target_inputs
+    fed = sequence.target if sequence.target_inputs is None else sequence.target_inputs
     start = len(lines["input_ids"])
-    length = sequence.length
-    lines["input_ids"] += [sink_id, *sequence.context, *range(k), *inputs[: max(0, m - 1)]]
-    lines["position_ids"] += range(length)
-    lines["segment_ids"] += [segment] * length
-    lines["roles"] += [SINK] + [CONTEXT] * n + [BOTTLENECK] * k + [TARGET] * max(0, m - 1)
+    lines["input_ids"] += [sink_id, *sequence.context, *range(k), *fed[: sequence.inputs]]
+    lines["position_ids"] += range(sequence.length)
+    lines["roles"] += [SINK] + [CONTEXT] * n + [BOTTLENECK] * k + [TARGET] * sequence.inputs
     # x_i is predicted at x_{i-1} from i = 2 on; y_1 at the last bottleneck token; nothing else is scored
     lines["labels"] += [NO_LABEL, *sequence.context[1:]] + [NO_LABEL] * (k + 1 if n else k)
     if m:
@@ -148,41 +153,54 @@ def _write(lines: dict[str, list[int]], sequence: Sequence, segment: int, sink_i
     return start + 1, start + 1 + n, start + 1 + n + k
 
 
-def pack(sequences: Iterable[Sequence], row_tokens: int, sink_id: int, rows: int | None = None) -> PackedRows:
-    """Lay sequences out in rows of `row_tokens`, padded where nothing fits.
+def pack_row(sequences: Iterable[Sequence], sink_id: int, order: Iterable[int] | None = None) -> PackedRow:
+    """One row of sequences of the same k.
 
     Args:
-        sequences: what to pack; the result says in `order` where each went.
-        row_tokens: tokens of a row. Rows are cut to the fullest one.
+        sequences: at least one.
         sink_id: the token that every sequence begins with.
-        rows: the number of rows wanted (empty ones are added), for ranks that must run in lockstep.
-
-    Raises:
-        ValueError: a sequence is longer than a row, or `rows` is less than what is needed.
+        order: what `PackedRow.order` says of each; their places in `sequences` where not given.
     """
     items = list(sequences)
-    assigned = assign_rows([s.length for s in items], row_tokens)
-    if rows is not None:
-        if rows < len(assigned):
-            raise ValueError(f"{len(assigned)} rows do not fit in {rows}")
-        assigned += [[] for _ in range(rows - len(assigned))]
-    empty = {"input_ids": sink_id, "position_ids": 0, "segment_ids": -1, "roles": CONTEXT, "labels": NO_LABEL}
-    table: list[dict[str, list[int]]] = []
-    spans: list[tuple[int, int, int, int]] = []
-    order: list[int] = []
-    for row, members in enumerate(assigned):
-        lines: dict[str, list[int]] = {name: [] for name in TOKEN_FIELDS}
-        for segment, index in enumerate(members):
-            spans.append((row, *_write(lines, items[index], segment, sink_id)))
-            order.append(index)
-        table.append(lines)
-    width = max((len(lines["input_ids"]) for lines in table), default=0) or 1
-    tensors = {
-        name: torch.tensor([lines[name] + [empty.get(name, 0)] * (width - len(lines[name])) for lines in table])
-        for name in TOKEN_FIELDS
-    }
-    return PackedRows(
-        **tensors,
-        spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 4),
-        order=torch.tensor(order, dtype=torch.int64),
+    ks = {s.bottleneck for s in items}
+    assert len(ks) == 1, f"the sequences of a row have one number of bottleneck tokens, found {sorted(ks)}"
+    lines: dict[str, list[int]] = {name: [] for name in TOKEN_FIELDS}
+    spans = [_write(lines, sequence, sink_id) for sequence in items]
+    return PackedRow(
+        **{name: torch.tensor(values) for name, values in lines.items()},
+        layout=BottleneckLayout.from_lengths(
+            context=[1 + len(s.context) for s in items],
+            bottleneck=ks.pop(),
+            target=[s.inputs for s in items],
+            sink=1,
+        ),
+        spans=torch.tensor(spans, dtype=torch.int64),
+        order=torch.tensor(list(range(len(items)) if order is None else order), dtype=torch.int64),
     )
+
+
+def filler(bottleneck: int, sink_id: int) -> PackedRow:
+    """A row that counts for nothing, for a rank that has none left: the others wait for it in every gather."""
+    return pack_row([Sequence((sink_id,), bottleneck)], sink_id).without_spans()
+
+
+def pack(sequences: list[Sequence], row_tokens: int, sink_id: int) -> list[PackedRow]:
+    """Rows of up to `row_tokens`, without padding.
+
+    Raises:
+        ValueError: a sequence is longer than a row.
+    """
+    assigned = assign_rows([s.length for s in sequences], row_tokens)
+    return [pack_row([sequences[i] for i in row], sink_id, row) for row in assigned]
+
+
+def rank_rows(
+    sequences: list[Sequence], row_tokens: int, sink_id: int, rank: int, world_size: int
+) -> tuple[list[PackedRow], float]:
+    """This rank's rows of a global batch, as many on every rank, and the share of all rows' room that is filled."""
+    rows = assign_rows([s.length for s in sequences], row_tokens, multiple=world_size)
+    mine = [
+        pack_row([sequences[i] for i in row], sink_id, row) if row else filler(sequences[0].bottleneck, sink_id)
+        for row in rows[rank::world_size]
+    ]
+    return mine, sum(s.length for s in sequences) / (len(rows) * row_tokens)

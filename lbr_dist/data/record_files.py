@@ -1,18 +1,25 @@
-"""Records from files: JSON lines, Parquet, Arrow, and folders of them, each record with its place for messages."""
+"""Records from files: JSON lines, Parquet, Arrow, and folders of them, each record with its place for messages.
+
+`records` reads files from end to end. `spans` cuts a file, so that several processes can share it.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lbr_dist.errors import DataError
 
 Row = dict[str, Any]
 
+_LINES = (".jsonl", ".json")
+_READ_ROWS = 1000
 _SPLITS = ("train", "validation", "valid", "dev", "test")
 
 
@@ -22,10 +29,13 @@ class Place:
 
     file: Path
     number: int
+    start: int = 0
+    """The byte from which lines are counted, where a file is read in parts; the text counts from the file's first."""
 
     def __str__(self) -> str:
-        lines = self.file.suffix in (".jsonl", ".json")
-        return f"{self.file}:{self.number}" if lines else f"{self.file}: row {self.number}"
+        if self.file.suffix in _LINES:
+            return f"{self.file}:{self.number + _lines_before(self.file, self.start)}"
+        return f"{self.file}: row {self.number}"
 
     def error(self, found: str, expected: str, remedy: str) -> DataError:
         return DataError(f"{self}: found {found}, expected {expected}. {remedy}")
@@ -33,12 +43,18 @@ class Place:
 
 def records(path: Path) -> Iterator[tuple[Place, Row]]:
     """Every record of a file or folder with its place, counted from 1 in each file."""
-    for file in _files(path):
-        numbered = _json_lines(file) if file.suffix in (".jsonl", ".json") else _table_rows(file)
-        yield from numbered
+    for file in record_files(path):
+        for place, row in span_rows(Span(file, 0, sys.maxsize)):
+            assert row is not None  # no line is too long here
+            yield place, row
 
 
-def _files(path: Path) -> list[Path]:
+def record_files(path: Path) -> list[Path]:
+    """The files of a corpus or of pairs, in the order in which they are read.
+
+    Raises:
+        DataError: there is none, it is empty or of an unknown kind, or the folder holds several splits.
+    """
     if path.is_dir():
         return _folder_files(path)
     if not path.is_file():
@@ -73,54 +89,202 @@ def _folder_files(folder: Path) -> list[Path]:
             f"{folder}: found files of the splits {', '.join(splits)}, expected those of one. "
             "Name one file, or move each split to a folder of its own."
         )
-    return [each for file in files for each in _files(file)]
+    return [each for file in files for each in record_files(file)]
 
 
-def _json_lines(file: Path) -> Iterator[tuple[Place, Row]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = Place(file, number)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", None) or getattr(error, "reason", None) or str(error)
-                raise place.error(
-                    f"a line that is not JSON ({reason}): {line[:60]!r}",
-                    "one JSON object a line",
-                    "Mend or remove this line.",
-                ) from error
-            if not isinstance(row, dict):
-                raise place.error(
-                    f"a JSON {type(row).__name__}",
-                    "one JSON object a line",
-                    "Write each record as an object on a line of its own.",
-                )
-            yield place, row
+# ---- parts of files -----------------------------------------------------------------------------------------------
 
 
-def _table_rows(file: Path) -> Iterator[tuple[Place, Row]]:
-    """Rows of a Parquet file or an Arrow stream."""
-    import pyarrow as pa
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a file that is read by itself: the lines that begin in a range of bytes, row groups, record batches."""
+
+    file: Path
+    first: int
+    """First byte, row group or record batch."""
+
+    last: int
+    """The one after the last."""
+
+    weight: int = 0
+    """Bytes of the records, about."""
+
+    rows_before: int = 0
+    """Rows of a table that stand before this part; lines are counted when a message needs it."""
+
+
+def spans(file: Path, weight: int) -> Iterator[Span]:
+    """A file cut in parts of `weight` bytes or more, in their order; no row group or record batch is cut.
+
+    Raises:
+        DataError: a table that cannot be read.
+    """
+    if file.suffix in _LINES:
+        size = file.stat().st_size
+        for first in range(0, size, weight):
+            yield Span(file, first, min(size, first + weight), min(weight, size - first))
+        return
+    first = last = rows_before = rows = held = 0
+    for count, size in _table_groups(file):
+        last, rows, held = last + 1, rows + count, held + size
+        if held >= weight:
+            yield Span(file, first, last, held, rows_before)
+            first, rows_before, held = last, rows, 0
+    if last > first:
+        yield Span(file, first, last, held, rows_before)
+
+
+def span_rows(span: Span, columns: tuple[str, ...] = (), longest_line: int = -1) -> Iterator[tuple[Place, Row | None]]:
+    """The records of a part with their places. No more is held than a line, or 1,000 rows and what decodes them.
+
+    Args:
+        span: the part.
+        columns: of a table, the columns to be read, where it has the first of them; else all are.
+        longest_line: of JSON lines, the most bytes that are read of one; None takes the place of a longer one.
+
+    Raises:
+        DataError: a line that is not a JSON object, or a table that cannot be read.
+    """
+    if span.file.suffix in _LINES:
+        yield from _span_lines(span, longest_line)
+    else:
+        yield from _span_table(span, columns)
+
+
+# ---- JSON lines -----------------------------------------------------------------------------------------------------
+
+
+def _span_lines(span: Span, longest: int) -> Iterator[tuple[Place, Row | None]]:
+    with span.file.open("rb") as lines:
+        if span.first:
+            lines.seek(span.first - 1)
+            _skip_line(lines)
+        start = at = lines.tell()
+        number = 0
+        while at < span.last and (line := lines.readline(longest)):
+            number += 1
+            place = Place(span.file, number, start)
+            if len(line) == longest and not line.endswith(b"\n"):
+                _skip_line(lines)
+                yield place, None
+            elif line.strip():
+                yield place, _json_row(place, line)
+            at = lines.tell()
+
+
+def _skip_line(lines: IO[bytes]) -> None:
+    while (part := lines.readline(1 << 20)) and not part.endswith(b"\n"):
+        pass
+
+
+def _json_row(place: Place, line: bytes) -> Row:
+    begins_file = place.number == 1 and not place.start
+    try:
+        row = json.loads(line.decode("utf-8-sig" if begins_file else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or getattr(error, "reason", None) or str(error)
+        raise place.error(
+            f"a line that is not JSON ({reason}): {line[:60]!r}",
+            "one JSON object a line",
+            "Mend or remove this line.",
+        ) from error
+    if not isinstance(row, dict):
+        raise place.error(
+            f"a JSON {type(row).__name__}",
+            "one JSON object a line",
+            "Write each record as an object on a line of its own.",
+        )
+    return row
+
+
+def _lines_before(file: Path, end: int) -> int:
+    count = 0
+    with file.open("rb") as content:
+        while end > 0 and (block := content.read(min(end, 1 << 20))):
+            count += block.count(b"\n")
+            end -= len(block)
+    return count
+
+
+# ---- Parquet and Arrow ----------------------------------------------------------------------------------------------
+
+
+def _span_table(span: Span, columns: tuple[str, ...]) -> Iterator[tuple[Place, Row]]:
     import pyarrow.parquet as pq
 
-    number = 0
-    try:
+    def present(names: list[str]) -> list[str]:
+        return [name for name in columns if name in names] if set(columns[:1]) & set(names) else names
+
+    place = _LastPlace(span.file, span.rows_before)
+    with _whole_table(place):
+        if span.file.suffix == ".parquet":
+            # without these two, pyarrow reads whole row groups ahead and decodes on threads of its own
+            with pq.ParquetFile(span.file, memory_map=True, pre_buffer=False) as table:
+                groups = range(span.first, min(span.last, table.metadata.num_row_groups))
+                chosen = present(table.schema_arrow.names)
+                for batch in table.iter_batches(_READ_ROWS, groups, chosen, use_threads=False):
+                    for row in batch.to_pylist():
+                        yield place.next(), row
+        else:
+            with _arrow_stream(span.file) as (stream, _):
+                chosen = present(stream.schema.names)
+                for number, batch in enumerate(stream):
+                    if number >= span.last:
+                        break
+                    if number < span.first:
+                        continue
+                    for first in range(0, batch.num_rows, _READ_ROWS):
+                        for row in batch.slice(first, _READ_ROWS).select(chosen).to_pylist():
+                            yield place.next(), row
+
+
+def _table_groups(file: Path) -> Iterator[tuple[int, int]]:
+    """Rows and bytes of each row group or record batch."""
+    import pyarrow.parquet as pq
+
+    place = _LastPlace(file)
+    with _whole_table(place):
         if file.suffix == ".parquet":
             with pq.ParquetFile(file) as table:
-                for batch in table.iter_batches():
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield Place(file, number), row
+                for group in map(table.metadata.row_group, range(table.metadata.num_row_groups)):
+                    yield group.num_rows, group.total_byte_size
         else:
-            with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
+            with _arrow_stream(file) as (stream, mapped):
+                before = mapped.tell()
                 for batch in stream:
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield Place(file, number), row
+                    place.number += batch.num_rows
+                    yield batch.num_rows, mapped.tell() - before
+                    before = mapped.tell()
+
+
+class _LastPlace:
+    """Counts the rows of a table, so that a failed read can be named by its row."""
+
+    def __init__(self, file: Path, before: int = 0) -> None:
+        self.file, self.number = file, before
+
+    def next(self) -> Place:
+        self.number += 1
+        return Place(self.file, self.number)
+
+
+@contextmanager
+def _whole_table(place: _LastPlace) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{file}: row {number + 1}: found what cannot be read as {file.suffix[1:]} ({error}), "
+            f"{place.file}: row {place.number + 1}: found what cannot be read as {place.file.suffix[1:]} ({error}), "
             "expected a whole file. Write or copy it again."
         ) from error
+
+
+@contextmanager
+def _arrow_stream(file: Path) -> Iterator[tuple[Any, Any]]:
+    """The record batches of an Arrow stream, and the mapped file that says how far they have come."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
+        yield stream, mapped

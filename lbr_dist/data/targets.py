@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from lbr_dist.config import LearnConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from lbr_dist.config import LearnConfig, TargetsConfig
 from lbr_dist.data import sampler
 from lbr_dist.data.packing import Sequence
-
-Tokens = tuple[int, ...]
+from lbr_dist.data.token_cache import Documents, Pieces, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,8 @@ class LearnData:
     texts: List[Tokens]
     pairs: List[tuple[Tokens, Tokens]]
     drop_id: int
+    held_out: List[Tokens] = field(default_factory=list)
+    """Texts that are never trained on, for the diagnostics."""
 
     def batch(self, learn: LearnConfig, bottleneck: int, step: int, seed: int) -> list[Sequence]:
         """The global batch of a step, in the same order on every rank."""
@@ -28,6 +32,14 @@ class LearnData:
             self._sequence(learn, bottleneck, self.texts[item], random.Random(f"{seed}/{epoch}/{item}"))
             for epoch, item in chosen
         ]
+
+    def held_out_sequences(self, learn: LearnConfig, bottleneck: int) -> list[Sequence]:
+        """The held-out texts with a target each, the same in every run; of their own text alone, never of a pair."""
+        kinds = learn.targets
+        own = kinds.continuation + kinds.reconstruction > 0
+        shares = replace(kinds, pair=0.0) if own else TargetsConfig()
+        alone = replace(learn, targets=shares)
+        return [self._sequence(alone, bottleneck, t, random.Random(i)) for i, t in enumerate(self.held_out)]
 
     def _sequence(self, learn: LearnConfig, k: int, text: Tokens, rng: random.Random) -> Sequence:
         if learn.bottleneck == "none":
@@ -45,7 +57,29 @@ class LearnData:
         return Sequence(query, k, document) if rng.random() < 0.5 else Sequence(document, k, query)
 
 
-def pieces(texts: List[Tokens], longest: int) -> list[Tokens]:
-    """Texts cut into pieces of at most `longest` tokens; pieces of one token, which teach nothing, are left out."""
-    cut = (text[i : i + longest] for text in texts for i in range(0, len(text), longest))
-    return [piece for piece in cut if len(piece) > 1]
+class _Without:
+    """Documents, some of them emptied."""
+
+    def __init__(self, documents: Documents, left_out: NDArray[np.int64]) -> None:
+        self._documents = documents
+        self.lengths = documents.lengths.copy()
+        self.lengths[left_out] = 0
+
+    def span(self, document: int, start: int, stop: int) -> Tokens:
+        return self._documents.span(document, start, stop)
+
+
+def split(documents: Documents, longest: int, held_out: int) -> tuple[Pieces, list[Tokens]]:
+    """Training texts, and texts of documents that no training text is of.
+
+    Args:
+        documents: the tokenised corpus.
+        longest: documents are cut into pieces of at most so many tokens.
+        held_out: how many documents to keep out, at most a twentieth of them; each gives its first piece.
+    """
+    count = min(held_out, len(documents.lengths) // 20)
+    if not count:
+        return Pieces(documents, longest), []
+    left_out = sampler.shuffled(np.arange(count, dtype=np.uint64), len(documents.lengths), 0, 0).astype(np.int64)
+    texts = [documents.span(int(d), 0, min(longest, int(documents.lengths[d]))) for d in left_out]
+    return Pieces(_Without(documents, left_out), longest), [text for text in texts if len(text) > 1]

@@ -21,25 +21,11 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from lbr_dist.engine import full_shape, whole
 from lbr_dist.errors import ModelError
-from lbr_dist.kernels.attention import bottleneck_mask, masked_attention
+from lbr_dist.kernels.attention import Backend, bottleneck_attention
+from lbr_dist.kernels.layout import BottleneckLayout
 
 ATTENTION = "lbr_bottleneck"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-class RowLayout:
-    """What the attention of every layer needs to know of a batch of rows; masks are built once a window."""
-
-    def __init__(self, segment_ids: Tensor, roles: Tensor) -> None:
-        self.segment_ids = segment_ids
-        self.roles = roles
-        self._masks: dict[int | None, Tensor] = {}
-
-    def mask(self, sliding_window: int | None) -> Tensor:
-        """``[rows, 1, tokens, tokens]`` bool; see `bottleneck_mask`."""
-        if sliding_window not in self._masks:
-            self._masks[sliding_window] = bottleneck_mask(self.segment_ids, self.roles, sliding_window)
-        return self._masks[sliding_window]
 
 
 def _attend(
@@ -49,14 +35,15 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: RowLayout,
+    layout: BottleneckLayout,
+    backend: Backend = "auto",
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    output = masked_attention(query, key, value, layout.mask(sliding_window), scale)
-    return output.transpose(1, 2).contiguous(), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # the batch is one packed row
+    output = bottleneck_attention(q, k, v, layout, scale=scaling, window=sliding_window, backend=backend)
+    return output[None], None
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -6,6 +6,7 @@ nothing has to be resized while the vocabulary is sharded. The export writes the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lbr_dist.config import ModelConfig, Pooling
-from lbr_dist.data.packing import NO_LABEL, TARGET_LOSS, PackedRows, without
+from lbr_dist.data.packing import NO_LABEL, TARGET_LOSS, PackedRow, without
 from lbr_dist.errors import ModelError
-from lbr_dist.kernels.attention import BOTTLENECK, CONTEXT, TARGET
+from lbr_dist.kernels.attention import Backend
 from lbr_dist.kernels.cross_entropy import linear_cross_entropy
-from lbr_dist.model.backbone import RowLayout, embedding_table, load_backbone
+from lbr_dist.kernels.layout import BOTTLENECK, CONTEXT, TARGET
+from lbr_dist.model.adapters import add_adapters
+from lbr_dist.model.backbone import embedding_table, load_backbone
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 
 
@@ -28,11 +31,50 @@ class LanguageModelLoss(nn.Module):
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
-        self.weight = head.weight
+        self.weight: nn.Parameter = head.weight
 
-    def forward(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, labels: Tensor, groups: Tensor, weights: Tensor, z_weight: float
+    ) -> tuple[Tensor, Tensor]:
         """See `linear_cross_entropy`."""
-        return linear_cross_entropy(hidden, self.weight, labels, weights)
+        return linear_cross_entropy(hidden, self.weight, labels, groups, weights, z_weight)
+
+
+class Posterior(nn.Module):
+    """A unit-variance Gaussian channel for the vectors that `reinject` feeds back: mean and log-variance of each.
+
+    It begins as the identity with little noise. Source: Alemi et al. 2017, "Deep Variational Information Bottleneck"
+    (arXiv 1612.00410), section 3.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([torch.eye(dimension), torch.zeros(dimension, dimension)]))
+        self.bias = nn.Parameter(torch.cat([torch.zeros(dimension), torch.full((dimension,), -4.0)]))
+
+    def forward(self, hidden: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """A draw ``[tokens, d]`` float32, and the sum over the tokens of its divergence from a unit normal, in nats.
+
+        Args:
+            hidden: ``[tokens, d]``, of elements around one.
+            noise: ``[tokens, d]`` float32, unit normal.
+        """
+        mean, log_variance = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float().chunk(2, dim=1)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum()
+        return mean + (0.5 * log_variance).exp() * noise, divergence
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """What one scored token of each kind weighs in the sum; the weights hold the counts of the global batch."""
+
+    text: float
+    target: float
+    z: float = 0.0
+    """Of a scored token's squared log-normaliser."""
+
+    kl: float = 0.0
+    """Of a bottleneck token's divergence in nats."""
 
 
 class LBRModel(nn.Module):
@@ -42,94 +84,114 @@ class LBRModel(nn.Module):
         backbone: the causal LM, built by `load_backbone`.
         bottleneck: ``[k, d]`` initial embeddings of the bottleneck tokens.
         embedding_norm: the mean norm of the LM's input embeddings; `reinject` scales its vectors to it.
+        variational: whether `reinject` draws its vectors from a learned posterior.
+        attention: the attention kernel.
     """
 
-    def __init__(self, backbone: PreTrainedModel, bottleneck: Tensor, embedding_norm: float) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        bottleneck: Tensor,
+        embedding_norm: float,
+        variational: bool = False,
+        attention: Backend = "auto",
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         # a parameter without elements is trouble under ZeRO-3
         self.bottleneck = nn.Parameter(bottleneck) if len(bottleneck) else None
+        self.posterior = Posterior(bottleneck.shape[1]).to(bottleneck.dtype) if variational else None
         self.embedding_norm = embedding_norm
+        self.attention = attention
         self.language_loss = LanguageModelLoss(backbone.get_output_embeddings())
 
     @property
     def fast_parameters(self) -> list[nn.Parameter]:
         """What learns at its own, higher rate."""
-        return [] if self.bottleneck is None else [self.bottleneck]
+        posterior = [] if self.posterior is None else list(self.posterior.parameters())
+        return posterior if self.bottleneck is None else [self.bottleneck, *posterior]
 
-    def forward(self, rows: PackedRows, *, task: Literal["learn", "embed"], **options: Any) -> Any:
+    def forward(self, row: PackedRow, *, task: Literal["learn", "embed"], **options: Any) -> Any:
         """One entry for both stages, since under ZeRO-3 everything must run through the engine's hooks."""
-        return self._learn(rows, **options) if task == "learn" else self._embed(rows, **options)
+        return self._learn(row, **options) if task == "learn" else self._embed(row, **options)
 
-    def hidden(self, rows: PackedRows, injected: Tensor | None = None) -> Tensor:
-        """Last hidden states after the final norm, ``[rows, tokens, d]``.
+    def hidden(self, row: PackedRow, injected: Tensor | None = None) -> Tensor:
+        """Last hidden states after the final norm, ``[tokens, d]``.
 
         Args:
-            rows: packed rows.
-            injected: ``[bottleneck tokens of the rows, d]``, input embeddings in the place of the trained ones.
+            row: a packed row.
+            injected: ``[bottleneck tokens of the row, d]``, input embeddings in the place of the trained ones.
         """
         embed = self.backbone.get_input_embeddings()
-        at_bottleneck = rows.roles == BOTTLENECK
+        at_bottleneck = row.roles == BOTTLENECK
         # a bottleneck token's id is its number, which any vocabulary has
-        inputs = embed(rows.input_ids)
+        inputs = embed(row.input_ids)
         if self.bottleneck is not None:
             values = injected
             if values is None:
-                values = self.bottleneck[rows.input_ids[at_bottleneck]] * getattr(embed, "embed_scale", 1.0)
-            inputs = inputs.masked_scatter(at_bottleneck[..., None], values.to(inputs.dtype))
+                values = self.bottleneck[row.input_ids[at_bottleneck]] * getattr(embed, "embed_scale", 1.0)
+            inputs = inputs.masked_scatter(at_bottleneck[:, None], values.to(inputs.dtype))
         output: Tensor = self.backbone.model(
-            inputs_embeds=inputs,
-            position_ids=rows.position_ids,
+            inputs_embeds=inputs[None],
+            position_ids=row.position_ids[None],
             use_cache=False,
-            layout=RowLayout(rows.segment_ids, rows.roles),
+            layout=row.layout,
+            backend=self.attention,
         )[0]
-        return output
+        return output[0]
 
-    def _score(self, rows: PackedRows, hidden: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        scored = rows.labels != NO_LABEL
-        is_target = rows.loss_kinds[scored] == TARGET_LOSS
-        text_weight, target_weight = weights
-        each = torch.where(is_target, target_weight, text_weight).to(torch.float32)
-        loss, losses = self.language_loss(hidden[scored], rows.labels[scored], each)
-        target, text = losses[is_target], losses[~is_target]
-        counts = losses.new_tensor([len(target), len(text)])
-        return loss, torch.cat([torch.stack([target.sum(), text.sum()]), counts])
+    def _score(self, row: PackedRow, hidden: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
+        """The weighted sum, and ``[4]``: sums of the text's and the target's losses, and the numbers of tokens."""
+        scored = row.labels != NO_LABEL
+        kinds = row.loss_kinds[scored]
+        each = hidden.new_tensor([weights.text, weights.target], dtype=torch.float32)
+        loss, sums = self.language_loss(hidden[scored], row.labels[scored], kinds, each, weights.z)
+        return loss, torch.cat([sums, torch.bincount(kinds, minlength=2).to(sums)])
 
-    def _learn(self, rows: PackedRows, form: str, weights: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        """Stage 1's loss on these rows: the sum over scored tokens, each with the weight of its kind.
+    def _learn(
+        self, row: PackedRow, form: str, weights: LossWeights, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Stage 1's loss on a row: the sum over scored tokens, each with the weight of its kind.
 
         Args:
-            rows: packed ``[sink x b y]``.
+            row: packed ``[sink x b y]``.
             form: `mask`, `reinject` or `none`.
-            weights: of a text token and of a target token.
+            weights: of a token of each kind.
+            noise: ``[bottleneck tokens of the row, d]`` float32 unit normal, for a variational bottleneck.
 
         Returns:
-            The weighted sum, and (without gradient) ``[4]``: the sums of the target's and of the text's losses,
-            and the numbers of their tokens.
+            The weighted sum, and (without gradient) ``[5]``: the sums of the text's and of the target's losses, the
+            numbers of their tokens, and the sum of the divergences.
         """
         if form != "reinject":
-            return self._score(rows, self.hidden(rows), weights)
-        first, second = without(rows, TARGET), without(rows, CONTEXT)
+            loss, sums = self._score(row, self.hidden(row), weights)
+            return loss, F.pad(sums, (0, 1))
+        first, second = without(row, TARGET), without(row, CONTEXT)
         hidden = self.hidden(first)
-        z = F.normalize(hidden[first.roles == BOTTLENECK].float(), dim=1) * self.embedding_norm
+        dimension = hidden.shape[1]
+        z = F.normalize(hidden[first.roles == BOTTLENECK].float(), dim=1) * dimension**0.5
+        divergence = z.new_zeros(())
+        if self.posterior is not None:
+            z, divergence = self.posterior(z, torch.zeros_like(z) if noise is None else noise)
+        injected = z * (self.embedding_norm / dimension**0.5)
         text_loss, text_sums = self._score(first.without_labels(TARGET_LOSS), hidden, weights)
-        target_loss, target_sums = self._score(second, self.hidden(second, injected=z), weights)
-        return text_loss + target_loss, text_sums + target_sums
+        target_loss, target_sums = self._score(second, self.hidden(second, injected=injected), weights)
+        sums = torch.cat([text_sums + target_sums, divergence.detach()[None]])
+        return text_loss + target_loss + weights.kl * divergence, sums
 
-    def _embed(self, rows: PackedRows, pooling: Pooling) -> Tensor:
-        """Embeddings of the rows' sequences, not normalised: ``[sequences, d]`` float32, in the order of the spans."""
-        hidden = self.hidden(rows)
-        row, text, bottleneck, end = rows.spans.unbind(1)
+    def _embed(self, row: PackedRow, pooling: Pooling) -> Tensor:
+        """Embeddings of the row's sequences, not normalised: ``[sequences, d]`` float32, in the order of the spans."""
+        hidden = self.hidden(row)
+        text, bottleneck, end = row.spans.unbind(1)
         if pooling in ("bottleneck_last", "last"):
-            column = (end if pooling == "bottleneck_last" else bottleneck) - 1
-            return hidden[row, column].float()
+            return hidden[(end if pooling == "bottleneck_last" else bottleneck) - 1].float()
         start, stop = (bottleneck, end) if pooling == "bottleneck_mean" else (text, bottleneck)
-        columns = torch.arange(hidden.shape[1], device=hidden.device)
-        inside = (columns >= start[:, None]) & (columns < stop[:, None])  # [sequences, tokens]
-        sequence, column = inside.nonzero(as_tuple=True)
-        sums = hidden.new_zeros(len(row), hidden.shape[2], dtype=torch.float32)
-        sums = sums.index_add(0, sequence, hidden[row[sequence], column].float())
-        return sums / (stop - start).clamp(min=1)[:, None]
+        counts = stop - start
+        sequence = torch.arange(len(counts), device=hidden.device).repeat_interleave(counts)
+        before = counts.cumsum(0) - counts
+        place = torch.arange(len(sequence), device=hidden.device) + (start - before)[sequence]
+        sums = hidden.new_zeros(len(counts), hidden.shape[1], dtype=torch.float32)
+        return sums.index_add(0, sequence, hidden[place].float()) / counts.clamp(min=1)[:, None]
 
 
 def initial_bottleneck(table: Tensor, count: int, settings: EmbeddingSettings | None, seed: int) -> Tensor:
@@ -142,16 +204,22 @@ def initial_bottleneck(table: Tensor, count: int, settings: EmbeddingSettings | 
 
 
 def load_model(
-    config: ModelConfig, folder: Path, tokenizer: TextTokenizer, seed: int, sharding: Any = None
+    config: ModelConfig,
+    folder: Path,
+    tokenizer: TextTokenizer,
+    seed: int,
+    sharding: Any = None,
+    variational: bool = False,
 ) -> LBRModel:
     """The model of a stage: the folder's causal LM, and its bottleneck or a new one.
 
     Args:
-        config: k and dtype.
+        config: k, dtype, kernel and adapters.
         folder: the base model's folder, or the export of stage 1.
         tokenizer: the folder's tokenizer.
-        seed: of a new bottleneck.
+        seed: of a new bottleneck and of the adapters.
         sharding: see `load_backbone`.
+        variational: see `LBRModel`.
 
     Raises:
         ModelError: the folder's model, tokenizer or bottleneck don't fit.
@@ -169,9 +237,12 @@ def load_model(
     head = backbone.get_output_embeddings()
     if head is None or head.bias is not None or getattr(backbone.config, "final_logit_softcapping", None):
         raise ModelError(f"{folder}: its LM head has a bias or a soft cap, which stage 1's loss does not know.")
+    if config.lora.rank:
+        add_adapters(backbone, config.lora, seed)
     if config.activation_checkpointing:
         backbone.gradient_checkpointing_enable()
     backbone.train()
     bottleneck = initial_bottleneck(table, config.bottleneck_tokens, settings, seed).to(dtype)
     scale = float(getattr(backbone.get_input_embeddings(), "embed_scale", 1.0))
-    return LBRModel(backbone, bottleneck, float(table.float().norm(dim=1).mean()) * scale)
+    norm = float(table.float().norm(dim=1).mean()) * scale
+    return LBRModel(backbone, bottleneck, norm, variational, config.attention)

@@ -16,11 +16,12 @@ from lbr_dist.engine import Engine, full_shape, whole
 from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.represent import PairBatch
 from lbr_dist.trainer import load_engine
+from tests.distributed import single
 
 
 def _engine(config: RunConfig) -> tuple[Engine, TextTokenizer]:
     tokenizer = TextTokenizer(Path(config.model.base))
-    engine, _ = load_engine(config, Path(config.model.base), tokenizer, config.learn.optimizer)
+    engine, _ = load_engine(config, Path(config.model.base), tokenizer, "learn")
     return engine, tokenizer
 
 
@@ -39,7 +40,8 @@ def weights(ranks: Ranks, config: RunConfig) -> dict[str, Any]:
 
 
 def _gradients(engine: Engine) -> dict[str, torch.Tensor]:
-    return {name: safe_get_full_grad(p).clone() for name, p in engine.model.named_parameters()}
+    trained = ((name, p) for name, p in engine.model.named_parameters() if p.requires_grad)
+    return {name: safe_get_full_grad(p).clone() for name, p in trained}
 
 
 def _count_reductions(engine: Engine) -> list[int]:
@@ -61,8 +63,9 @@ def learn_gradients(ranks: Ranks, config: RunConfig, sequences: list[Sequence]) 
     """Stage 1's gradient of one global batch, its logged values, and the parameters reduced."""
     engine, tokenizer = _engine(config)
     engine.train()
+    single.stir(engine.model.named_parameters())
     reduced = _count_reductions(engine)
-    values = learn.accumulate_step(engine, sequences, config.learn, tokenizer.sink_id, ranks)
+    values = learn.accumulate_step(engine, sequences, config.learn, tokenizer.sink_id, ranks, noise_key="noise")
     result = {"values": values, "gradients": _gradients(engine), "reduced": reduced}
     engine.close()
     return result
@@ -72,6 +75,7 @@ def represent_gradients(ranks: Ranks, config: RunConfig, batch: PairBatch) -> di
     """Stage 2's gradient of one global batch, its logged values, and the parameters reduced."""
     engine, tokenizer = _engine(config)
     engine.train()
+    single.stir(engine.model.named_parameters())
     reduced = _count_reductions(engine)
     k = config.model.bottleneck_tokens
     filled: list[int] = []

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lbr_dist.config import RunConfig
-from lbr_dist.data.packing import Sequence
+from lbr_dist.config import LearnConfig, RunConfig
+from lbr_dist.data.packing import Sequence, pack_row
+from lbr_dist.engine import whole
 from lbr_dist.kernels.infonce import reference_info_nce
+from lbr_dist.learn import unit_noise
 from lbr_dist.model.bottleneck import LBRModel, load_model
 from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.represent import PairBatch
@@ -20,7 +24,18 @@ Gradients = dict[str, Tensor]
 
 def model_of(config: RunConfig) -> tuple[LBRModel, TextTokenizer]:
     tokenizer = TextTokenizer(Path(config.model.base))
-    return load_model(config.model, Path(config.model.base), tokenizer, config.seed), tokenizer
+    variational = config.learn.kl_weight > 0
+    base = Path(config.model.base)
+    return load_model(config.model, base, tokenizer, config.seed, variational=variational), tokenizer
+
+
+def stir(parameters: Iterable[tuple[str, Any]]) -> None:
+    """Adapters begin at zero, and a posterior's slope too, which hides most of their gradients: move them."""
+    for name, parameter in parameters:
+        if ".lora_B." in name or name == "posterior.weight":
+            with whole(parameter, write=True) as value:
+                generator = torch.Generator().manual_seed(len(name))
+                value.add_(0.3 * torch.randn(value.shape, generator=generator))
 
 
 def _bottleneck(model: LBRModel) -> Tensor:
@@ -28,13 +43,25 @@ def _bottleneck(model: LBRModel) -> Tensor:
     return model.bottleneck * getattr(model.backbone.get_input_embeddings(), "embed_scale", 1.0)
 
 
-def _forward(model: LBRModel, inputs: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
-    """Last hidden states ``[tokens, d]`` of one sequence of input embeddings under a mask ``[tokens, tokens]``."""
+def _forward(model: LBRModel, inputs: Tensor, positions: Tensor, seen: Tensor, hidden: int = 0) -> Tensor:
+    """Last hidden states ``[tokens, d]`` of one sequence of input embeddings under a mask ``[tokens, tokens]``.
+
+    `hidden` is the length of a text that the last tokens don't see: it takes no room in their sliding window.
+    """
     backbone = model.backbone
     backbone.set_attn_implementation("eager")
-    bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[None, None]
+    place = torch.arange(len(inputs))
+    back = place[:, None] - place[None, :]
+    if hidden:
+        back[:, 0] -= hidden * ~seen[:, 1]
+    window = getattr(backbone.config, "sliding_window", None) or len(inputs)
+    full, sliding = (
+        torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))[None, None] for mask in (seen, seen & (back < window))
+    )
+    mixed = getattr(backbone.config, "layer_types", None) and backbone.config.model_type == "gemma3_text"
+    mask = {"full_attention": full, "sliding_attention": sliding} if mixed else sliding
     output: Tensor = backbone.model(
-        inputs_embeds=inputs[None], position_ids=positions[None], attention_mask=bias, use_cache=False
+        inputs_embeds=inputs[None], position_ids=positions[None], attention_mask=mask, use_cache=False
     )[0]
     return output[0]
 
@@ -43,12 +70,23 @@ def _causal(tokens: int) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool).tril()
 
 
-def learn_loss(model: LBRModel, sequences: list[Sequence], sink: int, form: str, text_weight: float) -> Tensor:
+def learn_loss(
+    model: LBRModel, sequences: list[Sequence], sink: int, learn: LearnConfig, noise_key: str = ""
+) -> Tensor:
     """L_learn of a batch, as the head of lbr_dist/learn.py writes it."""
+    form = learn.bottleneck
     embed, head = model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings()
     text: list[Tensor] = []
     target: list[Tensor] = []
-    for s in sequences:
+    divergences: list[Tensor] = []
+    squares: list[Tensor] = []
+
+    def score(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = head(hidden)
+        squares.append(logits.logsumexp(1).square())
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    for i, s in enumerate(sequences):
         x, y = torch.tensor([sink, *s.context]), torch.tensor(s.target, dtype=torch.int64)
         fed = torch.tensor(s.target if s.target_inputs is None else s.target_inputs, dtype=torch.int64)[:-1]
         n, k, m = len(x), s.bottleneck, len(fed)
@@ -58,19 +96,29 @@ def learn_loss(model: LBRModel, sequences: list[Sequence], sink: int, form: str,
             inputs = torch.cat([embed(x), _bottleneck(model), embed(fed)])
             seen = _causal(n + k + m)
             seen[n + k :, 1:n] = False
-            hidden = _forward(model, inputs, torch.arange(n + k + m), seen)
-            target.append(F.cross_entropy(head(hidden[n + k - 1 :]), y, reduction="none"))
+            hidden = _forward(model, inputs, torch.arange(n + k + m), seen, hidden=n - 1)
+            target.append(score(hidden[n + k - 1 :], y))
         else:
             hidden = _forward(model, torch.cat([embed(x), _bottleneck(model)]), torch.arange(n + k), _causal(n + k))
-            z = F.normalize(hidden[n:], dim=1) * model.embedding_norm
+            z = F.normalize(hidden[n:], dim=1)
+            if model.posterior is not None:
+                width = z.shape[1] ** 0.5
+                noise = unit_noise(pack_row([s], sink, [i]), z.shape[1], noise_key)
+                mean, log_variance = F.linear(z * width, model.posterior.weight, model.posterior.bias).chunk(2, dim=1)
+                divergences.append(0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1))
+                z = (mean + (log_variance / 2).exp() * noise) / width
+            z = z * model.embedding_norm
             inputs = torch.cat([embed(x[:1]), z, embed(fed)])
             positions = torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(n, n + k + m)])
             second = _forward(model, inputs, positions, _causal(1 + k + m))
-            target.append(F.cross_entropy(head(second[k:]), y, reduction="none"))
-        text.append(F.cross_entropy(head(hidden[1 : n - 1]), x[2:], reduction="none"))
+            target.append(score(second[k:], y))
+        text.append(score(hidden[1 : n - 1], x[2:]))
+    loss = learn.z_loss * torch.cat(squares).mean()
+    if divergences:
+        loss = loss + learn.kl_weight * torch.cat(divergences).mean()
     if form == "none":
-        return torch.cat(text).mean()
-    return torch.cat(target).mean() + text_weight * torch.cat(text).mean()
+        return loss + torch.cat(text).mean()
+    return loss + torch.cat(target).mean() + learn.text_weight * torch.cat(text).mean()
 
 
 def embed(model: LBRModel, tokens: tuple[int, ...], sink: int, pooling: str) -> Tensor:

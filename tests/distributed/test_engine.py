@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def losses(config: RunConfig) -> list[float]:
     lines = (config.stage_path("learn") / "metrics.jsonl").read_text().splitlines()
-    return [value for row in map(json.loads, lines) for value in (row["loss"], row["grad_norm"])]
+    return [value for row in map(json.loads, lines) if row["step"] for value in (row["loss"], row["grad_norm"])]
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,17 @@ Tolerance, float32: the largest error of a gradient is at most 2e-5 of the large
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lbr_dist.config import LearnConfig, ModelConfig, RepresentConfig
+from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfig
 from lbr_dist.data.packing import Sequence
-from lbr_dist.data.targets import LearnData, pieces
+from lbr_dist.data.targets import LearnData
 from lbr_dist.represent import load_data as load_pairs
 from tests import tiny
 from tests.configs import tiny_run
@@ -35,7 +37,7 @@ def assert_same(found: single.Gradients, expected: single.Gradients, without: tu
 
 
 def learn_batch(tokenizer: object, learn: LearnConfig, k: int) -> list[Sequence]:
-    texts = pieces(tokenizer.encode(list(tiny.texts().values())), learn.max_text_tokens)  # type: ignore[attr-defined]
+    texts = tiny.pieces(tokenizer.encode(list(tiny.texts().values())), learn.max_text_tokens)  # type: ignore[attr-defined]
     return LearnData(texts, [], drop_id=1).batch(learn, k, step=0, seed=5)
 
 
@@ -61,15 +63,14 @@ def test_learn_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_p
         bottleneck=form,  # type: ignore[arg-type]
         batch_texts=13,
         max_text_tokens=40,
-        row_tokens=96,
-        micro_batch_rows=2,
+        row_tokens=192,
         text_weight=0.7,
     )
     k = 0 if form == "none" else 4
     config = tiny_run(tmp_path, tiny_model, tiny_data, learn=learn, model=_model(tiny_model, k), represent=_plain(k))
     model, tokenizer = single.model_of(config)
     sequences = learn_batch(tokenizer, learn, k)
-    loss = single.learn_loss(model, sequences, tokenizer.sink_id, form, learn.text_weight)
+    loss = single.learn_loss(model, sequences, tokenizer.sink_id, learn)
     expected = single.gradients(model, loss)
     for result in pool.run(on_ranks.learn_gradients, config=config, sequences=sequences):
         assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -84,9 +85,8 @@ def test_every_family(two_ranks: RankPool, tiny_data: Path, tmp_path: Path, fami
     base = tiny.write_model(tmp_path / "base", family, tied=family != "qwen2")
     config = tiny_run(tmp_path, base, tiny_data)
     model, tokenizer = single.model_of(config)
-    # within the sliding window of the families that have one, which the single-process truth does not know
-    sequences = [Sequence(s.context[:5], 4, s.target[:5]) for s in learn_batch(tokenizer, config.learn, 4)]
-    loss = single.learn_loss(model, sequences, tokenizer.sink_id, "mask", 1.0)
+    sequences = learn_batch(tokenizer, config.learn, 4)
+    loss = single.learn_loss(model, sequences, tokenizer.sink_id, config.learn)
     expected = single.gradients(model, loss)
     for result in two_ranks.run(on_ranks.learn_gradients, config=config, sequences=sequences):
         assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -99,8 +99,7 @@ def test_represent_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, t
     represent = RepresentConfig(
         batch_pairs=11,
         hard_negatives=1,
-        row_tokens=64,
-        chunk_tokens=64,
+        chunk_tokens=72,
         pooling=pooling,  # type: ignore[arg-type]
     )
     config = tiny_run(tmp_path, tiny_model, tiny_data, represent=represent)
@@ -122,6 +121,54 @@ def test_represent_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, t
         assert len(result["reduced"]) == len(expected), "a gradient was never reduced"
 
 
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "variational bottleneck": {"bottleneck": "reinject", "kl_weight": 0.3},
+    "z-loss": {"bottleneck": "mask", "z_loss": 0.01},
+    "z-loss in two passes": {"bottleneck": "reinject", "z_loss": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, name: str) -> None:
+    learn = LearnConfig(batch_texts=13, max_text_tokens=40, row_tokens=192, **OBJECTIVES[name])
+    config = tiny_run(tmp_path, tiny_model, tiny_data, learn=learn)
+    model, tokenizer = single.model_of(config)
+    single.stir(model.named_parameters())
+    sequences = learn_batch(tokenizer, learn, 4)
+    plain = dataclasses.replace(learn, kl_weight=0.0, z_loss=0.0)
+    without = single.learn_loss(model, sequences, tokenizer.sink_id, plain, "noise")
+    loss = single.learn_loss(model, sequences, tokenizer.sink_id, learn, "noise")
+    assert abs(float((loss - without).detach())) > 0.1, "the term weighs nothing"
+    expected = single.gradients(model, loss)
+    for result in pool.run(on_ranks.learn_gradients, config=config, sequences=sequences):
+        assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_same(result["gradients"], expected)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("stage", ["learn", "represent"])
+def test_adapters(pool: RankPool, tiny_data: Path, tmp_path: Path, stage: str, tied: bool) -> None:
+    """With LoRA the gradients of adapters and bottleneck are exact, and nothing else has one."""
+    base = tiny.write_model(tmp_path / "base", tied=tied)
+    lora = LoraConfig(rank=3, alpha=6.0)
+    config = tiny_run(tmp_path, base, tiny_data, model=dataclasses.replace(_model(base, 4), lora=lora))
+    model, tokenizer = single.model_of(config)
+    single.stir(model.named_parameters())
+    if stage == "learn":
+        sequences = learn_batch(tokenizer, config.learn, 4)
+        loss = single.learn_loss(model, sequences, tokenizer.sink_id, config.learn)
+        results = pool.run(on_ranks.learn_gradients, config=config, sequences=sequences)
+    else:
+        batch = load_pairs(config, tokenizer).batch(config.represent, step=0, seed=5)
+        loss = single.represent_loss(model, batch, tokenizer.sink_id, 0.05, "bottleneck_last")
+        results = pool.run(on_ranks.represent_gradients, config=config, batch=batch)
+    expected = single.gradients(model, loss)
+    assert len(expected) == 1 + 2 * 2 * len(lora.targets)  # the bottleneck, and A and B in each of two layers
+    for result in results:
+        assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_same(result["gradients"], expected)
+
+
 def test_rows_there_and_back(pool: RankPool) -> None:
     counts = [3, 0, 2, 1][: pool.world_size]
     places = torch.arange(float(sum(counts)))[:, None].repeat(1, 3)
@@ -138,4 +185,4 @@ def _model(base: Path, k: int) -> ModelConfig:
 
 def _plain(k: int) -> RepresentConfig:
     pooling = "bottleneck_last" if k else "mean"
-    return RepresentConfig(batch_pairs=11, row_tokens=96, chunk_tokens=96, pooling=pooling)  # type: ignore[arg-type]
+    return RepresentConfig(batch_pairs=11, chunk_tokens=96, pooling=pooling)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from tests.ranks import RankPool
 
 def losses(config: RunConfig, stage: str) -> list[tuple[int, float, float]]:
     lines = (config.run_path / stage / "metrics.jsonl").read_text().splitlines()
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in map(json.loads, lines)]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if row["step"]]
 
 
 @pytest.mark.parametrize("stage", ["learn", "represent"])

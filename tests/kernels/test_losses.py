@@ -11,29 +11,49 @@ from lbr_dist.kernels.infonce import info_nce, reference_info_nce
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (9, 4), (33, 512), (0, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy(tokens: int, chunk: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("z_weight", [0.0, 0.02])
+def test_cross_entropy(tokens: int, chunk: int, dtype: torch.dtype, z_weight: float) -> None:
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(tokens, 24, generator=generator).to(dtype).requires_grad_()
     head = torch.randn(77, 24, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(0, 77, (tokens,), generator=generator)
-    weights = torch.rand(tokens, generator=generator)
-    loss, losses = linear_cross_entropy(hidden, head, labels, weights, chunk)
-    grads = torch.autograd.grad(3.0 * loss, (hidden, head))
+    groups = torch.randint(0, 3, (tokens,), generator=generator)
+    weights = torch.tensor([0.3, 0.0, 1.7])
+
+    def usual(hidden: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = (hidden @ head.T).to(dtype)
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        sums = torch.stack([losses[groups == group].sum() for group in range(3)])
+        return (sums * weights).sum() + z_weight * logits.logsumexp(1).square().sum(), sums.detach()
+
+    def graded(loss: torch.Tensor, of: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [loss.detach(), *torch.autograd.grad(3.0 * loss, of)]
+
+    loss, sums = linear_cross_entropy(hidden, head, labels, groups, weights, z_weight, chunk=chunk)
+    found = [*graded(loss, [hidden, head]), sums]
     exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
-    truth = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="none")
-    true_grads = torch.autograd.grad(3.0 * (truth * weights).sum(), exact)
+    truth, true_sums = usual(*exact, torch.float64)
     # the same precision by plain PyTorch: our error is at most twice its error, and rounding of the last place
-    plain_losses = torch.nn.functional.cross_entropy((hidden @ head.T).float(), labels, reduction="none")
-    plain = (plain_losses * weights).sum()
-    plain_grads = torch.autograd.grad(3.0 * plain, (hidden, head))
-    assert_close(losses, plain_losses.detach(), truth.detach(), dtype)
-    assert_close(loss.detach(), plain.detach(), (truth * weights).sum().detach(), dtype)
-    for ours, same, expected in zip(grads, plain_grads, true_grads, strict=True):
-        assert ours.dtype == dtype
-        assert_close(ours, same, expected, dtype)
-    reference, reference_losses = reference_cross_entropy(hidden.double(), head.double(), labels, weights)
-    torch.testing.assert_close(reference.double(), (truth * weights).sum(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(reference_losses.double(), truth.detach(), rtol=1e-5, atol=1e-5)
+    plain, plain_sums = usual(hidden, head, torch.float32)
+    expected = [*graded(truth, exact), true_sums]
+    for ours, same, right in zip(found, [*graded(plain, [hidden, head]), plain_sums], expected, strict=True):
+        assert ours.dtype == same.dtype
+        assert_close(ours, same, right, dtype)
+    reference, reference_sums = reference_cross_entropy(hidden, head, labels, groups, weights, z_weight)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(reference.double(), truth, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(reference_sums.double(), true_sums, rtol=tolerance, atol=tolerance)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden = torch.randn(5, 8, requires_grad=True)
+    head, labels, groups = torch.randn(11, 8), torch.arange(5), torch.zeros(5, dtype=torch.int64)
+    both = head.clone().requires_grad_()
+    results = []
+    for table in (head, both):
+        loss, _ = linear_cross_entropy(hidden, table, labels, groups, torch.ones(1), 0.1, chunk=2)
+        results.append(torch.autograd.grad(loss, hidden)[0])
+    assert torch.equal(*results)
 
 
 def assert_close(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
@@ -47,7 +67,7 @@ def assert_close(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, d
 
 def test_cross_entropy_without_gradient_keeps_none() -> None:
     hidden, head = torch.randn(5, 8), torch.randn(11, 8)
-    loss, _ = linear_cross_entropy(hidden, head, torch.arange(5), torch.ones(5))
+    loss, _ = linear_cross_entropy(hidden, head, torch.arange(5), torch.zeros(5, dtype=torch.int64), torch.ones(1))
     assert not loss.requires_grad
 
 

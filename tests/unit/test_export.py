@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from lbr_dist import distributed, export
 from lbr_dist.config import LearnConfig, ModelConfig, RepresentConfig, RunConfig
-from lbr_dist.data.packing import Sequence, pack
+from lbr_dist.data.packing import Sequence, pack_row
 from lbr_dist.encode import Encoder, open_encoder, write_vectors
 from lbr_dist.errors import DataError
 from lbr_dist.model.bottleneck import load_model
@@ -29,7 +29,7 @@ TEXTS = list(tiny.texts().values())[:9]
 def exported(base: Path, data: Path, folder: Path, pooling: str) -> tuple[Path, torch.Tensor, RunConfig]:
     """Export an untrained model, and the vectors that training would have pooled for `TEXTS` as queries."""
     k = 4 if pooling.startswith("bottleneck") else 0
-    represent = RepresentConfig(pooling=pooling, row_tokens=96, chunk_tokens=96)  # type: ignore[arg-type]
+    represent = RepresentConfig(pooling=pooling, chunk_tokens=96)  # type: ignore[arg-type]
     model_config = ModelConfig(base=str(base), bottleneck_tokens=k, dtype="float32")
     learn = LearnConfig(bottleneck="mask" if k else "none")
     config = tiny_run(folder, base, data, model=model_config, learn=learn, represent=represent)
@@ -38,7 +38,7 @@ def exported(base: Path, data: Path, folder: Path, pooling: str) -> tuple[Path, 
     tokenizer = TextTokenizer(base)
     model = load_model(model_config, base, tokenizer, seed=1)
     tokens = tokenizer.encode(["find: " + text for text in TEXTS], 40)
-    rows = pack([Sequence(t, k) for t in tokens], 96, tokenizer.sink_id)
+    rows = pack_row([Sequence(t, k) for t in tokens], tokenizer.sink_id)
     vectors = torch.empty(len(TEXTS), 32)
     vectors[rows.order] = F.normalize(model(rows, task="embed", pooling=pooling), dim=1).detach()
     settings = EmbeddingSettings.of(config.data, represent.pooling)
@@ -49,7 +49,7 @@ def exported(base: Path, data: Path, folder: Path, pooling: str) -> tuple[Path, 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_round_trip(tiny_model: Path, tiny_data: Path, tmp_path: Path, pooling: str) -> None:
     folder, vectors, _ = exported(tiny_model, tiny_data, tmp_path, pooling)
-    encoder = Encoder(folder, dtype="float32", row_tokens=96, chunk_tokens=192)
+    encoder = Encoder(folder, dtype="float32", chunk_tokens=192)
     torch.testing.assert_close(encoder.encode(TEXTS, "query"), vectors, rtol=0, atol=1e-5)
     ours = pooling.endswith("mean")
     loaded = SentenceTransformer(str(folder), trust_remote_code=ours, model_kwargs={"dtype": torch.float32})
@@ -68,7 +68,7 @@ def test_long_texts_keep_the_bottleneck(tiny_model: Path, tiny_data: Path, tmp_p
     folder, _, _ = exported(tiny_model, tiny_data, tmp_path, "bottleneck_last")
     long = [" ".join(TEXTS), TEXTS[0]]
     loaded = SentenceTransformer(str(folder), model_kwargs={"dtype": torch.float32})
-    encoder = Encoder(folder, dtype="float32", row_tokens=96, chunk_tokens=96)
+    encoder = Encoder(folder, dtype="float32", chunk_tokens=96)
     found = torch.tensor(loaded.encode_document(long))
     torch.testing.assert_close(found, encoder.encode(long, "document"), rtol=0, atol=1e-5)
     ids = loaded.tokenizer(long, truncation=True, max_length=loaded.max_seq_length)["input_ids"][0]
@@ -104,16 +104,16 @@ def test_shards(tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: 
         sum(t.nbytes for f in folder.glob("*.safetensors") for t in load_file(f).values())
         == (index["metadata"]["total_size"])
     )
-    encoder = Encoder(folder, dtype="float32", row_tokens=96, chunk_tokens=96)
+    encoder = Encoder(folder, dtype="float32", chunk_tokens=96)
     torch.testing.assert_close(encoder.encode(TEXTS, "query"), vectors, rtol=0, atol=1e-5)
 
 
 def test_other_folders(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    bare = open_encoder(tiny_model, None, 96, 96).encode(TEXTS, "document")
+    bare = open_encoder(tiny_model, None, 96).encode(TEXTS, "document")
     assert bare.shape == (9, 32)
     folder, vectors, _ = exported(tiny_model, tiny_data, tmp_path, "bottleneck_last")
     (folder / "lbr.json").unlink()  # what is left is any sentence-transformers model
-    found = open_encoder(folder, None, 96, 96).encode(TEXTS, "query")
+    found = open_encoder(folder, None, 96).encode(TEXTS, "query")
     torch.testing.assert_close(found, vectors, rtol=0, atol=1e-5)
 
 

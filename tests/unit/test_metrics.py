@@ -65,6 +65,25 @@ def test_resuming_drops_the_steps_that_are_run_again(tmp_path: Path) -> None:
     assert [line["loss"] for line in lines(tmp_path)] == [9.0]
 
 
+def test_resuming_keeps_step_0_and_joins_the_lines_of_a_step(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, "learn", 6, quiet=True) as log:
+        log.log(0, effective_rank=3.0)
+        log.log(1, loss=1.0)
+        log.log(2, loss=2.0)
+        log.log(2, effective_rank=9.0)
+        log.log(3, loss=3.0)
+    with MetricsLog(tmp_path, "learn", 6, start_step=2, quiet=True):
+        assert lines(tmp_path) == [
+            {"step": 0, "effective_rank": 3.0},
+            {"step": 1, "loss": 1.0},
+            {"step": 2, "loss": 2.0, "effective_rank": 9.0},
+        ]
+    # a stage that begins again measures the untrained model again
+    with MetricsLog(tmp_path, "learn", 6, quiet=True) as log:
+        log.log(0, effective_rank=4.0)
+    assert lines(tmp_path) == [{"step": 0, "effective_rank": 4.0}]
+
+
 def test_plain_lines_come_first_last_and_every_few_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("lbr_dist.metrics.time.monotonic", lambda: clock[0])
@@ -93,9 +112,55 @@ def test_represent_lines_and_long_times(tmp_path: Path, monkeypatch: pytest.Monk
     ]
 
 
+HELDOUT = {"heldout_target_loss": 2.888, "heldout_target_loss_shuffled": 3.56, "heldout_target_loss_without": 4.1}
+
+
+def test_diagnostics_and_skipped_steps_are_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("lbr_dist.metrics.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    with MetricsLog(tmp_path, "learn", 8, stream=stream) as log:
+        log.log(0, **HELDOUT, heldout_perplexity=13.61, effective_rank=85.2, effective_rank_limit=256)
+        for step in range(1, 7):
+            clock[0] += 1.0
+            extra: dict[str, Any] = {2: {"skipped": 1}, 3: {"skipped": 0}, 4: HELDOUT}.get(step, {})
+            log.log(step, loss=math.nan if step == 2 else 2.5, **extra)
+        log.log(6, heldout_target_loss=2.0, effective_rank=1.26)
+        log.log(6, heldout_perplexity=5.54e34)
+    assert stream.getvalue().splitlines() == [
+        "learn     0/8  held-out 2.89 (shuffled 3.56, without 4.10)  ppl 13.6  rank 85",
+        "learn     1/8  loss 2.500  left 0:07",
+        "learn     2/8  skipped  loss nan  left 0:06",
+        "learn     4/8  loss 2.500  held-out 2.89 (shuffled 3.56, without 4.10)  left 0:04",
+        "learn     6/8  held-out 2.00  rank 1.3",
+        "learn     6/8  ppl 5.5e+34",
+    ]
+
+
+def test_the_time_left_counts_steps_and_not_what_is_measured_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("lbr_dist.metrics.time.monotonic", lambda: clock[0])
+    for start in (0, 20):
+        stream = io.StringIO()
+        with MetricsLog(tmp_path, "learn", 100, start_step=start, stream=stream) as log:
+            clock[0] += 600.0
+            log.log(start, effective_rank=5.0)
+            for step in range(start + 1, start + 11):
+                clock[0] += 2.0
+                log.log(step, loss=1.0)
+                log.log(step, effective_rank=5.0)
+        shown = [line for line in stream.getvalue().splitlines() if "left" in line]
+        assert shown[0].endswith(f"left {(99 - start) * 2 // 60}:{(99 - start) * 2 % 60:02}")
+        assert shown[-1].startswith(f"learn      {start + 10}/100") and "loss" in shown[-1]
+        assert shown[-1].endswith(f"left {(90 - start) * 2 // 60}:{(90 - start) * 2 % 60:02}")
+
+
 def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MetricsLog(tmp_path, "learn", 1, quiet=True) as log:
-        log.log(1, loss=1.0)
+        log.log(0, **HELDOUT)
+        log.log(1, loss=1.0, skipped=1)
         log.say("hello")
     assert capsys.readouterr().out == ""
 
@@ -105,9 +170,13 @@ def test_a_terminal_gets_a_bar_and_whole_lines_above_it(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, "represent", 4, stream=stream) as log:
         log.log(1, loss=1.5)
         log.say("checkpoint [bold] saved")
+        log.log(2, loss=9.0, skipped=1)
+        log.log(3, loss=1.0, effective_rank=77.0)
         log.log(4, loss=0.25, pairs_per_second=4321.0)
     shown = stream.getvalue()
     assert "checkpoint [bold] saved\n" in shown
+    assert "represent 2/4  skipped  loss 9.000  left 0:00\n" in shown
+    assert "represent 3/4  loss 1.000  rank 77  left 0:00\n" in shown
     assert "represent" in shown and "4/4" in shown and "loss 0.250" in shown and "4,321 pairs/s" in shown
 
 
@@ -148,3 +217,9 @@ def test_tensorboard_gets_the_scalars_and_a_resumed_run_replaces_its_steps(
     events.Reload()
     assert events.Tags()["scalars"] == ["learn/loss"]
     assert [(e.step, e.value) for e in events.Scalars("learn/loss")] == [(1, 1.0), (2, 20.0)]
+    for value in (5.0, 6.0):
+        with MetricsLog(tmp_path, "learn", 4, quiet=True) as log:
+            log.log(0, loss=value)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("learn/loss")] == [(0, 6.0)]

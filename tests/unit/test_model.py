@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lbr_dist.config import ModelConfig
-from lbr_dist.data.packing import Sequence, pack
+from lbr_dist.config import LearnConfig, ModelConfig
+from lbr_dist.data.packing import PackedRow, Sequence, pack_row
 from lbr_dist.errors import ModelError
-from lbr_dist.kernels.attention import TARGET
-from lbr_dist.model.bottleneck import LBRModel, load_model
+from lbr_dist.kernels.attention import bottleneck_attention
+from lbr_dist.kernels.layout import BOTTLENECK, TARGET
+from lbr_dist.model import backbone
+from lbr_dist.model.bottleneck import LBRModel, LossWeights, Posterior, load_model
 from lbr_dist.model.tokens import TextTokenizer
 from tests import tiny
 from tests.distributed import single
@@ -37,12 +40,11 @@ def test_embeddings_are_hugging_faces(family: tuple[Path, LBRModel]) -> None:
     folder, model = family
     tokenizer, _ = sequences(folder)
     texts = tokenizer.encode(list(tiny.texts().values())[:7])
-    rows = pack([Sequence(t, 4) for t in texts], 96, tokenizer.sink_id)
-    assert len(rows.input_ids) < len(texts), "nothing was packed together"
-    found = model(rows, task="embed", pooling="bottleneck_last")
+    row = pack_row([Sequence(t, 4) for t in texts], tokenizer.sink_id)
+    found = model(row, task="embed", pooling="bottleneck_last")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     embed = plain.get_input_embeddings()
-    for vector, index in zip(found, rows.order.tolist(), strict=True):
+    for vector, index in zip(found, row.order.tolist(), strict=True):
         x = torch.tensor([[tokenizer.sink_id, *texts[index]]])
         bottleneck = model.bottleneck * getattr(embed, "embed_scale", 1.0)
         expected = plain.model(inputs_embeds=torch.cat([embed(x), bottleneck[None]], dim=1))[0][0, -1]
@@ -53,50 +55,78 @@ def test_embeddings_are_hugging_faces(family: tuple[Path, LBRModel]) -> None:
 def test_packed_loss_is_one_at_a_time(family: tuple[Path, LBRModel], form: str) -> None:
     folder, model = family
     tokenizer, batch = sequences(folder)
-    # longer than the window of the families that have one, which `single` does not know: keep them within it
-    if getattr(model.backbone.config, "sliding_window", None):
-        batch = [Sequence(s.context[:5], 4, s.target[:5]) for s in batch]
     counts = (sum(len(s.context) - 1 for s in batch), sum(len(s.target) for s in batch))
-    rows = pack(batch, 96, tokenizer.sink_id)
+    row = pack_row(batch, tokenizer.sink_id)
     model.zero_grad()
-    loss, sums = model(rows, task="learn", form=form, weights=(0.5 / counts[0], 1.0 / counts[1]))
+    weights = LossWeights(text=0.5 / counts[0], target=1.0 / counts[1])
+    loss, sums = model(row, task="learn", form=form, weights=weights)
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert sums[2:].tolist() == [counts[1], counts[0]]
+    assert sums[2:].tolist() == [*counts, 0]
     reference = load_model(
         ModelConfig(base=str(folder), bottleneck_tokens=4, dtype="float32"), folder, tokenizer, seed=0
     )
-    expected = single.learn_loss(reference, batch, tokenizer.sink_id, form, 0.5)
+    expected = single.learn_loss(
+        reference,
+        batch,
+        tokenizer.sink_id,
+        LearnConfig(bottleneck=form, text_weight=0.5),  # type: ignore[arg-type]
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in single.gradients(reference, expected).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_nothing_leaks(family: tuple[Path, LBRModel]) -> None:
-    """Without bottleneck tokens the target has no way to the text: another text must not move it by one bit."""
+def test_nothing_leaks(family: tuple[Path, LBRModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bottleneck's keys and values held, another text must not move the target by one bit."""
     folder, model = family
     tokenizer, batch = sequences(folder)
     other = [Sequence(tuple(reversed(s.context)), s.bottleneck, s.target, s.target_inputs) for s in batch]
-    hidden = {}
-    for k in (0, 4):
-        for name, items in (("this", batch), ("other", other)):
-            rows = pack([Sequence(s.context, k, s.target, s.target_inputs) for s in items], 96, tokenizer.sink_id)
-            hidden[name, k] = model.hidden(rows)[rows.roles == TARGET]
-    assert torch.equal(hidden["this", 0], hidden["other", 0])
-    assert not torch.equal(hidden["this", 4], hidden["other", 4]), "the bottleneck carries nothing"
+    rows = [pack_row(items, tokenizer.sink_id) for items in (batch, other)]
+    at_bottleneck = rows[0].roles == BOTTLENECK
+    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def hidden(row: PackedRow, form: str) -> torch.Tensor:
+        layers = iter(held) if form == "put back" else None
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if form == "record":
+                held.append((k[at_bottleneck], v[at_bottleneck]))
+            elif layers is not None:
+                k[at_bottleneck], v[at_bottleneck] = next(layers)
+            return bottleneck_attention(q, k, v, *args, **kwargs)
+
+        monkeypatch.setattr(backbone, "bottleneck_attention", attend)
+        with torch.no_grad():
+            return model.hidden(row)[row.roles == TARGET]
+
+    first = hidden(rows[0], "record")
+    assert len(held) == 2, "one pair of keys and values a layer"
+    assert torch.equal(hidden(rows[1], "put back"), first)
+    assert not torch.equal(hidden(rows[1], "as it is"), first), "the bottleneck carries nothing"
 
 
-def test_a_foreign_row_changes_nothing(family: tuple[Path, LBRModel]) -> None:
+def test_a_foreign_sequence_changes_nothing(family: tuple[Path, LBRModel]) -> None:
     folder, model = family
     tokenizer, batch = sequences(folder)
-    alone = pack(batch[:1], 96, tokenizer.sink_id)
-    together = pack(batch[:3], 96, tokenizer.sink_id)
-    span = together.spans[together.order == 0][0]
-    first = model.hidden(alone)[0, : batch[0].length]
-    start = int(span[1]) - 1
-    torch.testing.assert_close(
-        model.hidden(together)[int(span[0]), start : start + batch[0].length], first, rtol=1e-5, atol=1e-5
-    )
+    alone = model.hidden(pack_row(batch[1:2], tokenizer.sink_id))
+    together = model.hidden(pack_row(batch[:3], tokenizer.sink_id))
+    start = batch[0].length
+    torch.testing.assert_close(together[start : start + batch[1].length], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_posterior_is_a_gaussian_channel() -> None:
+    torch.manual_seed(0)
+    channel = Posterior(6)
+    with torch.no_grad():
+        channel.weight += 0.3 * torch.randn_like(channel.weight)
+    hidden, noise = torch.randn(5, 6), torch.randn(5, 6)
+    drawn, divergence = channel(hidden, noise)
+    mean, log_variance = (hidden @ channel.weight.T + channel.bias).chunk(2, dim=1)
+    spread = (0.5 * log_variance).exp()
+    torch.testing.assert_close(drawn, mean + spread * noise)
+    posterior, prior = torch.distributions.Normal(mean, spread), torch.distributions.Normal(0.0, 1.0)
+    torch.testing.assert_close(divergence, torch.distributions.kl_divergence(posterior, prior).sum())
 
 
 def test_weights_of_another_shape(tmp_path: Path) -> None:

@@ -2,85 +2,135 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbr_dist.data import sampler
-from lbr_dist.data.packing import NO_LABEL, TARGET_LOSS, Sequence, assign_rows, pack, without
-from lbr_dist.kernels.attention import BOTTLENECK, CONTEXT, SINK, TARGET
+from lbr_dist.data.packing import (
+    NO_LABEL,
+    TARGET_LOSS,
+    PackedRow,
+    Sequence,
+    assign_rows,
+    filler,
+    pack,
+    rank_rows,
+    without,
+)
+from lbr_dist.kernels.layout import BOTTLENECK, CONTEXT, SINK, TARGET
 
 SINK_ID = 99
 tokens = st.lists(st.integers(1, 50), min_size=0, max_size=6).map(tuple)
 
 
 @st.composite
-def sequence(draw: st.DrawFn) -> Sequence:
-    target = draw(tokens)
-    dropped = draw(st.booleans())
-    inputs = tuple(0 for _ in target) if dropped else None
-    bottleneck = draw(st.integers(0, 3))
-    context = draw(tokens)
-    return Sequence(context, bottleneck, target, inputs)
+def batches(draw: st.DrawFn) -> list[Sequence]:
+    k = draw(st.integers(0, 3))
+
+    def one() -> Sequence:
+        target = draw(tokens)
+        return Sequence(draw(tokens), k, target, tuple(0 for _ in target) if draw(st.booleans()) else None)
+
+    return [one() for _ in range(draw(st.integers(1, 8)))]
 
 
-@given(st.lists(sequence(), min_size=1, max_size=8), st.integers(20, 40), st.integers(0, 2))
-@settings(max_examples=150, deadline=None)
-def test_pack(sequences: list[Sequence], row_tokens: int, empty: int) -> None:
-    needed = len(assign_rows([s.length for s in sequences], row_tokens))
-    rows = pack(sequences, row_tokens, SINK_ID, rows=needed + empty)
-    assert len(rows.input_ids) == needed + empty
-    assert sorted(rows.order.tolist()) == list(range(len(sequences)))
-    assert int((rows.segment_ids >= 0).sum()) == sum(s.length for s in sequences)
-    for (row, text, bottleneck, end), index in zip(rows.spans.tolist(), rows.order.tolist(), strict=True):
+def check_row(row: PackedRow, sequences: list[Sequence]) -> None:
+    """Every sequence of the row is as the definition says, one after another, and nothing else is there."""
+    start = 0
+    for (text, bottleneck, end), index in zip(row.spans.tolist(), row.order.tolist(), strict=True):
         s = sequences[index]
         n, k, m = len(s.context), s.bottleneck, len(s.target)
-        part = slice(text - 1, text - 1 + s.length)
+        part = slice(start, start + s.length)
         fed = s.target if s.target_inputs is None else s.target_inputs
-        assert rows.input_ids[row, part].tolist() == [SINK_ID, *s.context, *range(k), *fed[: max(0, m - 1)]]
-        assert rows.position_ids[row, part].tolist() == list(range(s.length))
-        assert rows.roles[row, part].tolist() == [SINK] + [CONTEXT] * n + [BOTTLENECK] * k + [TARGET] * max(0, m - 1)
-        assert len(set(rows.segment_ids[row, part].tolist())) == 1
-        assert (bottleneck, end) == (text + n, text + n + k)
+        assert (text, bottleneck, end) == (start + 1, start + 1 + n, start + 1 + n + k)
+        assert row.input_ids[part].tolist() == [SINK_ID, *s.context, *range(k), *fed[: max(0, m - 1)]]
+        assert row.position_ids[part].tolist() == list(range(s.length))
+        assert row.roles[part].tolist() == [SINK] + [CONTEXT] * n + [BOTTLENECK] * k + [TARGET] * max(0, m - 1)
         labels = [NO_LABEL] * s.length
-        for i in range(2, n + 1):  # x_i is predicted at x_{i-1}, which stands in column i - 1
+        for i in range(2, n + 1):  # x_i is predicted at x_{i-1}, which is token i - 1 of the sequence
             labels[i - 1] = s.context[i - 1]
         kinds = [0] * s.length
         for t in range(m):  # y_1 at the last token before the target, y_t at y_{t-1}
             labels[n + k + t] = s.target[t]
             kinds[n + k + t] = TARGET_LOSS
-        assert rows.labels[row, part].tolist() == labels
-        scored = rows.labels[row, part] != NO_LABEL
-        assert rows.loss_kinds[row, part][scored].tolist() == [q for q, y in zip(kinds, labels, strict=True) if y >= 0]
+        assert row.labels[part].tolist() == labels
+        scored = row.labels[part] != NO_LABEL
+        assert row.loss_kinds[part][scored].tolist() == [q for q, y in zip(kinds, labels, strict=True) if y >= 0]
+        start += s.length
+    assert row.layout.tokens == len(row.input_ids) == start
+    assert row.layout.context == tuple(1 + len(sequences[i].context) for i in row.order)
+    assert row.layout.target == tuple(sequences[i].inputs for i in row.order)
 
 
-@given(st.lists(sequence(), min_size=1, max_size=8), st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
-def test_select_takes_spans_along(sequences: list[Sequence], step: int) -> None:
-    rows = pack(sequences, 20, SINK_ID)
-    seen = []
-    for start in range(step):
-        part = rows.select(slice(start, None, step))
-        for (row, text, _, end), index in zip(part.spans.tolist(), part.order.tolist(), strict=True):
-            seen.append(index)
-            s = sequences[index]
-            assert part.input_ids[row, text : text + len(s.context)].tolist() == list(s.context)
-            assert end == text + len(s.context) + s.bottleneck
-    assert sorted(seen) == list(range(len(sequences)))
+@given(batches(), st.integers(20, 40))
+@settings(max_examples=150, deadline=None)
+def test_pack(sequences: list[Sequence], row_tokens: int) -> None:
+    rows = pack(sequences, row_tokens, SINK_ID)
+    assert sorted(i for row in rows for i in row.order.tolist()) == list(range(len(sequences)))
+    for row in rows:
+        assert len(row.input_ids) <= row_tokens
+        check_row(row, sequences)
 
 
-@given(st.lists(sequence(), min_size=1, max_size=8))
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(30, 60), st.integers(1, 5))
+@settings(max_examples=150, deadline=None)
+def test_rows_are_few_and_even(lengths: list[int], row_tokens: int, multiple: int) -> None:
+    rows = assign_rows(lengths, row_tokens, multiple)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert len(rows) % multiple == 0
+    used = [sum(lengths[i] for i in row) for row in rows]
+    assert max(used, default=0) <= row_tokens
+    # sequences of up to half a row (and more) leave at most half of it free
+    assert len(rows) <= -(-2 * sum(lengths) // row_tokens) + multiple
+    if lengths:
+        assert max(used) - min(used) <= max(lengths)
+
+
+@given(batches(), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_ranks_share_a_batch(sequences: list[Sequence], world_size: int) -> None:
+    """Every sequence on one rank, as many rows on each, and the rows of one rank are those of many."""
+    shares = [rank_rows(sequences, 40, SINK_ID, rank, world_size) for rank in range(world_size)]
+    assert len({len(rows) for rows, _ in shares}) == 1 and len({filled for _, filled in shares}) == 1
+    assert sorted(i for rows, _ in shares for row in rows for i in row.order.tolist()) == list(range(len(sequences)))
+    filled = sum(s.length for s in sequences) / (40 * sum(len(rows) for rows, _ in shares))
+    assert shares[0][1] == pytest.approx(filled)
+    for rows, _ in shares:
+        for row in rows:
+            if len(row.order):
+                check_row(row, sequences)
+            else:
+                assert (row.labels == NO_LABEL).all() and len(row.spans) == 0
+
+
+@given(batches())
 @settings(max_examples=60, deadline=None)
 def test_without_a_role(sequences: list[Sequence]) -> None:
-    rows = pack(sequences, 24, SINK_ID)
-    for role in (CONTEXT, TARGET):
-        kept = without(rows, role)
-        keep = (rows.roles != role) & (rows.segment_ids >= 0)
-        stay = kept.segment_ids >= 0
-        for name in ("input_ids", "position_ids", "segment_ids", "roles", "labels"):
-            assert getattr(kept, name)[stay].tolist() == getattr(rows, name)[keep].tolist()
-        assert (kept.labels[~stay] == NO_LABEL).all()
+    for row in pack(sequences, 24, SINK_ID):
+        for role in (CONTEXT, TARGET):
+            kept = without(row, role)
+            keep = row.roles != role
+            for name in ("input_ids", "position_ids", "roles", "labels"):
+                assert getattr(kept, name).tolist() == getattr(row, name)[keep].tolist()
+            assert kept.layout.tokens == len(kept.input_ids)
+            # what is left sees what it saw, but the target sees all that is before it
+            seen = row.layout.mask()[keep][:, keep]
+            assert (kept.layout.mask() == seen).all()
+
+
+def test_a_target_sees_all_but_the_text() -> None:
+    """Taking the text out leaves a mask with nothing hidden: the layout's own definition, not only ours."""
+    row = pack([Sequence((1, 2, 3), 2, (4, 5, 6))], 24, SINK_ID)[0]
+    mask = without(row, CONTEXT).layout.mask()
+    assert mask.equal(mask.new_ones(mask.shape).tril())
+
+
+def test_labels_of_one_kind() -> None:
+    row = pack([Sequence((1, 2, 3), 2, (4, 5))], 24, SINK_ID)[0]
+    assert row.without_labels(TARGET_LOSS).labels.tolist() == [NO_LABEL, 2, 3] + [NO_LABEL] * 4
+    assert filler(2, SINK_ID).layout.tokens == 4
 
 
 def test_too_long_a_sequence_is_refused() -> None:
@@ -88,19 +138,7 @@ def test_too_long_a_sequence_is_refused() -> None:
         pack([Sequence((1,) * 6, 2)], 8, SINK_ID)
 
 
-@given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
-def test_every_item_once_an_epoch(items: int, size: int, seed: int) -> None:
-    stream = [place for step in range(6) for place in sampler.batch(items, size, step, seed)]
-    for epoch in range(len(stream) // items):
-        part = stream[epoch * items : (epoch + 1) * items]
-        assert {e for e, _ in part} == {epoch}
-        assert sorted(i for _, i in part) == list(range(items))
-    assert sampler.batch(items, size, 3, seed) == stream[3 * size : 4 * size]
-
-
-def test_orders_differ() -> None:
-    first = sampler.batch(50, 50, 0, 0)
-    assert first != sampler.batch(50, 50, 0, 1)
-    assert [i for _, i in first] != [i for _, i in sampler.batch(50, 50, 1, 0)]
-    assert torch.tensor([i for _, i in first]).sort().values.tolist() == list(range(50))
+def test_mixed_bottlenecks_are_a_defect() -> None:
+    with pytest.raises(AssertionError, match=r"found \[1, 2\]"):
+        pack([Sequence((1,), 1), Sequence((1,), 2)], 8, SINK_ID)
+    assert dataclasses.replace(Sequence((1,), 1), target=(2, 3)).inputs == 1

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from lbr_dist.config import LearnConfig, TargetsConfig
-from lbr_dist.data.targets import LearnData, pieces
+from lbr_dist.data.targets import LearnData, split
+from tests import tiny
 
 TEXTS = [tuple(range(100 * i, 100 * i + 7 + i)) for i in range(40)]
 PAIRS = [((1, 2), (3, 4, 5)), ((6,), (7, 8))]
@@ -56,5 +59,34 @@ def test_none_is_the_text_alone() -> None:
     assert all(s.bottleneck == 0 and not s.target for s in batch)
 
 
-def test_pieces() -> None:
-    assert pieces([(1, 2, 3, 4, 5), (6,), ()], 2) == [(1, 2), (3, 4)]
+class Kept:
+    """Documents in memory."""
+
+    def __init__(self, texts: list[tuple[int, ...]]) -> None:
+        self.texts = texts
+        self.lengths = np.array([len(text) for text in texts], dtype=np.uint32)
+
+    def span(self, document: int, start: int, stop: int) -> tuple[int, ...]:
+        return self.texts[document][start:stop]
+
+
+def test_held_out_texts_are_of_documents_never_trained_on() -> None:
+    documents = Kept([tuple(range(1000 * i, 1000 * i + 1 + i % 9)) for i in range(90)])
+    texts, held_out = split(documents, longest=4, held_out=64)
+    trained = {text[0] // 1000 for text in texts}
+    kept = {text[0] // 1000 for text in held_out}
+    assert len(documents.lengths) // 20 == 4 >= len(held_out) > 1
+    assert all(1 < len(text) <= 4 for text in held_out)
+    assert not trained & kept
+    assert trained | kept == {i for i in range(90) if i % 9}, "only texts of one token are nowhere"
+    assert split(documents, 4, 64)[1] == held_out, "the same in every run"
+    every, none = split(documents, 4, 0)
+    assert not none and len(every) == sum(len(tiny.pieces([text], 4)) for text in documents.texts)
+
+
+def test_held_out_sequences_are_of_their_own_text() -> None:
+    data = LearnData(TEXTS, PAIRS, DROP, TEXTS[:9])
+    learn = LearnConfig(targets=TargetsConfig(continuation=0.0, reconstruction=0.0, pair=1.0))
+    for text, s in zip(TEXTS, data.held_out_sequences(learn, 4), strict=False):
+        assert s.target and (s.context + s.target == text or s.context == s.target == text)
+    assert data.held_out_sequences(learn, 4) == data.held_out_sequences(learn, 4)

@@ -1,0 +1,188 @@
+"""One part of a corpus tokenised into one pair of files: what each process of a build does, by itself.
+
+    part-00003.tokens     token ids of the documents, one after another, uint16 or uint32
+    part-00003.lengths    tokens of each document, uint32
+
+Which rank or process writes a part changes nothing in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from lbr_dist.data.record_files import Place, Span, span_rows, spans
+from lbr_dist.data.records import _titled
+
+TOKENIZER_FILE = "tokenizer.json"
+LENGTH = "<u4"
+
+_BATCH_TEXTS = 1000
+_BATCH_CHARACTERS = 1 << 20
+_MOST_NOISE = 0.1
+_NOISE = re.compile("[\x01-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+EMPTY, ENORMOUS, BINARY, BROKEN = "empty", "enormous", "binary", "broken Unicode"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a part depends on beside its documents and the tokenizer."""
+
+    dtype: str
+    """Of the tokens: `<u2` or `<u4`."""
+
+    max_characters: int
+    """Longer texts are left out."""
+
+    split_special_tokens: bool
+    """Whether the text of a special token is read as plain text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The spans that make one part."""
+
+    number: int
+    spans: tuple[Span, ...]
+
+    @property
+    def weight(self) -> int:
+        return sum(span.weight for span in self.spans)
+
+
+@dataclass(slots=True)
+class Part:
+    """What became of a unit."""
+
+    number: int
+    documents: int = 0
+    tokens: int = 0
+    tokens_crc: int = 0
+    lengths_crc: int = 0
+    skipped: dict[str, tuple[int, Place]] = field(default_factory=dict)
+    """Reason to the number of documents left out, and the place of the first."""
+
+
+def part_file(folder: Path, number: int, kind: str) -> Path:
+    return folder / f"part-{number:05d}.{kind}"
+
+
+def units(files: Iterable[Path], weight: int) -> Iterator[Unit]:
+    """The parts of a corpus, each of `weight` bytes or more: small files and small batches are put together.
+
+    Raises:
+        DataError: a table that cannot be read.
+    """
+    number, held = 0, 0
+    chosen: list[Span] = []
+    for span in chain.from_iterable(spans(file, weight) for file in files):
+        chosen.append(span)
+        held += span.weight
+        if held >= weight:
+            yield Unit(number, tuple(chosen))
+            number, held, chosen = number + 1, 0, []
+    if chosen:
+        yield Unit(number, tuple(chosen))
+
+
+def write_part(unit: Unit, tokenizer: Path, folder: Path, rules: Rules) -> Part:
+    """Tokenise a unit into its two files in `folder`, flushed to the disk.
+
+    Holds one batch of 1,000 texts or a million characters at a time, or one longer text.
+
+    Args:
+        unit: what to read.
+        tokenizer: a `tokenizer.json`.
+        folder: where the files go; they must not be there yet.
+        rules: see there.
+
+    Raises:
+        DataError: a record that cannot be used, with its file and line.
+        OSError: the files cannot be written.
+    """
+    part = Part(unit.number)
+    with (
+        part_file(folder, unit.number, "tokens").open("xb") as tokens,
+        part_file(folder, unit.number, "lengths").open("xb") as lengths,
+    ):
+        for batch in _batches(_texts(unit, rules, part)):
+            ids = _encode(batch, tokenizer, rules.split_special_tokens)
+            counts = np.fromiter(map(len, ids), LENGTH, len(ids))
+            content = np.fromiter(chain.from_iterable(ids), rules.dtype, int(counts.sum())).tobytes()
+            tokens.write(content)
+            lengths.write(counts.tobytes())
+            part.tokens_crc = zlib.crc32(content, part.tokens_crc)
+            part.lengths_crc = zlib.crc32(counts.tobytes(), part.lengths_crc)
+            part.documents += len(ids)
+            part.tokens += int(counts.sum())
+        for file in (tokens, lengths):
+            file.flush()
+            os.fsync(file.fileno())
+    return part
+
+
+def _texts(unit: Unit, rules: Rules, part: Part) -> Iterator[str]:
+    # a character takes six bytes at most in JSON (an escape), and in UTF-8 four
+    longest_line = 6 * rules.max_characters + (1 << 16)
+    for span in unit.spans:
+        for place, row in span_rows(span, ("text", "title"), longest_line):
+            if row is None:
+                defect = ENORMOUS
+            elif isinstance(row.get("text"), str) and not row["text"].strip():
+                defect = EMPTY
+            else:
+                text = _titled(place, row).strip()
+                defect = _defect(text, rules.max_characters)
+            if not defect:
+                yield text
+                continue
+            count, first = part.skipped.get(defect, (0, place))
+            part.skipped[defect] = (count + 1, first)
+
+
+def _defect(text: str, max_characters: int) -> str:
+    """Why a text is left out, or nothing."""
+    if len(text) > max_characters:
+        return ENORMOUS
+    if "\0" in text or len(_NOISE.findall(text)) > _MOST_NOISE * len(text):
+        return BINARY
+    return BROKEN if _SURROGATE.search(text) else ""
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    held = 0
+    for text in texts:
+        if batch and (len(batch) == _BATCH_TEXTS or held + len(text) > _BATCH_CHARACTERS):
+            yield batch
+            batch, held = [], 0
+        batch.append(text)
+        held += len(text)
+    if batch:
+        yield batch
+
+
+def _encode(texts: list[str], tokenizer: Path, split_special_tokens: bool) -> list[list[int]]:
+    """As `TextTokenizer.encode`; without transformers, whose import costs each process seconds and 200 MB."""
+    backend = _load(tokenizer)
+    backend.encode_special_tokens = split_special_tokens
+    return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@lru_cache(maxsize=1)
+def _load(tokenizer: Path) -> Tokenizer:
+    backend = Tokenizer.from_file(str(tokenizer))
+    backend.no_padding()
+    backend.no_truncation()
+    return backend

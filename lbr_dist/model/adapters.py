@@ -1,0 +1,86 @@
+"""Low-rank adapters by peft: put into the backbone before training, folded into its weights on export."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lbr_dist.config import LoraConfig
+from lbr_dist.engine import whole
+from lbr_dist.errors import ModelError
+
+ADAPTER = "default"
+
+
+def add_adapters(backbone: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
+    """Freeze the backbone and put an adapter beside every linear layer that `lora.targets` names.
+
+    Raises:
+        ModelError: a target that the model has no layer for.
+    """
+    import peft
+
+    head = backbone.get_output_embeddings()
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    missing = sorted(set(lora.targets) - names)
+    if missing:
+        raise ModelError(
+            f"model.lora.targets: the model has no linear layers named {', '.join(missing)}. "
+            f"It has {', '.join(sorted(names))}."
+        )
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        bias="none",
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)  # every rank begins with the same adapters
+        peft.inject_adapter_in_model(settings, backbone, adapter_name=ADAPTER)
+
+
+def _owners(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """The model's own parameters by the names of its files, with the module that holds each."""
+    for name, parameter in backbone.named_parameters():
+        if ".lora_" in name:
+            continue
+        path = name.rsplit(".", 1)[0]
+        owner = path.removesuffix(".base_layer")
+        yield name.replace(".base_layer.", "."), parameter, backbone.get_submodule(owner)
+
+
+def file_parameters(backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of the model without its adapters, by their names in a Hugging Face folder."""
+    return [(name, parameter) for name, parameter, _ in _owners(backbone)]
+
+
+def merged_weights(backbone: nn.Module, keep: bool) -> Iterator[tuple[str, nn.Parameter, Tensor | None]]:
+    """Each parameter of `file_parameters`, gathered, on the CPU, with its adapter folded in.
+
+    Args:
+        backbone: the model, sharded or not; every rank iterates.
+        keep: whether this rank wants the values; the others get None.
+    """
+    for name, parameter, owner in _owners(backbone):
+        adapted = ADAPTER in getattr(owner, "lora_A", {}) and name.endswith(".weight")
+        parts = [parameter]
+        if adapted:
+            parts += [owner.lora_A[ADAPTER].weight, owner.lora_B[ADAPTER].weight]  # type: ignore[index,union-attr]
+        with ExitStack() as gathered:
+            values = [gathered.enter_context(whole(part)) for part in parts]
+            tensor = values[0].detach().cpu().clone() if keep else None
+            if tensor is not None and adapted:
+                low, high = (value.detach().cpu().float() for value in values[1:])
+                tensor = (tensor.float() + owner.scaling[ADAPTER] * (high @ low)).to(tensor.dtype)  # type: ignore[index,operator]
+        yield name, parameter, tensor

@@ -1,0 +1,194 @@
+"""The report's section on training: the curves of both stages, and what the bottleneck turned out to carry."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lbr_dist.charts import Line, measured_lines, shown, training_curve
+from lbr_dist.report_style import as_text, dot
+
+_CURVES = (  # stage, key in metrics.jsonl, title, whose colour
+    ("learn", "target_loss", "Learn: loss on the target, through the bottleneck", "learn"),
+    ("learn", "text_loss", "Learn: loss on the text itself", "learn"),
+    ("represent", "loss", "Represent: contrastive loss", "lbr"),
+    ("represent", "accuracy", "Represent: accuracy within the batch", "lbr"),
+)
+_TARGET_LOSSES = (  # key in learn's metrics.jsonl, read out, drawn at the line's end
+    ("heldout_target_loss", "through its own bottleneck", "own bottleneck", "own"),
+    ("heldout_target_loss_shuffled", "through another text's bottleneck", "another text's", "another's"),
+    ("heldout_target_loss_without", "without a bottleneck", "no bottleneck", "none"),
+)
+# nats a token; below it another text's bottleneck serves as well, and the text's own tells nothing
+IGNORED_BELOW = 0.02
+_MOST_SKIPS_NAMED = 5
+
+_Entry = Mapping[str, Any]
+_Points = tuple[list[int], list[float]]
+
+
+def training_section(run_dir: Path) -> str:
+    """Curves of both stages and learn's held-out diagnostics, from what metrics.jsonl holds of them; else ""."""
+    logs = {stage: _entries(run_dir / stage / "metrics.jsonl") for stage in ("learn", "represent")}
+    skipped = {stage: _skipped(entries) for stage, entries in logs.items()}
+    figures = []
+    for number, (stage, key, title, system) in enumerate(_CURVES):
+        # a skipped step taught nothing, and its spike would flatten the rest of the curve
+        steps, values = _points(logs[stage], key, but=skipped[stage])
+        if steps:
+            chart = training_curve(steps, values, title, system, f"curve{number}", skipped[stage])
+            figures.append(f"<figure><figcaption>{dot(system)}{as_text(title)}</figcaption>{chart}</figure>")
+    curves = ""
+    if figures:
+        curves = (
+            f'<div class="curves">{"".join(figures)}</div>'
+            '<p class="quiet">Over the optimizer steps. Faint: as measured. Strong: running mean.</p>'
+        )
+    parts = [curves, *(_skips(stage, steps) for stage, steps in skipped.items()), _bottleneck(logs["learn"])]
+    return f"<section><h2>How training went</h2>{''.join(parts)}</section>" if any(parts) else ""
+
+
+def _entries(path: Path) -> list[_Entry]:
+    """The lines that are an object with a step; a run that was killed may leave a broken one."""
+    entries: list[_Entry] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            entries.append({**entry, "step": int(entry["step"])})
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue
+    return entries
+
+
+def _number(entry: _Entry, key: str) -> float | None:
+    try:
+        value = float(entry[key])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _points(entries: Sequence[_Entry], key: str, but: Sequence[int] = ()) -> _Points:
+    """Steps and values of the entries that have the value, and a finite one."""
+    left_out = set(but)
+    pairs = [(entry["step"], _number(entry, key)) for entry in entries if entry["step"] not in left_out]
+    points = [(step, value) for step, value in pairs if value is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+# ---- skipped steps --------------------------------------------------------------------------------------------
+
+
+def _skipped(entries: Sequence[_Entry]) -> list[int]:
+    return sorted({entry["step"] for entry in entries if _number(entry, "skipped")})
+
+
+def _skips(stage: str, steps: Sequence[int]) -> str:
+    if not steps:
+        return ""
+    named = [f"{step:,}" for step in steps[:_MOST_SKIPS_NAMED]]
+    if len(steps) > _MOST_SKIPS_NAMED:
+        named.append(f"{len(steps) - _MOST_SKIPS_NAMED:,} more")
+    which = f"{', '.join(named[:-1])} and {named[-1]}" if len(named) > 1 else f"step {named[0]}"
+    one = len(steps) == 1
+    what = f"1 step of {stage} was" if one else f"{len(steps):,} steps of {stage} were"
+    why = f"because {'its' if one else 'their'} loss or gradient was not finite or jumped"
+    leave = "The curves leave it out, and mark it" if one else "The curves leave them out, and mark them"
+    return f'<p class="skips">{what} skipped, {why}: {which}. {leave} along the bottom.</p>'
+
+
+# ---- held-out diagnostics -------------------------------------------------------------------------------------
+
+
+def _bottleneck(entries: Sequence[_Entry]) -> str:
+    parts = []
+    if any(_points(entries, key)[0] for key, *_ in _TARGET_LOSSES):
+        title = "Held-out loss on the target, in nats a token"
+        wide = measured_lines(_loss_lines(entries, short=False), title, (760, 260), 160, "heldout760")
+        narrow = measured_lines(_loss_lines(entries, short=True), title, (340, 220), 112, "heldout340")
+        parts.append(
+            f"{_finding(entries)}<figure><figcaption>{dot('learn')}Learn: held-out loss on the target, in nats a token"
+            f'</figcaption><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
+        )
+    small = _perplexity(entries) + _effective_rank(entries)
+    if small:
+        parts.append(f'<div class="curves">{small}</div>')
+    return f"<h3>On held-out texts</h3>{''.join(parts)}" if parts else ""
+
+
+def _loss_lines(entries: Sequence[_Entry], short: bool) -> list[Line]:
+    lines = []
+    for emphasis, (key, name, label, short_label) in enumerate(_TARGET_LOSSES):
+        steps, values = _points(entries, key)
+        if steps:
+            lines.append(Line(steps, values, name, short_label if short else label, emphasis))
+    return lines
+
+
+def _finding(entries: Sequence[_Entry]) -> str:
+    """What the target's losses come to, in a sentence; a warning where the bottleneck is ignored."""
+    keys = [key for key, *_ in _TARGET_LOSSES]
+    measured = [(entry["step"], [_number(entry, key) for key in keys]) for entry in entries]
+    # its own and another's, measured together: losses of different steps say nothing about the bottleneck
+    compared = [(step, values) for step, values in measured if values[0] is not None and values[1] is not None]
+    alone = [(step, values) for step, values in measured if values[0] is not None]
+    if not alone:
+        return ""
+    step, (own, shuffled, without) = (compared or alone)[-1]
+    assert own is not None
+    if step == 0 and not any(key in entry for entry in entries if entry["step"] for key in keys):
+        when = "Before the first step"
+    elif step == max(entry["step"] for entry in entries):
+        when = "At the end of learn"
+    else:
+        when = f"At step {step:,}, the last one with these measurements,"
+    if shuffled is None:
+        return f'<p class="finding">{when} a target token costs {own:.2f} nats through its own bottleneck.</p>'
+    gap = shuffled - own
+    digits = 2 if abs(gap) >= 0.1 else 3
+    # the difference of what the page shows, so that a reader who subtracts finds the same
+    carried = round(shuffled, digits) - round(own, digits)
+    costs = f"{own:.{digits}f} nats through its own bottleneck, {shuffled:.{digits}f} through another text's"
+    if without is not None:
+        costs = f"{costs} and {without:.{digits}f} without any"
+    if gap >= IGNORED_BELOW:
+        return (
+            f'<p class="finding">{when} a target token costs {costs}: the bottleneck carries '
+            f"<strong>{carried:.{digits}f} nats</strong> a token.</p>"
+        )
+    sentence = f'<p class="finding">{when} a target token costs {costs}.</p>'
+    if step == 0:
+        return sentence
+    return (
+        f'{sentence}<p class="warning"><strong>The bottleneck is ignored:</strong> another text\'s serves as well, so '
+        "the vectors that are pooled from it say little about their text. Look at <code>learn.targets</code> (a target "
+        "that can be told without the text asks nothing of the bottleneck) and at "
+        "<code>learn.drop_target_tokens</code> (more of them dropped, more to carry), or train for more steps.</p>"
+    )
+
+
+def _perplexity(entries: Sequence[_Entry]) -> str:
+    return _small(entries, "heldout_perplexity", "Learn: perplexity of held-out text, no bottleneck", "")
+
+
+def _effective_rank(entries: Sequence[_Entry]) -> str:
+    steps, values = _points(entries, "effective_rank")
+    if not steps:
+        return ""
+    _, limits = _points(entries, "effective_rank_limit")
+    most = f" of at most {limits[-1]:,.0f}" if limits else ""
+    words = f"{shown(values[-1])}{most}: in about so many directions the vectors of different texts differ."
+    return _small(entries, "effective_rank", "Learn: effective rank of the pooled vectors", words)
+
+
+def _small(entries: Sequence[_Entry], key: str, title: str, words: str) -> str:
+    steps, values = _points(entries, key)
+    if not steps:
+        return ""
+    chart = measured_lines([Line(steps, values, key.replace("_", " "))], title, (350, 190), 62, key)
+    below = f'<p class="quiet">{as_text(words)}</p>' if words else ""
+    return f"<figure><figcaption>{dot('learn')}{as_text(title)}</figcaption>{chart}{below}</figure>"
