@@ -17,6 +17,7 @@ setup(
         "torch>=2.10",  # older ones: CVE-2026-24747 in weights_only loading
         "transformers>=5.3",  # older ones: CVE-2026-4372
         "deepspeed>=0.19.8",  # coalesced gradient reduction for ZeRO-3
+        "peft>=0.17",
         "sentence-transformers>=5.0",
         "datasets>=4.0",
         "pyarrow>=15",

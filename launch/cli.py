@@ -45,6 +45,7 @@ def _train(config: RunConfig, wanted: Sequence[str]) -> bool:
 
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
+    preflight.check_attention(config, preflight.count_gpus())
     preflight.check_data(config)
     steps = {"learn": config.learn.steps, "represent": config.represent.steps}
     stages = [stage for stage in wanted if steps[stage]]
@@ -55,14 +56,17 @@ def _train(config: RunConfig, wanted: Sequence[str]) -> bool:
             f"{config.learn_export}: not there. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
         )
     todo = tuple(stage for stage in stages if not _finished(config, stage))
+    is_rank = "RANK" in os.environ  # under torchrun: this process is a rank already
+    ranks = 0 if is_rank else preflight.check_ranks(config, preflight.count_gpus())
+    if "learn" in todo and os.environ.get("LOCAL_RANK", "0") == "0":
+        preflight.check_text(config, _say)
     resolved = config.run_path / "config.yaml"
-    if "RANK" in os.environ:  # under torchrun: this process is a rank already
+    if is_rank:
         from lbr_dist.launch.worker import run_stages
 
         if os.environ["RANK"] == "0":
             write_config(config, resolved)
         return run_stages(config, todo)
-    ranks = preflight.check_ranks(config, preflight.count_gpus())
     write_config(config, resolved)
     from lbr_dist.launch.ranks import run_stage
 
@@ -151,6 +155,20 @@ def data(args: argparse.Namespace) -> None:
 
         _say(f"model: {build_smollm2(args.out)}")
         return
+    if args.what == "vocab":
+        from lbr_dist.launch.worker import quiet_libraries
+        from lbr_dist.model.vocabulary import add_vocabulary
+
+        quiet_libraries()
+        _say(add_vocabulary(args.base, args.corpus, args.out, args.pieces, args.min_count, _say).summary())
+        return
+    if args.what == "tokens":
+        from lbr_dist.data.build_tokens import build
+
+        cache = Path(args.cache_dir).expanduser()
+        tokens = build(args.corpus, args.base, cache, args.processes, _say, args.longest_document)
+        _say(f"{tokens.report}\nwritten to {tokens.folder}")
+        return
     from lbr_dist.data.build import build_domain
 
     manifest = build_domain(args.what, args.out)
@@ -168,6 +186,8 @@ def config(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from lbr_dist.config import DataConfig
+
     parser = argparse.ArgumentParser(
         prog="lbr",
         description="Learn Before Represent: turn a causal LLM into the embedding model of a domain.",
@@ -220,6 +240,18 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("medical", "chemistry", "code"):
         kind = kinds.add_parser(name, help=f"the {name} domain: corpus, pairs and test collection")
         kind.add_argument("--out", type=Path, required=True, help="folder to write")
+    kind = kinds.add_parser("vocab", help="a base model with a domain's words in its vocabulary")
+    kind.add_argument("--base", type=Path, required=True, help="Hugging Face folder of the base model")
+    kind.add_argument("--corpus", type=Path, required=True, nargs="+", help="domain text: records with `text`")
+    kind.add_argument("--out", type=Path, required=True, help="folder of the new base model")
+    kind.add_argument("--pieces", type=int, default=2000, help="entries to add to the vocabulary")
+    kind.add_argument("--min-count", type=int, default=10, help="a piece stands at least this often in the corpus")
+    kind = kinds.add_parser("tokens", help="tokenise stage 1's text ahead of a run, into the cache that runs read")
+    kind.add_argument("--base", type=Path, required=True, help="Hugging Face folder of the base model")
+    kind.add_argument("--corpus", type=Path, required=True, help="records with `text`")
+    kind.add_argument("--cache-dir", default=DataConfig.cache_dir, help="as data.cache_dir of the run")
+    kind.add_argument("--longest-document", type=int, default=DataConfig.longest_document, help="as in the run")
+    kind.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core")
     kind = kinds.add_parser("model", help="a base model as a Hugging Face folder")
     kind.add_argument("name", choices=("smollm2",))
     kind.add_argument("--out", type=Path, required=True, help="folder to write")

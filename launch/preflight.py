@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,6 @@ def check_data(config: RunConfig) -> None:
     """
     data = config.data
     corpus = read_corpus(data.corpus)
-    # a few long texts make many pieces, which only the tokenizer can count: stage 1 checks those itself
-    if config.learn.steps and len(corpus) < config.learn.batch_texts and sum(map(len, corpus.values())) < 2**20:
-        raise DataError(
-            f"{data.corpus}: found {len(corpus)} texts, learn.batch_texts is {config.learn.batch_texts}. "
-            "Lower learn.batch_texts, or bring more text."
-        )
     pairs = read_pairs(data.train, corpus)
     if config.represent.steps and len(pairs.pairs) < config.represent.batch_pairs:
         raise DataError(
@@ -89,6 +84,38 @@ def check_data(config: RunConfig) -> None:
         )
     if data.test is not None:
         read_pairs(data.test, read_corpus(data.test_documents) if data.test_documents else corpus)
+
+
+def check_text(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Tokenise stage 1's text, by all cores, where no run has done it yet, and hold the batch against it.
+
+    Raises:
+        DataError, ModelError, LaunchError: the text cannot be read or written, or is too little.
+    """
+    from lbr_dist.data.build_tokens import token_cache
+    from lbr_dist.data.token_cache import learn_texts
+
+    learn_texts(token_cache(config, len(os.sched_getaffinity(0)), say), config)
+
+
+def check_attention(config: RunConfig, gpus: int) -> None:
+    """Refuse an attention kernel that was asked for by name and cannot run here.
+
+    Raises:
+        ConfigError: says why it cannot.
+    """
+    if config.model.attention == "auto":
+        return
+    import torch
+
+    from lbr_dist.kernels.attention import why_not
+
+    model = _json(Path(config.model.base) / "config.json")
+    heads = int(model.get("num_attention_heads", 1))
+    head_dim = int(model.get("head_dim") or int(model.get("hidden_size", heads)) // heads)
+    reason = why_not(config.model.attention, "cuda" if gpus else "cpu", getattr(torch, config.model.dtype), head_dim)
+    if reason is not None:
+        raise ConfigError(f"model.attention: found {config.model.attention!r}, but {reason}. Use `auto`, or another.")
 
 
 def check_run_folder(config: RunConfig) -> None:

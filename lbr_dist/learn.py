@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +20,18 @@ import torch
 from torch import Tensor
 
 from lbr_dist.config import LearnConfig, Pooling, RunConfig
-from lbr_dist.data import build_tokens
+from lbr_dist.data.build_tokens import token_cache
 from lbr_dist.data.packing import PackedRow, Sequence, rank_rows
 from lbr_dist.data.records import read_corpus, read_pairs
-from lbr_dist.data.targets import LearnData, split
-from lbr_dist.data.token_cache import TokenCache, Tokens
+from lbr_dist.data.targets import LearnData
+from lbr_dist.data.token_cache import Tokens, learn_texts
 from lbr_dist.diagnostics import Diagnostics
 from lbr_dist.distributed import Ranks, total
 from lbr_dist.engine import Engine
-from lbr_dist.errors import DataError
 from lbr_dist.export import export
 from lbr_dist.model.bottleneck import LossWeights
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 from lbr_dist.trainer import load_engine, train, write_summary
-
-
-def token_cache(config: RunConfig, processes: int, say: Callable[[str], None]) -> TokenCache:
-    """Stage 1's text, tokenised: from the cache, or now by `processes` processes.
-
-    Raises:
-        DataError: the corpus cannot be read, or the cache not be written.
-    """
-    data = config.data
-    return build_tokens.build(
-        Path(data.learn_corpus or data.corpus),
-        Path(config.model.base),
-        Path(data.cache_dir).expanduser(),
-        processes,
-        say,
-        max_characters=data.longest_document,
-    )
 
 
 def load_data(config: RunConfig, tokenizer: TextTokenizer, ranks: Ranks) -> LearnData:
@@ -65,12 +46,7 @@ def load_data(config: RunConfig, tokenizer: TextTokenizer, ranks: Ranks) -> Lear
         if ranks.is_first:
             print(message, file=sys.stderr, flush=True)
 
-    texts, held_out = split(token_cache(config, 1, say), longest, config.learn.held_out_texts)
-    if len(texts) < config.learn.batch_texts:
-        raise DataError(
-            f"{config.data.learn_corpus or config.data.corpus}: found {len(texts)} texts of two tokens or more, "
-            f"learn.batch_texts is {config.learn.batch_texts}. Lower learn.batch_texts, or bring more text."
-        )
+    texts, held_out = learn_texts(token_cache(config, 1, say), config)
     pairs: list[tuple[Tokens, Tokens]] = []
     if config.learn.targets.pair:
         found = read_pairs(config.data.train, read_corpus(config.data.corpus))

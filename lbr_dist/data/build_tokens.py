@@ -23,6 +23,7 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from lbr_dist.config import RunConfig
 from lbr_dist.data.fingerprint import fingerprint, signature
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.token_cache import MANIFEST, SCHEMA, TokenCache
@@ -236,3 +237,11 @@ def _named_errors(cache_dir: Path) -> Iterator[None]:
 
 def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+def token_cache(config: RunConfig, processes: int, say: Say) -> TokenCache:
+    """Stage 1's text of a run, tokenised: from the cache, or now. Raises as `build` does."""
+    data = config.data
+    folder = Path(data.cache_dir).expanduser()
+    corpus = Path(data.learn_corpus or data.corpus)
+    return build(corpus, Path(config.model.base), folder, processes, say, data.longest_document)

@@ -79,7 +79,7 @@ def read_corpus(path: str | Path) -> dict[str, str]:
                 "each id once",
                 "Remove one of the two, or give it an id of its own.",
             )
-        texts[document] = _titled(place, row)
+        texts[document] = titled_text(place, row)
         places[document] = place
     if not texts:
         raise DataError(f"{path}: found no documents, expected at least one record with `id` and `text`.")
@@ -196,7 +196,7 @@ class _PairReader:
         document = _identifier(place, passage, "docid") if passage.get("docid") is not None else None
         if document is not None and passage.get("text") is None:
             return self._known(place, document)
-        return self._inline(place, document, _titled(place, passage))
+        return self._inline(place, document, titled_text(place, passage))
 
     def _inline(self, place: Place, document: str | None, text: str) -> str:
         if document is None:
@@ -250,7 +250,7 @@ def _text(place: Place, row: Row, name: str) -> str:
     return value
 
 
-def _titled(place: Place, row: Row) -> str:
+def titled_text(place: Place, row: Row) -> str:
     text = _text(place, row, "text")
     title = row.get("title")
     return f"{title.strip()} {text}" if isinstance(title, str) and title.strip() else text

@@ -6,13 +6,10 @@ import random
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lbr_dist.config import LearnConfig, TargetsConfig
 from lbr_dist.data import sampler
 from lbr_dist.data.packing import Sequence
-from lbr_dist.data.token_cache import Documents, Pieces, Tokens
+from lbr_dist.data.token_cache import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +52,3 @@ class LearnData:
             return Sequence(text, k, text, inputs)
         query, document = rng.choice(self.pairs)
         return Sequence(query, k, document) if rng.random() < 0.5 else Sequence(document, k, query)
-
-
-class _Without:
-    """Documents, some of them emptied."""
-
-    def __init__(self, documents: Documents, left_out: NDArray[np.int64]) -> None:
-        self._documents = documents
-        self.lengths = documents.lengths.copy()
-        self.lengths[left_out] = 0
-
-    def span(self, document: int, start: int, stop: int) -> Tokens:
-        return self._documents.span(document, start, stop)
-
-
-def split(documents: Documents, longest: int, held_out: int) -> tuple[Pieces, list[Tokens]]:
-    """Training texts, and texts of documents that no training text is of.
-
-    Args:
-        documents: the tokenised corpus.
-        longest: documents are cut into pieces of at most so many tokens.
-        held_out: how many documents to keep out, at most a twentieth of them; each gives its first piece.
-    """
-    count = min(held_out, len(documents.lengths) // 20)
-    if not count:
-        return Pieces(documents, longest), []
-    left_out = sampler.shuffled(np.arange(count, dtype=np.uint64), len(documents.lengths), 0, 0).astype(np.int64)
-    texts = [documents.span(int(d), 0, min(longest, int(documents.lengths[d]))) for d in left_out]
-    return Pieces(_Without(documents, left_out), longest), [text for text in texts if len(text) > 1]

@@ -19,6 +19,8 @@ from typing import Any, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from lbr_dist.config import RunConfig
+from lbr_dist.data import sampler
 from lbr_dist.data.token_parts import LENGTH, part_file
 from lbr_dist.errors import DataError
 
@@ -190,3 +192,48 @@ class Pieces(_Items):
 def _ends(counts: list[int]) -> NDArray[np.int64]:
     """0, and the running sums."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+
+class _Without:
+    """Documents, some of them emptied."""
+
+    def __init__(self, documents: Documents, left_out: NDArray[np.int64]) -> None:
+        self._documents = documents
+        self.lengths = documents.lengths.copy()
+        self.lengths[left_out] = 0
+
+    def span(self, document: int, start: int, stop: int) -> Tokens:
+        return self._documents.span(document, start, stop)
+
+
+def split(documents: Documents, longest: int, held_out: int) -> tuple[Pieces, list[Tokens]]:
+    """Training texts, and texts of documents that no training text is of.
+
+    Args:
+        documents: the tokenised corpus.
+        longest: documents are cut into pieces of at most so many tokens.
+        held_out: how many documents to keep out, at most a twentieth of them; each gives its first piece.
+    """
+    count = min(held_out, len(documents.lengths) // 20)
+    if not count:
+        return Pieces(documents, longest), []
+    left_out = sampler.shuffled(np.arange(count, dtype=np.uint64), len(documents.lengths), 0, 0).astype(np.int64)
+    texts = [documents.span(int(d), 0, min(longest, int(documents.lengths[d]))) for d in left_out]
+    return Pieces(_Without(documents, left_out), longest), [text for text in texts if len(text) > 1]
+
+
+def learn_texts(cache: TokenCache, config: RunConfig) -> tuple[Pieces, list[Tokens]]:
+    """What stage 1 trains on, and what it is diagnosed on.
+
+    Raises:
+        DataError: there are fewer texts than a batch has.
+    """
+    learn = config.learn
+    texts, held_out = split(cache, learn.max_text_tokens, learn.held_out_texts if learn.diagnose_every else 0)
+    if len(texts) < learn.batch_texts:
+        raise DataError(
+            f"{config.data.learn_corpus or config.data.corpus}: found {len(texts)} texts of two tokens or more to "
+            f"train on ({cache.report}; {len(held_out)} held out), learn.batch_texts is {learn.batch_texts}. Lower "
+            "learn.batch_texts, or bring more text."
+        )
+    return texts, held_out

@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lbr_dist.data.record_files import Place, Span, span_rows, spans
-from lbr_dist.data.records import _titled
+from lbr_dist.data.records import titled_text
 
 TOKENIZER_FILE = "tokenizer.json"
 LENGTH = "<u4"
@@ -142,7 +142,7 @@ def _texts(unit: Unit, rules: Rules, part: Part) -> Iterator[str]:
             elif isinstance(row.get("text"), str) and not row["text"].strip():
                 defect = EMPTY
             else:
-                text = _titled(place, row).strip()
+                text = titled_text(place, row).strip()
                 defect = _defect(text, rules.max_characters)
             if not defect:
                 yield text

@@ -31,7 +31,8 @@ class LanguageModelLoss(nn.Module):
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
-        self.weight: nn.Parameter = head.weight
+        assert isinstance(head.weight, nn.Parameter)
+        self.weight = head.weight
 
     def forward(
         self, hidden: Tensor, labels: Tensor, groups: Tensor, weights: Tensor, z_weight: float

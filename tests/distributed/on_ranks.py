@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from deepspeed.utils import safe_get_full_grad
 
 from lbr_dist import learn, represent
 from lbr_dist.config import RunConfig
-from lbr_dist.data.packing import Sequence
+from lbr_dist.data.packing import Sequence, rank_rows
 from lbr_dist.distributed import Ranks, gather_rows, reduce_rows
 from lbr_dist.engine import Engine, full_shape, whole
+from lbr_dist.model.bottleneck import LossWeights
 from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.represent import PairBatch
 from lbr_dist.trainer import load_engine
@@ -108,3 +110,64 @@ def rows_and_back(ranks: Ranks, counts: list[int]) -> tuple[torch.Tensor, torch.
     gathered = gather_rows(rows, counts)
     gradient = torch.arange(float(sum(counts)))[:, None].repeat(1, 3) * (ranks.rank + 1)
     return gathered, reduce_rows(gradient, counts, ranks.rank)
+
+
+def bad_steps(ranks: Ranks, config: RunConfig, sequences: list[Sequence], bad: bool) -> dict[str, Any]:
+    """Three updates, with a gradient of one rank that is not a number and one that is too large between them.
+
+    Returns the final weights, and norm and fate of each update.
+    """
+    engine, tokenizer = _engine(config)
+    engine.train()
+    updates = []
+
+    def update(factor: float, largest_norm: float) -> None:
+        with engine.accumulate():
+            rows, _ = rank_rows(sequences, config.learn.row_tokens, tokenizer.sink_id, ranks.rank, ranks.world_size)
+            for row in rows:
+                loss, _ = engine(row, task="learn", form="mask", weights=LossWeights(1.0, 1.0))
+                engine.backward(loss * (factor if ranks.rank == ranks.world_size - 1 else 1.0))
+        result = engine.step(1e-3, largest_norm)
+        updates.append((result.grad_norm, result.applied))
+
+    update(1.0, math.inf)
+    if bad:
+        update(math.nan, math.inf)
+        update(math.nan, 1e9)
+        update(1e6, 1e5)
+    update(1.0, 1e5)
+    update(1.0, math.inf)
+    result = {"updates": updates, "weights": {}}
+    for name, parameter in engine.model.named_parameters():
+        with whole(parameter) as value:
+            result["weights"][name] = value.detach().clone()
+    engine.close()
+    return result
+
+
+def head_gathers(ranks: Ranks, config: RunConfig, sequences: list[Sequence]) -> tuple[int, int, int]:
+    """How many rows a step has, and how often the LM head is gathered from the ranks in each of two steps."""
+    engine, tokenizer = _engine(config)
+    engine.train()
+    head = engine.model.language_loss.weight
+    gathered: list[int] = []
+
+    def counted(original: Any) -> Any:
+        def gather(parameters: Any = None, *args: Any, **kwargs: Any) -> Any:
+            gathered.extend(1 for p in (parameters or ()) if p is head)
+            return original(parameters, *args, **kwargs)
+
+        return gather
+
+    for parameter in engine.model.parameters():
+        for name in ("all_gather", "all_gather_coalesced"):
+            setattr(parameter, name, counted(getattr(parameter, name)))
+    counts = []
+    for _ in range(2):
+        learn.accumulate_step(engine, sequences, config.learn, tokenizer.sink_id, ranks)
+        engine.step(1e-3)
+        counts.append(len(gathered))
+        gathered.clear()
+    engine.close()
+    rows, _ = rank_rows(sequences, config.learn.row_tokens, tokenizer.sink_id, ranks.rank, ranks.world_size)
+    return len(rows), counts[0], counts[1]

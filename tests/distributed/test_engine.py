@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from lbr_dist.config import EngineConfig, OptimizerConfig, RunConfig
-from lbr_dist.engine import deepspeed_config, parameter_groups
-from lbr_dist.trainer import learning_rate
+from lbr_dist.config import EngineConfig, LearnConfig, OptimizerConfig, RunConfig
+from lbr_dist.data.packing import Sequence
+from lbr_dist.engine import Update, deepspeed_config, parameter_groups
+from lbr_dist.errors import TrainingError
+from lbr_dist.trainer import SpikeGuard, learning_rate
+from tests import tiny
 from tests.configs import tiny_run
 from tests.distributed import on_ranks
 from tests.ranks import RankPool
@@ -48,6 +52,57 @@ def test_settings_change_no_result(two_ranks: RankPool, plain: RunConfig, tmp_pa
     config = dataclasses.replace(plain, run_dir=str(tmp_path), engine=engine)
     two_ranks.run(on_ranks.stage, config=config, name="learn")
     assert losses(config) == pytest.approx(losses(plain), rel=1e-5)
+
+
+SEQUENCES = [Sequence((5, 6, 7, 8, 9 + i), 4, (20, 21 + i, 22)) for i in range(9)]
+
+
+def test_bad_gradients_change_nothing(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Not finite on one rank, or too large: skipped by every rank, and the run goes on as if it had never been."""
+    config = tiny_run(tmp_path, tiny_model, tiny_data)
+    good, bad = (pool.run(on_ranks.bad_steps, config=config, sequences=SEQUENCES, bad=flag) for flag in (False, True))
+    assert [applied for _, applied in good[0]["updates"]] == [True] * 3
+    assert len({str(result["updates"]) for result in bad}) == 1, "the ranks don't agree"
+    first, *skipped, second, third = bad[0]["updates"]
+    assert [first, second, third] == good[0]["updates"]
+    assert [applied for _, applied in skipped] == [False] * 3
+    assert [math.isfinite(norm) for norm, _ in skipped] == [False, False, True]
+    assert skipped[2][0] > 1e5 > second[0]
+    for name, weight in good[0]["weights"].items():
+        assert torch.equal(bad[0]["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_head_is_gathered_once_a_step(two_ranks: RankPool, tiny_data: Path, tmp_path: Path, resident: bool) -> None:
+    base = tiny.write_model(tmp_path / "base", tied=False)
+    engine = EngineConfig(persistence_threshold=0, live_elements=0, resident_head=resident)
+    learn = LearnConfig(row_tokens=24, batch_texts=9, max_text_tokens=8)
+    config = tiny_run(tmp_path / "run", base, tiny_data, engine=engine, learn=learn)
+    for rows, first, second in two_ranks.run(on_ranks.head_gathers, config=config, sequences=SEQUENCES):
+        assert rows >= 3
+        if resident:
+            # the first step, in which DeepSpeed takes note of the order of things, may do without
+            assert second == 1 and first <= rows + 1
+        else:
+            assert second >= rows, "the test sees no gather"
+
+
+def test_spike_guard(tmp_path: Path) -> None:
+    guard = SpikeGuard(OptimizerConfig(spike_factor=4.0, most_skipped=3))
+    for step in range(16):
+        assert guard.largest_norm == math.inf, "too few norms to tell"
+        guard.observe(Update(1.0 + step % 3, True), "learn", step, tmp_path)
+    assert guard.largest_norm == 8.0
+    resumed = SpikeGuard(guard.optimizer, list(guard.norms))
+    assert resumed.largest_norm == 8.0
+    guard.observe(Update(50.0, False), "learn", 17, tmp_path)
+    assert guard.largest_norm == 8.0, "a skipped step says nothing of the usual"
+    guard.observe(Update(2.0, True), "learn", 18, tmp_path)
+    guard.observe(Update(50.0, False), "learn", 19, tmp_path)
+    guard.observe(Update(math.inf, False), "learn", 20, tmp_path)
+    with pytest.raises(TrainingError, match=r"3 steps in a row were skipped, up to step 21; .* no checkpoint yet"):
+        guard.observe(Update(50.0, False), "learn", 21, tmp_path)
+    assert SpikeGuard(OptimizerConfig(spike_factor=0.0), [1.0] * 30).largest_norm == math.inf
 
 
 def test_clipping_is_always_written_out() -> None:

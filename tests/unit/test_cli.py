@@ -32,7 +32,8 @@ def run(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> tuple[Path, RunCon
 def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert cli.main(list(arguments)) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert not captured.out or "tokenising" in captured.out
     return captured.err
 
 
@@ -143,8 +144,8 @@ FILES: dict[str, tuple[Callable[[RunConfig], None], str]] = {
         r"train.jsonl:6.*nope",
     ),
     "few texts": (
-        lambda c: (_shorten("corpus.jsonl", 9)(c), _pairs_within(c)),
-        r"found 9 texts, learn.batch_texts is 13",
+        lambda c: (_shorten("corpus.jsonl", 12)(c), _pairs_within(c)),
+        r"found 12 texts of two tokens or more to train on .*learn.batch_texts is 13",
     ),
     "few pairs": (_shorten("train.jsonl", 3), r"found 3 pairs, represent.batch_pairs is 11"),
     "another run": (_other_run, r"this run folder holds another config; it differs in seed"),
@@ -152,7 +153,7 @@ FILES: dict[str, tuple[Callable[[RunConfig], None], str]] = {
 
 
 def _pairs_within(config: RunConfig) -> None:
-    rows = [row for row in tiny.pairs() if {*row["positive_ids"], *row["negative_ids"]} <= {f"d{i}" for i in range(9)}]  # type: ignore[misc]
+    rows = [row for row in tiny.pairs() if {*row["positive_ids"], *row["negative_ids"]} <= {f"d{i}" for i in range(12)}]  # type: ignore[misc]
     for name in ("train.jsonl", "test.jsonl"):
         path = Path(config.data.corpus).with_name(name)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -173,6 +174,13 @@ def test_a_path_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> No
     assert "error: /proc/nowhere: No such file or directory" in message(
         capsys, "data", "medical", "--out", "/proc/nowhere"
     )
+
+
+def test_an_attention_kernel_that_is_not_there(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    for name, reason in (("flash_attn", "the package flash-attn is not installed"), ("torch_varlen", "it needs CUDA")):
+        said = message(capsys, "run", str(run[0]), f"--model.attention={name}")
+        assert f"model.attention: found '{name}', but {reason}" in said
+    assert not run[1].run_path.exists()
 
 
 def test_too_many_ranks(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
