@@ -167,7 +167,7 @@ class TokenCache(_Items):
 class Pieces(_Items):
     """Every document cut in pieces of at most `longest` tokens; pieces of less than `shortest` are left out.
 
-    Equal to `targets.pieces`, which holds them all. This takes 12 bytes of memory for each document.
+    Takes 12 bytes of memory for each document.
     """
 
     def __init__(self, documents: Documents, longest: int, shortest: int = 2) -> None:

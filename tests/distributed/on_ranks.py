@@ -12,6 +12,8 @@ from deepspeed.utils import safe_get_full_grad
 from lbr_dist import learn, represent
 from lbr_dist.config import RunConfig
 from lbr_dist.data.packing import Sequence, rank_rows
+from lbr_dist.data.targets import LearnData
+from lbr_dist.diagnostics import Diagnostics
 from lbr_dist.distributed import Ranks, gather_rows, reduce_rows
 from lbr_dist.engine import Engine, full_shape, whole
 from lbr_dist.model.bottleneck import LossWeights
@@ -171,3 +173,13 @@ def head_gathers(ranks: Ranks, config: RunConfig, sequences: list[Sequence]) -> 
     engine.close()
     rows, _ = rank_rows(sequences, config.learn.row_tokens, tokenizer.sink_id, ranks.rank, ranks.world_size)
     return len(rows), counts[0], counts[1]
+
+
+def diagnose(ranks: Ranks, config: RunConfig, held_out: list[tuple[int, ...]]) -> dict[str, float]:
+    """Stage 1's held-out measurements of the untrained model."""
+    engine, tokenizer = _engine(config)
+    engine.train(False)
+    data = LearnData([], [], tokenizer.drop_id, held_out)
+    values = Diagnostics(engine, data, config, tokenizer.sink_id, ranks).measure()
+    engine.close()
+    return values

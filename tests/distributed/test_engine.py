@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from lbr_dist.config import EngineConfig, LearnConfig, OptimizerConfig, RunConfig
+from lbr_dist.config import EngineConfig, LearnConfig, LoraConfig, OptimizerConfig, RunConfig
 from lbr_dist.data.packing import Sequence
 from lbr_dist.engine import Update, deepspeed_config, parameter_groups
 from lbr_dist.errors import TrainingError
@@ -52,6 +53,21 @@ def test_settings_change_no_result(two_ranks: RankPool, plain: RunConfig, tmp_pa
     config = dataclasses.replace(plain, run_dir=str(tmp_path), engine=engine)
     two_ranks.run(on_ranks.stage, config=config, name="learn")
     assert losses(config) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_adapters_under_zero(two_ranks: RankPool, plain: RunConfig, tmp_path: Path) -> None:
+    """Checkpoint, export and frozen weights of a run with LoRA: only what has an adapter changes."""
+    model = dataclasses.replace(plain.model, lora=LoraConfig(rank=2, dropout=0.1, targets=("v_proj",)))
+    config = dataclasses.replace(plain, run_dir=str(tmp_path), model=model)
+    two_ranks.run(on_ranks.stage, config=config, name="learn")
+    found = losses(config)
+    assert found[-2] < found[0], "nothing was learned"
+    base, weights = (
+        load_file(Path(folder) / "model.safetensors") for folder in (config.model.base, config.learn_export)
+    )
+    assert set(weights) == set(base)
+    changed = {n.split(".")[-2] for n in base if not torch.equal(weights[n][: len(base[n])], base[n])}
+    assert changed == {"v_proj"}
 
 
 SEQUENCES = [Sequence((5, 6, 7, 8, 9 + i), 4, (20, 21 + i, 22)) for i in range(9)]

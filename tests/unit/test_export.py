@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from lbr_dist import distributed, export
-from lbr_dist.config import LearnConfig, ModelConfig, RepresentConfig, RunConfig
+from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
 from lbr_dist.data.packing import Sequence, pack_row
 from lbr_dist.encode import Encoder, open_encoder, write_vectors
-from lbr_dist.errors import DataError
+from lbr_dist.errors import DataError, ModelError
 from lbr_dist.model.bottleneck import load_model
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 from tests import tiny
 from tests.configs import tiny_run
+from tests.distributed import single
 
 POOLINGS = ("bottleneck_last", "bottleneck_mean", "last", "mean")
 TEXTS = list(tiny.texts().values())[:9]
@@ -62,6 +63,38 @@ def test_round_trip(tiny_model: Path, tiny_data: Path, tmp_path: Path, pooling: 
     torch.testing.assert_close(torch.tensor(loaded.encode_document(TEXTS)), documents, rtol=0, atol=1e-5)
     card = (folder / "README.md").read_text()
     assert ("trust_remote_code=True" in card) == ours
+
+
+def test_adapters_are_folded_in(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The exported folder is an ordinary model without adapters, and gives the vectors of the model with them."""
+    lora = LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "down_proj"))
+    model_config = ModelConfig(base=str(tiny_model), bottleneck_tokens=4, dtype="float32", lora=lora)
+    config = tiny_run(tmp_path, tiny_model, tiny_data, model=model_config)
+    tokenizer = TextTokenizer(tiny_model)
+    model = load_model(model_config, tiny_model, tokenizer, seed=1)
+    row = pack_row([Sequence(t, 4) for t in tokenizer.encode(TEXTS)], tokenizer.sink_id)
+
+    def vectors() -> torch.Tensor:
+        return F.normalize(model(row, task="embed", pooling="bottleneck_last"), dim=1).detach()
+
+    before = vectors()
+    single.stir(model.named_parameters())
+    after = vectors()
+    assert (after - before).abs().max() > 0.05, "the adapters do nothing"
+    settings = EmbeddingSettings.of(config.data, "bottleneck_last")
+    export.export(model, tokenizer, settings, config, tmp_path / "model", distributed.start())
+    base, weights = (load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "model"))
+    assert set(weights) == set(base)
+    changed = {n.split(".")[-2] for n in base if not torch.equal(weights[n][: len(base[n])], base[n])}
+    assert changed == {"q_proj", "down_proj"}
+    found = Encoder(tmp_path / "model", dtype="float32").encode(TEXTS, "document")
+    torch.testing.assert_close(found, after, rtol=0, atol=1e-5)
+
+
+def test_adapters_for_layers_that_are_not_there(tiny_model: Path) -> None:
+    config = ModelConfig(base=str(tiny_model), dtype="float32", lora=LoraConfig(rank=2, targets=("q_proj", "lm_head")))
+    with pytest.raises(ModelError, match=r"no linear layers named lm_head\. It has down_proj, .*, v_proj"):
+        load_model(config, tiny_model, TextTokenizer(tiny_model), seed=1)
 
 
 def test_long_texts_keep_the_bottleneck(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
