@@ -45,6 +45,7 @@ def _train(config: RunConfig, wanted: Sequence[str]) -> bool:
 
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
+    preflight.check_offload(config)
     preflight.check_attention(config, preflight.count_gpus())
     preflight.check_data(config)
     steps = {"learn": config.learn.steps, "represent": config.represent.steps}

@@ -5,6 +5,7 @@ Imports no torch; what it reads is read again by the ranks.
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import os
 from collections.abc import Callable
@@ -116,6 +117,24 @@ def check_attention(config: RunConfig, gpus: int) -> None:
     reason = why_not(config.model.attention, "cuda" if gpus else "cpu", getattr(torch, config.model.dtype), head_dim)
     if reason is not None:
         raise ConfigError(f"model.attention: found {config.model.attention!r}, but {reason}. Use `auto`, or another.")
+
+
+def check_offload(config: RunConfig) -> None:
+    """Refuse an offload to nvme that this machine cannot do.
+
+    Raises:
+        ConfigError: the folder is not there, or libaio is missing.
+    """
+    engine = config.engine
+    if "nvme" not in (engine.offload_optimizer, engine.offload_parameters):
+        return
+    if not os.access(str(engine.nvme_path), os.W_OK | os.X_OK):
+        raise ConfigError(f"engine.nvme_path: found {engine.nvme_path!r}, expected a folder that can be written.")
+    if ctypes.util.find_library("aio") is None:
+        raise ConfigError(
+            "engine.offload_optimizer, engine.offload_parameters: `nvme` needs libaio, which DeepSpeed builds its "
+            "reader against at the first start. Install libaio-dev, or use `cpu`."
+        )
 
 
 def check_run_folder(config: RunConfig) -> None:

@@ -296,6 +296,9 @@ class EngineConfig:
     nvme_path: str | None = None
     """Folder on a fast local disk, for the `nvme` offloads."""
 
+    nvme_buffer_elements: int = 100_000_000
+    """Elements of a buffer for parameters from `nvme`; at least a rank's share of the largest parameter."""
+
     persistence_threshold: int = 100_000
     """Parameters of fewer elements than this stay whole on every rank."""
 
@@ -315,7 +318,13 @@ class EngineConfig:
         needs_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
         if needs_nvme and not self.nvme_path:
             raise ConfigError("engine.nvme_path: not set, but an offload is `nvme`. Name a folder on a local disk.")
-        for name in ("persistence_threshold", "prefetch_elements", "reduce_elements", "live_elements"):
+        for name in (
+            "nvme_buffer_elements",
+            "persistence_threshold",
+            "prefetch_elements",
+            "reduce_elements",
+            "live_elements",
+        ):
             _require(getattr(self, name) >= 0, f"engine.{name}", getattr(self, name), "zero or more")
 
 
@@ -415,6 +424,12 @@ class RunConfig:
     """Ranks."""
 
     def __post_init__(self) -> None:
+        if self.engine.offload_optimizer == "nvme" and self.checkpoint.resume != "never":
+            raise ConfigError(
+                f"engine.offload_optimizer: found 'nvme' with checkpoint.resume {self.checkpoint.resume!r}. DeepSpeed "
+                "does not restore an optimizer that is offloaded to nvme: the run would go on with wrong states, and "
+                "say nothing. Use `cpu`, or set checkpoint.resume to `never`."
+            )
         k = self.model.bottleneck_tokens
         if self.represent.steps and self.represent.pooling.startswith("bottleneck") and k == 0:
             raise ConfigError(

@@ -33,12 +33,11 @@ def _deepspeed() -> Any:
 def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> dict[str, Any]:
     """DeepSpeed's settings for ours, every one written out that has a default of its own."""
 
-    def offload(where: str) -> dict[str, Any] | None:
+    def offload(where: str, **nvme: Any) -> dict[str, Any] | None:
         if where == "none":
             return None
-        return {"device": where, "pin_memory": torch.cuda.is_available()} | (
-            {"nvme_path": engine.nvme_path} if where == "nvme" else {}
-        )
+        nvme |= {"nvme_path": engine.nvme_path}
+        return {"device": where, "pin_memory": torch.cuda.is_available()} | (nvme if where == "nvme" else {})
 
     zero = {
         "stage": engine.zero_stage,
@@ -51,7 +50,7 @@ def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> 
         "stage3_max_live_parameters": engine.live_elements,
         "stage3_max_reuse_distance": engine.live_elements,
         "offload_optimizer": offload(engine.offload_optimizer),
-        "offload_param": offload(engine.offload_parameters),
+        "offload_param": offload(engine.offload_parameters, buffer_size=engine.nvme_buffer_elements),
     }
     return {
         "train_micro_batch_size_per_gpu": 1,

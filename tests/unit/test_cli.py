@@ -183,6 +183,21 @@ def test_an_attention_kernel_that_is_not_there(run: tuple[Path, RunConfig], caps
     assert not run[1].run_path.exists()
 
 
+def test_settings_at_odds(
+    run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvme = ("--engine.offload_optimizer=nvme", "--engine.nvme_path=/nowhere")
+    for overrides, expected in (
+        (("--learn.kl_weight=0.1",), "learn.kl_weight: found 0.1 with learn.bottleneck 'mask'"),
+        (nvme, "engine.offload_optimizer: found 'nvme' with checkpoint.resume 'auto'"),
+        ((*nvme, "--checkpoint.resume=never"), "engine.nvme_path: found '/nowhere', expected a folder"),
+    ):
+        assert expected in message(capsys, "run", str(run[0]), *overrides)
+    monkeypatch.setattr(preflight.ctypes.util, "find_library", lambda name: None)
+    here = (nvme[0], f"--engine.nvme_path={run[0].parent}", "--checkpoint.resume=never")
+    assert "Install libaio-dev" in message(capsys, "run", str(run[0]), *here)
+
+
 def test_too_many_ranks(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
     assert "--ranks: found 1000" in message(capsys, "run", str(run[0]), "--ranks", "1000")
     assert not run[1].run_path.exists()
