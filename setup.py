@@ -33,7 +33,7 @@ setup(
         "rich>=13",
     ],
     extras_require={
-        "cuda": ["flash-attn>=2.7", "liger-kernel>=0.5"],
+        "cuda": ["flash-attn>=2.7", "liger-kernel>=0.8"],
         "mpi": ["mpi4py>=4.0"],
         "tracking": ["tensorboard>=2.16"],
         "eval": ["gguf>=0.10", "accelerate>=1.0"],  # transformers reads the demo's base model with them

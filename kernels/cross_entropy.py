@@ -95,9 +95,9 @@ def _liger(
         fused = LigerFusedLinearCrossEntropyLoss(
             reduction="sum", lse_square_scale=scale, return_z_loss=True, accum_dtype=torch.float32
         )
-        both, z_part = fused(head, hidden[chosen], labels[chosen])[:2]
-        loss = loss + weight * both
-        sums[group] = (both - z_part).detach()
+        result = fused(head, hidden[chosen], labels[chosen])  # its loss has the z part in it
+        loss = loss + weight * result.loss
+        sums[group] = (result.loss - result.z_loss).detach()
     return loss, sums
 
 

@@ -6,6 +6,7 @@ Tolerance, float32: the largest error of a gradient is at most 2e-5 of the large
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfig
 from lbr_dist.data.packing import Sequence
 from lbr_dist.data.targets import LearnData
+from lbr_dist.model.vocabulary import add_vocabulary
 from lbr_dist.represent import load_data as load_pairs
 from tests import tiny
 from tests.configs import tiny_run
@@ -91,6 +93,27 @@ def test_every_family(two_ranks: RankPool, tiny_data: Path, tmp_path: Path, fami
     for result in two_ranks.run(on_ranks.learn_gradients, config=config, sequences=sequences):
         assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert_same(result["gradients"], expected)
+
+
+def test_a_grown_vocabulary(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """A base with a domain's words in its vocabulary: its tables are sharded and trained like any other."""
+    base = tmp_path / "base"
+    texts = [f"Glycerophospholipid hydroxylation of the {o}: {f}." for o in tiny.ORGANS for f in tiny.FAULTS]
+    corpus = tmp_path / "words.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    report = add_vocabulary(tiny_model, [corpus], base, pieces=12, min_count=3)
+    config = tiny_run(tmp_path / "run", base, tiny_data)
+    model, tokenizer = single.model_of(config)
+    ids = tokenizer.encode([*texts[::11], "Glycerol of the hydroxyl lipid."])
+    sequences = [Sequence(text, 4, text[::-1]) for text in ids]
+    new = {token for s in sequences for token in s.context if token >= report.rows_before}
+    assert new and report.rows_after == report.rows_before + 12
+    loss = single.learn_loss(model, sequences, tokenizer.sink_id, config.learn)
+    expected = single.gradients(model, loss)
+    for result in two_ranks.run(on_ranks.learn_gradients, config=config, sequences=sequences):
+        assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_same(result["gradients"], expected)
+        assert result["gradients"]["backbone.model.embed_tokens.weight"][sorted(new)].abs().amax(1).min() > 0
 
 
 @pytest.mark.parametrize("pooling", ["bottleneck_last", "bottleneck_mean", "mean"])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -100,3 +104,30 @@ def test_info_nce_without_queries_has_a_graph() -> None:
     loss, correct = info_nce(queries, documents, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3).bool(), 0.05)
     loss.backward()  # type: ignore[no-untyped-call]
     assert documents.grad is not None and documents.grad.abs().max() == 0 and int(correct) == 0
+
+
+LIGER = """
+import torch
+from lbr_dist.kernels.cross_entropy import linear_cross_entropy
+
+torch.manual_seed(0)
+hidden, head = (torch.randn(n, 24, requires_grad=True) for n in (9, 77))
+labels, groups = torch.randint(0, 77, (9,)), torch.tensor([0, 2] * 4 + [0])
+weights = torch.tensor([0.3, 1.0, 1.7])
+for z_weight in (0.0, 0.02):
+    found = []
+    for backend in ("liger", "chunked"):
+        loss, sums = linear_cross_entropy(hidden, head, labels, groups, weights, z_weight, backend=backend)
+        found.append([loss.detach(), sums, *torch.autograd.grad(3.0 * loss, (hidden, head))])
+    for ours, other in zip(*found, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-4)
+"""
+
+
+def test_liger_gives_the_same() -> None:
+    """liger-kernel's Triton kernels, in Triton's interpreter, which is chosen before Triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIGER], capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
