@@ -47,7 +47,7 @@ def _flash_window(window: int | None) -> tuple[int, int]:
 def _flash_attn(
     query: Tensor, key: Tensor, value: Tensor, layout: BottleneckLayout, scale: float, window: int | None
 ) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_varlen_func
 
     longest_query, longest_key = layout.longest
     output: Tensor = flash_attn_varlen_func(

@@ -82,7 +82,7 @@ def _liger(
     hidden: Tensor, head: Tensor, labels: Tensor, groups: Tensor, weights: Tensor, z_weight: float
 ) -> tuple[Tensor, Tensor]:
     """liger-kernel's fused form knows no weight of a token, so each group runs by itself."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = hidden.sum() * 0.0
     sums = torch.zeros_like(weights)

@@ -55,6 +55,19 @@ def test_settings_change_no_result(two_ranks: RankPool, plain: RunConfig, tmp_pa
     assert losses(config) == pytest.approx(losses(plain), rel=1e-5)
 
 
+def test_text_of_its_own(two_ranks: RankPool, plain: RunConfig, tmp_path: Path) -> None:
+    """Stage 1 from a folder of files without ids, some of whose documents are no text."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    texts = [*tiny.texts().values(), "", "\x00\x01binary"]
+    for i, part in enumerate((texts[:50], texts[50:])):
+        (folder / f"{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    data = dataclasses.replace(plain.data, corpus="not read", learn_corpus=str(folder), cache_dir=str(tmp_path / "c"))
+    config = dataclasses.replace(plain, run_dir=str(tmp_path / "run"), data=data)
+    two_ranks.run(on_ranks.stage, config=config, name="learn")
+    assert losses(config) == losses(plain), "the same texts in the same order"
+
+
 def test_adapters_under_zero(two_ranks: RankPool, plain: RunConfig, tmp_path: Path) -> None:
     """Checkpoint, export and frozen weights of a run with LoRA: only what has an adapter changes."""
     model = dataclasses.replace(plain.model, lora=LoraConfig(rank=2, dropout=0.1, targets=("v_proj",)))
