@@ -13,15 +13,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lbr_dist.config_stages import (
+    LearnConfig,
+    OptimizerConfig,
+    Pooling,
+    RepresentConfig,
+    TargetsConfig,
+    require,
+)
 from lbr_dist.errors import ConfigError
 
-POOLINGS = ("bottleneck_last", "bottleneck_mean", "last", "mean")
-Pooling = Literal["bottleneck_last", "bottleneck_mean", "last", "mean"]
-
-
-def _require(condition: bool, name: str, found: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}: found {found!r}, expected {expected}.")
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "LearnConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Pooling",
+    "RepresentConfig",
+    "RunConfig",
+    "TargetsConfig",
+    "differences",
+    "to_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -41,10 +59,10 @@ class LoraConfig:
     """Names of the linear layers that get an adapter. The bottleneck's embeddings are always trained."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 0, "model.lora.rank", self.rank, "zero (off) or more")
-        _require(self.alpha > 0, "model.lora.alpha", self.alpha, "a positive number")
-        _require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 to below 1")
-        _require(bool(self.targets), "model.lora.targets", self.targets, "at least one layer's name")
+        require(self.rank >= 0, "model.lora.rank", self.rank, "zero (off) or more")
+        require(self.alpha > 0, "model.lora.alpha", self.alpha, "a positive number")
+        require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 to below 1")
+        require(bool(self.targets), "model.lora.targets", self.targets, "at least one layer's name")
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class ModelConfig:
     """Low-rank adapters, in both stages."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.bottleneck_tokens <= 256, "model.bottleneck_tokens", self.bottleneck_tokens, "0 to 256")
+        require(0 <= self.bottleneck_tokens <= 256, "model.bottleneck_tokens", self.bottleneck_tokens, "0 to 256")
 
 
 @dataclass(frozen=True)
@@ -107,177 +125,8 @@ class DataConfig:
     """Longer documents are cut to this many tokens, prompt included, bottleneck not."""
 
     def __post_init__(self) -> None:
-        _require(self.max_query_tokens > 0, "data.max_query_tokens", self.max_query_tokens, "a positive number")
-        _require(
-            self.max_document_tokens > 0, "data.max_document_tokens", self.max_document_tokens, "a positive number"
-        )
-
-
-@dataclass(frozen=True)
-class TargetsConfig:
-    """Shares of the kinds of target in stage 1; they are normalised to sum to one."""
-
-    continuation: float = 0.5
-    """The text is cut at a random point; the rest is predicted through the bottleneck."""
-
-    reconstruction: float = 0.5
-    """The text itself is predicted through the bottleneck, a part of its input tokens dropped."""
-
-    pair: float = 0.0
-    """Query to document and document to query, from the training pairs alone."""
-
-    def __post_init__(self) -> None:
-        for name, share in dataclasses.asdict(self).items():
-            _require(share >= 0, f"learn.targets.{name}", share, "a share of zero or more")
-        _require(self.total > 0, "learn.targets", dataclasses.asdict(self), "at least one positive share")
-
-    @property
-    def total(self) -> float:
-        return self.continuation + self.reconstruction + self.pair
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with warm-up and decay; the same for both stages."""
-
-    lr: float = 1e-4
-    """Peak learning rate."""
-
-    bottleneck_lr_factor: float = 10.0
-    """The bottleneck's embeddings learn at this many times `lr`: they start from nothing."""
-
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls after the warm-up; linear and cosine end at a tenth of the peak."""
-
-    warmup_fraction: float = 0.1
-    """Share of the steps in which the learning rate rises from zero."""
-
-    weight_decay: float = 0.01
-    """Decoupled weight decay of the matrices; norms, biases and the bottleneck have none."""
-
-    beta1: float = 0.9
-    """Decay of the first moment."""
-
-    beta2: float = 0.98
-    """Decay of the second moment; short runs want it below 0.999."""
-
-    max_grad_norm: float = 1.0
-    """The global gradient is scaled down to this norm; 0 switches clipping off."""
-
-    spike_factor: float = 20.0
-    """A step whose gradient norm is above this many times the median of the last ones is skipped; 0: never.
-    A step whose gradient is not finite is always skipped, by every rank alike."""
-
-    most_skipped: int = 10
-    """So many skipped steps in a row end the run."""
-
-    def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
-        _require(
-            self.bottleneck_lr_factor > 0,
-            "optimizer.bottleneck_lr_factor",
-            self.bottleneck_lr_factor,
-            "a positive number",
-        )
-        _require(0 <= self.warmup_fraction < 1, "optimizer.warmup_fraction", self.warmup_fraction, "0 to below 1")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "zero or more")
-        _require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "zero (off) or more")
-        _require(
-            self.spike_factor == 0 or self.spike_factor > 1, "optimizer.spike_factor", self.spike_factor, "0 or above 1"
-        )
-        _require(self.most_skipped > 0, "optimizer.most_skipped", self.most_skipped, "a positive number")
-
-
-@dataclass(frozen=True)
-class LearnConfig:
-    """Stage 1: causal language modelling through the bottleneck."""
-
-    bottleneck: Literal["mask", "reinject", "none"] = "mask"
-    """How the target is kept from seeing the text; `none` is plain continued pretraining."""
-
-    steps: int = 1000
-    """Optimizer steps; 0 skips the stage."""
-
-    batch_texts: int = 256
-    """Texts in a global batch, whatever the number of ranks."""
-
-    max_text_tokens: int = 1024
-    """Longer texts are cut into pieces of this many tokens."""
-
-    row_tokens: int = 8192
-    """Tokens that one rank runs at a time: texts are packed into rows of up to this many, without padding. The
-    gradients of all rows of a step are reduced once."""
-
-    targets: TargetsConfig = field(default_factory=TargetsConfig)
-    """The mixture of targets."""
-
-    drop_target_tokens: float = 0.15
-    """Share of a reconstruction's input tokens that are replaced, so that the bottleneck is needed."""
-
-    text_weight: float = 1.0
-    """Weight of the loss on the text itself, beside that on the target."""
-
-    kl_weight: float = 0.0
-    """`reinject` alone: weight of the KL divergence to a unit normal, a bottleneck token (nats). Above 0 the vectors
-    that are injected are drawn from a learned posterior: a variational bottleneck."""
-
-    z_loss: float = 0.0
-    """Weight of the mean squared log-normaliser of the softmax, which keeps logits from drifting."""
-
-    held_out_texts: int = 64
-    """Texts kept out of training for the diagnostics: at most this many, and at most a twentieth of the corpus."""
-
-    diagnose_every: int = 100
-    """The diagnostics are measured before the first step, after each so many steps, and at the end; 0: never."""
-
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The optimizer of this stage."""
-
-    def __post_init__(self) -> None:
-        _require(self.steps >= 0, "learn.steps", self.steps, "zero or more")
-        _require(self.batch_texts > 0, "learn.batch_texts", self.batch_texts, "a positive number")
-        _require(self.max_text_tokens > 1, "learn.max_text_tokens", self.max_text_tokens, "two or more")
-        _require(self.row_tokens > 0, "learn.row_tokens", self.row_tokens, "a positive number")
-        _require(0 <= self.drop_target_tokens < 1, "learn.drop_target_tokens", self.drop_target_tokens, "0 to below 1")
-        for name in ("text_weight", "kl_weight", "z_loss", "held_out_texts", "diagnose_every"):
-            _require(getattr(self, name) >= 0, f"learn.{name}", getattr(self, name), "zero or more")
-        if self.kl_weight and self.bottleneck != "reinject":
-            raise ConfigError(
-                f"learn.kl_weight: found {self.kl_weight} with learn.bottleneck {self.bottleneck!r}. The divergence is "
-                "that of the injected vectors: use `reinject`, or set it to 0."
-            )
-
-
-@dataclass(frozen=True)
-class RepresentConfig:
-    """Stage 2: contrastive training on the compressed vectors, with the gradient cache."""
-
-    steps: int = 1000
-    """Optimizer steps; 0 skips the stage."""
-
-    batch_pairs: int = 1024
-    """Pairs in a global batch, whatever the number of ranks: every document in it is a negative."""
-
-    hard_negatives: int = 0
-    """Hard negatives taken from each pair's own negatives; pairs with fewer bring what they have."""
-
-    chunk_tokens: int = 32768
-    """Tokens that one rank runs at a time (the gradient cache's chunk), packed without padding."""
-
-    temperature: float = 0.05
-    """Temperature of the softmax over cosine similarities."""
-
-    pooling: Pooling = "bottleneck_last"
-    """Which hidden states are the embedding."""
-
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The optimizer of this stage."""
-
-    def __post_init__(self) -> None:
-        _require(self.steps >= 0, "represent.steps", self.steps, "zero or more")
-        _require(self.batch_pairs > 1, "represent.batch_pairs", self.batch_pairs, "two or more")
-        _require(self.hard_negatives >= 0, "represent.hard_negatives", self.hard_negatives, "zero or more")
-        _require(self.temperature > 0, "represent.temperature", self.temperature, "a positive number")
+        require(self.max_query_tokens > 0, "data.max_query_tokens", self.max_query_tokens, "a positive number")
+        require(self.max_document_tokens > 0, "data.max_document_tokens", self.max_document_tokens, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -325,7 +174,7 @@ class EngineConfig:
             "reduce_elements",
             "live_elements",
         ):
-            _require(getattr(self, name) >= 0, f"engine.{name}", getattr(self, name), "zero or more")
+            require(getattr(self, name) >= 0, f"engine.{name}", getattr(self, name), "zero or more")
 
 
 @dataclass(frozen=True)
@@ -342,8 +191,8 @@ class CheckpointConfig:
     """`auto` goes on from the newest complete checkpoint of the run folder, where there is one."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "a positive number")
-        _require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
+        require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "a positive number")
+        require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -366,8 +215,8 @@ class EvaluateConfig:
     """Queries that the report shows with what each system returned."""
 
     def __post_init__(self) -> None:
-        _require(self.bootstrap > 0, "evaluate.bootstrap", self.bootstrap, "a positive number")
-        _require(self.examples >= 0, "evaluate.examples", self.examples, "zero or more")
+        require(self.bootstrap > 0, "evaluate.bootstrap", self.bootstrap, "a positive number")
+        require(self.examples >= 0, "evaluate.examples", self.examples, "zero or more")
 
 
 @dataclass(frozen=True)
@@ -382,8 +231,8 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if self.ranks is not None:
-            _require(self.ranks > 0, "cluster.ranks", self.ranks, "a positive number")
-        _require(self.timeout_minutes > 0, "cluster.timeout_minutes", self.timeout_minutes, "a positive number")
+            require(self.ranks > 0, "cluster.ranks", self.ranks, "a positive number")
+        require(self.timeout_minutes > 0, "cluster.timeout_minutes", self.timeout_minutes, "a positive number")
 
 
 @dataclass(frozen=True)
