@@ -11,7 +11,6 @@ the memory at no more than 1.1 of the time. Appends to benchmarks/results/.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,13 +42,17 @@ def ways() -> dict[str, Callable[[], None]]:
     return {"ours": ours, "plain": plain}
 
 
+def status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
 def extra_bytes(way: str) -> int:
     """In this process: the peak above what is held before."""
     run = ways()[way]
-    page = resource.getpagesize()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * page
+    before = status_bytes("VmRSS")
     run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return status_bytes("VmHWM") - before  # not ru_maxrss, which a child takes over from its parent
 
 
 def main() -> None:

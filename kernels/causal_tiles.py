@@ -17,8 +17,9 @@ from lbr_dist.kernels.layout import BottleneckLayout, Segment
 TILE = 128
 """Queries of a tile. 64 to 192 are alike within a tenth; longer ones compute more of the square for nothing."""
 
-KEPT_KEYS = 512
-"""Probabilities of segments up to this long are kept for backward: under a tenth of a layer's activations."""
+KEPT_KEYS = 1280
+"""Probabilities of segments up to this long are kept for backward: at most a fifth of a layer's activations, for a
+quarter of its attention's time. Longer ones are computed again, so that memory stays linear in the length."""
 
 LIKE = 0.8
 """Segments this much shorter than the longest of their stack begin another one."""
