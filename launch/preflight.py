@@ -96,7 +96,9 @@ def check_text(config: RunConfig, say: Callable[[str], None]) -> None:
     from lbr_dist.data.build_tokens import token_cache
     from lbr_dist.data.token_cache import learn_texts
 
-    learn_texts(token_cache(config, len(os.sched_getaffinity(0)), say), config)
+    texts, held_out = learn_texts(token_cache(config, len(os.sched_getaffinity(0)), say), config)
+    short = f", {texts.num_too_short:,} documents of one token left out" if texts.num_too_short else ""
+    say(f"learn: {len(texts):,} texts of up to {texts.longest} tokens, {len(held_out)} more held out{short}")
 
 
 def check_attention(config: RunConfig, gpus: int) -> None:

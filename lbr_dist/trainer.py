@@ -13,6 +13,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lbr_dist import checkpoint
 from lbr_dist.config import OptimizerConfig, RunConfig
 from lbr_dist.distributed import Ranks, total
@@ -117,6 +119,8 @@ def train(
     settings = config.learn if stage == "learn" else config.represent
     folder = config.stage_path(stage)
     checkpoints = folder / "checkpoints"
+    # what dropout draws; a resumed run goes on with the states that were saved
+    torch.manual_seed(config.seed * ranks.world_size + ranks.rank)
     state = checkpoint.resume(engine, checkpoints, ranks, config.checkpoint) or {"step": 0, "norms": []}
     first: int = state["step"]
     guard = SpikeGuard(settings.optimizer, state["norms"])

@@ -183,6 +183,11 @@ class Pieces(_Items):
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    @property
+    def num_too_short(self) -> int:
+        """Documents that are not empty and give no piece."""
+        return int(((self._lengths > 0) & (np.diff(self._first) == 0)).sum())
+
     def _item(self, index: int) -> Tokens:
         document = int(self._first.searchsorted(index, side="right")) - 1
         start = (index - int(self._first[document])) * self.longest

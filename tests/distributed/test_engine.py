@@ -55,6 +55,21 @@ def test_settings_change_no_result(two_ranks: RankPool, plain: RunConfig, tmp_pa
     assert losses(config) == pytest.approx(losses(plain), rel=1e-5)
 
 
+@pytest.mark.parametrize("rank", [0, 2], ids=["all weights", "lora"])
+def test_activation_checkpointing_changes_no_result(
+    two_ranks: RankPool, plain: RunConfig, tmp_path: Path, rank: int
+) -> None:
+    """Also with dropout in the adapters, whose random numbers must be drawn again."""
+    found = []
+    for on in (False, True):
+        lora = LoraConfig(rank=rank, dropout=0.2 if rank else 0.0)
+        model = dataclasses.replace(plain.model, activation_checkpointing=on, lora=lora)
+        config = dataclasses.replace(plain, run_dir=str(tmp_path / str(on)), model=model)
+        two_ranks.run(on_ranks.stage, config=config, name="learn")
+        found.append(losses(config))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_text_of_its_own(two_ranks: RankPool, plain: RunConfig, tmp_path: Path) -> None:
     """Stage 1 from a folder of files without ids, some of whose documents are no text."""
     folder = tmp_path / "text"

@@ -78,9 +78,7 @@ def test_backend(backend: str, name: str, dtype: torch.dtype, window: int | None
 @pytest.mark.parametrize("window", [None, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["tiles", "sdpa"])
-def test_long_segments(
-    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, window: int | None
-) -> None:
+def test_long_segments(monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, window: int | None) -> None:
     """Many tiles, and probabilities that are recomputed in backward."""
     monkeypatch.setattr(causal_tiles, "KEPT_KEYS", 200)
     check(backend, "long", (4, 2, 32), dtype, window)

@@ -80,6 +80,7 @@ def test_held_out_texts_are_of_documents_never_trained_on() -> None:
     assert all(1 < len(text) <= 4 for text in held_out)
     assert not trained & kept
     assert trained | kept == {i for i in range(90) if i % 9}, "only texts of one token are nowhere"
+    assert texts.num_too_short == sum(len(text) == 1 for text in documents.texts) - (4 - len(held_out))
     assert split(documents, 4, 64)[1] == held_out, "the same in every run"
     every, none = split(documents, 4, 0)
     assert not none and len(every) == sum(len(tiny.pieces([text], 4)) for text in documents.texts)
