@@ -4,9 +4,11 @@
 
 SmolLM2-135M in bfloat16 on the medical corpus (`make demo` builds both), one thread a rank. Two comparisons: `mask` is
 stage 1 itself, which Trainer runs with a padded batch and the dense 4D mask of a data collator; `plain` is ordinary
-causal LM training on the texts alone, padded by `DataCollatorForLanguageModeling`. Each system runs at its own best
-micro-batch, with the same sequences in a step. The systems take turns; the figure is the median over all steps but the
-first of every turn. The target for `mask`: 2 times the real tokens a second, at most 0.6 of the peak memory of a rank.
+causal LM training on the texts alone, padded by `DataCollatorForLanguageModeling`. The same sequences make a step; what
+runs at a time is `--row-tokens` for us and `--micro-batch` for Trainer, whose larger ones are faster and take more
+memory. Trainer runs with its default order and with its batches grouped by length. The systems take turns; the figure
+is the median over all steps but the first of every turn. The target for `mask`: 2 times the real
+tokens a second, at most 0.6 of the peak memory of a rank.
 Appends to benchmarks/results/.
 """
 

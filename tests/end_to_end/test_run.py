@@ -48,7 +48,8 @@ def test_run_folder(finished: tuple[Path, Path, str]) -> None:
         assert (run / "report" / name).exists(), name
     steps = [json.loads(line) for line in (run / "learn" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == [0, 1, 2, 3, 4]
-    assert {"loss", "target_loss", "text_loss", "lr", "grad_norm", "tokens_per_second"} <= set(steps[0])
+    assert {"loss", "target_loss", "text_loss", "lr", "grad_norm", "tokens_per_second"} <= set(steps[1])
+    assert {"heldout_target_loss", "heldout_perplexity", "effective_rank"} <= set(steps[0]) & set(steps[4])
     assert "LBR: learn, then represent" in printed and "\x1b" not in printed
     assert "learn     4/4" in printed.replace("      4/4", "     4/4")
 
