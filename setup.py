@@ -35,6 +35,7 @@ setup(
     extras_require={
         "cuda": ["flash-attn>=2.7", "liger-kernel>=0.8"],
         "mpi": ["mpi4py>=4.0"],
+        "mining": ["faiss-cpu>=1.8"],  # `lbr data negatives --index ivf`
         "tracking": ["tensorboard>=2.16"],
         "eval": ["gguf>=0.10", "accelerate>=1.0"],  # transformers reads the demo's base model with them
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14"],

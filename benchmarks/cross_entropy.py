@@ -14,11 +14,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import medians, record
+from measure import medians, record, status_bytes
 
 from lbr_dist.kernels.cross_entropy import CHUNK, linear_cross_entropy
 
@@ -42,17 +41,12 @@ def ways() -> dict[str, Callable[[], None]]:
     return {"ours": ours, "plain": plain}
 
 
-def status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
 def extra_bytes(way: str) -> int:
     """In this process: the peak above what is held before."""
     run = ways()[way]
     before = status_bytes("VmRSS")
     run()
-    return status_bytes("VmHWM") - before  # not ru_maxrss, which a child takes over from its parent
+    return status_bytes("VmHWM") - before
 
 
 def main() -> None:

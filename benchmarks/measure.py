@@ -1,19 +1,23 @@
-"""What the benchmarks share: fair timing of several ways in one run, and a results file a benchmark."""
+"""What the benchmarks share: ranks to run on, fair timing of several ways in one run, a results file a benchmark."""
 
 from __future__ import annotations
 
+import ctypes.util
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 
 
 def machine() -> dict[str, Any]:
@@ -37,6 +41,40 @@ def medians(ways: Mapping[str, Callable[[], object]], runs: int) -> dict[str, fl
             if run:  # the first one warms up
                 times[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def status_bytes(field: str) -> int:
+    """A size of this process: `VmRSS`, what it holds of the machine's memory, or `VmHWM`, the most it has held.
+
+    Not ru_maxrss, which a child takes over from its parent.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def print_result(rank: int, **values: object) -> None:
+    """What a rank has measured, as the one line that `run_ranks` looks for."""
+    sys.stdout.write(json.dumps({"rank": rank, **values}) + "\n")
+    sys.stdout.flush()
+
+
+def run_ranks(script: Path, *arguments: str, ranks: int) -> list[dict[str, Any]]:
+    """Run a script on ranks of one thread each, with the allocator that our launcher preloads; the result of each.
+
+    A rank prints its result as a JSON object that begins with `rank`. Scripts can import this module.
+    """
+    library = ctypes.util.find_library("tcmalloc_minimal")
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"PYTHONPATH": path} | ({"LD_PRELOAD": library} if library else {})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*command, str(script), *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+    if done.returncode or len(lines) != ranks:
+        raise SystemExit(f"{script.name} failed:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
+    return lines
 
 
 def record(benchmark: str, row: Mapping[str, Any]) -> None:

@@ -15,18 +15,14 @@ Appends to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import ctypes.util
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from measure import record
+from measure import record, run_ranks
 
 from lbr_dist.config import EngineConfig, LearnConfig
 from lbr_dist.data.build_tokens import build
@@ -37,25 +33,6 @@ from lbr_dist.model.tokens import TextTokenizer
 
 PEERS = Path(__file__).parent / "peers"
 RANKS = 2
-
-
-def start(script: str, *arguments: str) -> list[dict[str, Any]]:
-    """Run a script on the ranks, with the allocator that our launcher preloads; the JSON line of each."""
-    library = ctypes.util.find_library("tcmalloc_minimal")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"LD_PRELOAD": library} if library else {}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", "29731"]
-    done = subprocess.run(
-        [*command, str(PEERS / script), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
-    if done.returncode or len(lines) != RANKS:
-        raise SystemExit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return lines
 
 
 def main() -> None:
@@ -93,7 +70,7 @@ def main() -> None:
             memory = dict.fromkeys(systems, 0)
             for _ in range(args.turns):
                 for system, (script, *arguments) in systems.items():
-                    first, *_ = lines = start(script, *arguments, "--form", form)
+                    first, *_ = lines = run_ranks(PEERS / script, *arguments, "--form", form, ranks=RANKS)
                     slowest = [max(line["step_seconds"][i] for line in lines) for i in range(args.steps)]
                     steps = list(zip(first["real_tokens_per_step"], slowest, strict=True))[1:]
                     rates[system] += [tokens / seconds for tokens, seconds in steps]

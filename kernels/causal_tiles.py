@@ -79,6 +79,16 @@ def _tiles(stack: Stack, window: int | None) -> list[tuple[int, int, int, int]]:
     return made
 
 
+def kept_probabilities(layout: BottleneckLayout, window: int | None = None) -> int:
+    """Elements of the probabilities that backward keeps of a row, for each query head."""
+    return sum(
+        stack.segments * (last - first) * (high - low)
+        for stack in stacks(layout)
+        if stack.keys <= KEPT_KEYS
+        for first, last, low, high in _tiles(stack, window)
+    )
+
+
 def _hide(scores: Tensor, tile: tuple[int, int, int, int], stack: Stack, window: int | None) -> None:
     """Put minus infinity on what a query must not see. `scores`: ``[n, groups, queries, keys]`` of the tile."""
     first, last, low, high = tile

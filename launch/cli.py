@@ -45,6 +45,7 @@ def _train(config: RunConfig, wanted: Sequence[str]) -> bool:
 
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
+    preflight.check_prefixes(config)
     preflight.check_offload(config)
     preflight.check_attention(config, preflight.count_gpus())
     preflight.check_data(config)
@@ -170,11 +171,23 @@ def data(args: argparse.Namespace) -> None:
         tokens = build(args.corpus, args.base, cache, args.processes, _say, args.longest_document)
         _say(f"{tokens.report}\nwritten to {tokens.folder}")
         return
+    if args.what == "negatives":
+        from lbr_dist.launch.negatives import run as mine
+
+        mine(args, _say)
+        return
     from lbr_dist.data.build import build_domain
 
     manifest = build_domain(args.what, args.out)
     counts = ", ".join(f"{name} {count:,}" for name, count in manifest["counts"].items())
     _say(f"{args.what}: {counts}\nwritten to {args.out}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    from lbr_dist.launch import plan as planning
+    from lbr_dist.launch.config_file import read_config
+
+    planning.run(args, read_config(args.config, args.overrides), _say)
 
 
 def config(args: argparse.Namespace) -> None:
@@ -188,6 +201,8 @@ def config(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from lbr_dist.config import DataConfig
+    from lbr_dist.launch import negatives
+    from lbr_dist.launch import plan as planning
 
     parser = argparse.ArgumentParser(
         prog="lbr",
@@ -213,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--ranks", type=int, help="processes to start here (default: one a GPU, or 2 on a CPU)")
         sub.set_defaults(takes_overrides=True)
+    sub = command("plan", plan, "What a step of stage 2 costs on a cluster: memory, traffic, time.")
+    planning.add_arguments(sub)
+    sub.set_defaults(takes_overrides=True)
     command("config", config, "Print every key of a config with its default and meaning.")
 
     def encoding(sub: argparse.ArgumentParser) -> None:
@@ -253,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument("--cache-dir", default=DataConfig.cache_dir, help="as data.cache_dir of the run")
     kind.add_argument("--longest-document", type=int, default=DataConfig.longest_document, help="as in the run")
     kind.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core")
+    negatives.add_arguments(kinds.add_parser("negatives", help="hard negatives for training pairs, by a model or BM25"))
     kind = kinds.add_parser("model", help="a base model as a Hugging Face folder")
     kind.add_argument("name", choices=("smollm2",))
     kind.add_argument("--out", type=Path, required=True, help="folder to write")

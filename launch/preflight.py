@@ -6,6 +6,7 @@ Imports no torch; what it reads is read again by the ranks.
 from __future__ import annotations
 
 import ctypes.util
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from typing import Any
 import yaml
 
 from lbr_dist.config import RunConfig, differences, to_dict
-from lbr_dist.data.records import read_corpus, read_pairs
-from lbr_dist.errors import ConfigError, DataError, LaunchError, ModelError
+from lbr_dist.data.records import check_enough, read_corpus, read_pairs
+from lbr_dist.errors import ConfigError, LaunchError, ModelError
+from lbr_dist.mining_work import MiningSettings
 
 # what may change between two starts in one run folder, since it changes no result
 FREE_SECTIONS = ("checkpoint", "cluster", "evaluate")
@@ -34,38 +36,57 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_base(folder: Path) -> None:
+def check_base(folder: Path, field: str = "model.base") -> None:
     """Refuse what is not a causal LM folder with safetensors and a tokenizer that fits.
+
+    Args:
+        folder: to be looked at.
+        field: the setting that names it, for messages.
 
     Raises:
         ModelError: says what is missing or doesn't agree.
     """
     if not folder.is_dir():
         raise ModelError(
-            f"model.base: found {str(folder)!r}, which is no folder. Give a Hugging Face causal LM folder; "
+            f"{field}: found {str(folder)!r}, which is no folder. Give a Hugging Face causal LM folder; "
             "`lbr data model smollm2 --out DIR` makes one."
         )
     if not (folder / "config.json").exists():
-        raise ModelError(f"model.base: {folder} has no config.json, so it is no Hugging Face model folder.")
+        raise ModelError(f"{field}: {folder} has no config.json, so it is no Hugging Face model folder.")
     config = _json(folder / "config.json")
     architectures = config.get("architectures") or []
     if not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise ModelError(
-            f"model.base: {folder / 'config.json'} is of {', '.join(map(str, architectures)) or 'no architecture'}, "
+            f"{field}: {folder / 'config.json'} is of {', '.join(map(str, architectures)) or 'no architecture'}, "
             "expected one ending in ForCausalLM. The method needs a causal language model."
         )
     if not any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
-        raise ModelError(f"model.base: {folder} has no model.safetensors. Save the model again with save_pretrained.")
+        raise ModelError(f"{field}: {folder} has no model.safetensors. Save the model again with save_pretrained.")
     if not (folder / "tokenizer.json").exists():
-        raise ModelError(f"model.base: {folder} has no tokenizer.json. Save its fast tokenizer into the folder.")
+        raise ModelError(f"{field}: {folder} has no tokenizer.json. Save its fast tokenizer into the folder.")
     tokenizer = _json(folder / "tokenizer.json")
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
     added = [int(token["id"]) for token in tokenizer.get("added_tokens", [])]
     highest = max([*(vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]), *added])
     if "vocab_size" in config and highest >= int(config["vocab_size"]):
         raise ModelError(
-            f"model.base: tokenizer and model disagree: {folder / 'tokenizer.json'} goes up to id {highest}, "
+            f"{field}: tokenizer and model disagree: {folder / 'tokenizer.json'} goes up to id {highest}, "
             f"config.json has vocab_size {config['vocab_size']}. They are of different models."
+        )
+
+
+def check_prefixes(config: RunConfig) -> None:
+    """Refuse prefixes of the vector that are wider than the model's vectors.
+
+    Raises:
+        ConfigError: names both widths.
+    """
+    width = _json(Path(config.model.base) / "config.json").get("hidden_size")
+    widest = max(config.represent.prefixes, default=0)
+    if width is not None and widest > int(width):
+        raise ConfigError(
+            f"represent.prefixes: found {widest}, the vectors of {config.model.base} have {width} elements. "
+            f"Name widths of at most {width}."
         )
 
 
@@ -78,11 +99,8 @@ def check_data(config: RunConfig) -> None:
     data = config.data
     corpus = read_corpus(data.corpus)
     pairs = read_pairs(data.train, corpus)
-    if config.represent.steps and len(pairs.pairs) < config.represent.batch_pairs:
-        raise DataError(
-            f"{data.train}: found {len(pairs.pairs)} pairs, represent.batch_pairs is "
-            f"{config.represent.batch_pairs}. Lower represent.batch_pairs, or bring more pairs."
-        )
+    if config.represent.steps:
+        check_enough(pairs.pairs, config.represent, data.train)
     if data.test is not None:
         read_pairs(data.test, read_corpus(data.test_documents) if data.test_documents else corpus)
 
@@ -198,3 +216,60 @@ def count_gpus() -> int:
     if visible is None:
         return present
     return min(present, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
+
+
+# ---- mining of negatives -------------------------------------------------------------------------------------------
+
+
+def check_mining(settings: MiningSettings) -> None:
+    """Refuse a mining of negatives whose result cannot be written, or whose model or index is not there.
+
+    Raises:
+        ConfigError, ModelError: names the option.
+    """
+    out = Path(settings.out)
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise ConfigError(f"--out: found {settings.out!r}, expected the name of a file that ends in .jsonl.")
+    for name in ("pairs", "documents"):
+        other = Path(getattr(settings, name))
+        if other.resolve() == out.resolve():
+            raise ConfigError(f"--out: found {settings.out!r}, which is --{name}. Name another file.")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out: found {settings.out!r}, but {parent} is no folder that can be written.")
+    if settings.index == "ivf" and importlib.util.find_spec("faiss") is None:
+        raise ConfigError(
+            "--index ivf: the package faiss is not installed. Install it with `pip install 'lbr-dist[mining]'`, or use "
+            "--index exact, which needs nothing."
+        )
+    if settings.model is None:
+        return
+    folder = Path(settings.model)
+    if not (folder / "modules.json").exists():
+        check_base(folder, "--model")
+    elif not any(folder.rglob("*.safetensors")):
+        raise ModelError(f"--model: {folder} has no .safetensors file. Save or copy the model again.")
+
+
+def check_mining_ranks(settings: MiningSettings, wanted: int | None, gpus: int) -> int:
+    """The number of ranks to start; on a CPU, as many as have a core and room for the model, unless told.
+
+    Raises:
+        LaunchError: more ranks than GPUs, or, on a CPU, than cores or memory can hold.
+    """
+    if wanted is not None and wanted < 1:
+        raise LaunchError(f"--ranks: found {wanted}, expected one or more.")
+    if gpus:
+        if wanted is not None and wanted > gpus:
+            raise LaunchError(f"--ranks: found {wanted}, this machine has {gpus} GPUs. Give at most {gpus}.")
+        return wanted or gpus
+    cores = len(os.sched_getaffinity(0))
+    weights = sum(f.stat().st_size for f in Path(settings.model).rglob("*.safetensors")) if settings.model else 0
+    fitting = int(_available_bytes() // (RANK_BYTES + weights))
+    if wanted is None:
+        return max(1, min(cores // settings.threads, fitting))
+    if wanted > 4 * cores:
+        raise LaunchError(f"--ranks: found {wanted}, this machine has {cores} cores. Give at most {4 * cores}.")
+    if wanted > max(1, fitting):
+        raise LaunchError(f"--ranks: found {wanted}, this machine has room for {fitting} ranks with this model.")
+    return wanted

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 from lbr_dist.config import RunConfig
 from lbr_dist.errors import LbrError
@@ -61,6 +62,11 @@ def evaluate(config: RunConfig) -> None:
 def main() -> int:
     stage, path = sys.argv[1:]
     try:
+        if stage == "negatives":
+            from lbr_dist.launch.negatives import run_rank
+
+            run_rank(Path(path), lambda message: print(message, flush=True))
+            return 0
         config = read_config(path)
         if stage == "evaluate":
             evaluate(config)

@@ -300,7 +300,7 @@ class RunConfig:
         longest = 1 + max(self.data.max_query_tokens, self.data.max_document_tokens) + k
         for name in ("represent", "evaluate"):
             tokens = getattr(self, name).chunk_tokens
-            if tokens < longest:
+            if tokens is not None and tokens < longest:
                 raise ConfigError(
                     f"{name}.chunk_tokens: found {tokens}, expected at least {longest} (1 + data.max_document_tokens "
                     "+ model.bottleneck_tokens). Raise it, or lower data.max_document_tokens."

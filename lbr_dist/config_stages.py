@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lbr_dist.errors import ConfigError
 
 Pooling = Literal["bottleneck_last", "bottleneck_mean", "last", "mean"]
+MIN_TEMPERATURE = 0.01
+"""A learned temperature stays above this: below, one pair decides each query's loss (CLIP, arXiv 2103.00020)."""
 
 
 def require(condition: bool, name: str, found: object, expected: str) -> None:
@@ -162,14 +166,46 @@ class RepresentConfig:
     batch_pairs: int = 1024
     """Pairs in a global batch, whatever the number of ranks: every document in it is a negative."""
 
+    grad_accum: int = 1
+    """Global batches in an optimizer step: its gradient is the mean of theirs. A query sees the documents of its own
+    batch alone, so this makes the gradient less noisy but the task no harder; `batch_pairs` does both."""
+
+    batches: Literal["mixed", "by_source"] = "mixed"
+    """`by_source` takes all pairs of a batch from one source, in proportion to the sources' sizes: negatives of the
+    same kind are harder, and nothing can be told by the source alone."""
+
     hard_negatives: int = 0
     """Hard negatives taken from each pair's own negatives; pairs with fewer bring what they have."""
 
-    chunk_tokens: int = 32768
-    """Tokens that one rank runs at a time (the gradient cache's chunk), packed without padding."""
+    chunk_tokens: int | None = None
+    """Tokens that one rank runs at a time (the gradient cache's chunk), packed without padding. Not set: planned."""
+
+    keep_graphs: Literal["auto"] | int = "auto"
+    """Chunks of a rank whose graphs are kept, so that they need not run twice; all of them is one ordinary pass.
+    `auto` keeps what fits into memory."""
+
+    separate_sides: bool = False
+    """Queries and documents in chunks of their own; otherwise chunks hold what fills them best."""
 
     temperature: float = 0.05
-    """Temperature of the softmax over cosine similarities."""
+    """Temperature of the softmax over cosine similarities; where it is learned, what it begins at."""
+
+    learn_temperature: bool = False
+    """Train the temperature's logarithm, at the rate of the bottleneck's embeddings; it stays above 0.01."""
+
+    symmetric: bool = False
+    """The mean of two losses: each query finds its document, and each document its query."""
+
+    margin: float | None = None
+    """Documents of a similarity above the positive's by more than this are taken for false negatives and left out.
+    Documents known to answer the query, by id or text, are always left out."""
+
+    prefixes: tuple[int, ...] = ()
+    """Matryoshka: the loss is the mean over these leading parts of the vector, which then serve as shorter vectors."""
+
+    exchange: Literal["auto", "flat", "two_level"] = "auto"
+    """How representations travel: in one collective over all ranks, or first between the nodes and then inside each,
+    which `auto` takes where there are several nodes of as many ranks each."""
 
     pooling: Pooling = "bottleneck_last"
     """Which hidden states are the embedding."""
@@ -180,5 +216,16 @@ class RepresentConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 0, "represent.steps", self.steps, "zero or more")
         require(self.batch_pairs > 1, "represent.batch_pairs", self.batch_pairs, "two or more")
+        require(self.grad_accum > 0, "represent.grad_accum", self.grad_accum, "a positive number")
         require(self.hard_negatives >= 0, "represent.hard_negatives", self.hard_negatives, "zero or more")
-        require(self.temperature > 0, "represent.temperature", self.temperature, "a positive number")
+        chunk = self.chunk_tokens
+        require(chunk is None or chunk > 0, "represent.chunk_tokens", chunk, "a positive number, or null to plan it")
+        kept = self.keep_graphs
+        require(kept == "auto" or kept > 0, "represent.keep_graphs", kept, "`auto`, or one graph or more")
+        lowest = MIN_TEMPERATURE if self.learn_temperature else 0.0
+        finite = self.temperature > lowest and math.isfinite(self.temperature)
+        require(finite, "represent.temperature", self.temperature, f"a finite number above {lowest:g}")
+        positive = self.margin is None or self.margin >= 0
+        require(positive, "represent.margin", self.margin, "a similarity of zero or more, or null")
+        rising = all(a < b for a, b in itertools.pairwise((0, *self.prefixes)))
+        require(rising, "represent.prefixes", self.prefixes, "widths that rise, from 1 on")

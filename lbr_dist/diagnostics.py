@@ -80,7 +80,7 @@ class Diagnostics:
         for row in rows:
             _, parts = self.engine(row.to(self.ranks.device), task="learn", form=form, weights=LossWeights(1.0, 1.0))
             sums = [a + b for a, b in zip(sums, parts.tolist(), strict=True)]
-        text, target, texts, targets, _ = total(sums, self.ranks.device)
+        text, target, texts, targets, _ = total(sums, self.ranks)
         return text / max(1.0, texts), target / max(1.0, targets)
 
     def _vectors(self) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from lbr_dist.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,11 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    local_world_size: int = 1
+    """Ranks on this node; ranks are numbered node by node."""
+
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
+    """What this rank exchanges with the others."""
 
     @property
     def is_first(self) -> bool:
@@ -55,7 +62,7 @@ def start(timeout_minutes: int = 30) -> Ranks:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=timeout)
-    return Ranks(rank, world_size, local_rank, device)
+    return Ranks(rank, world_size, local_rank, device, local_world_size, Traffic(local_world_size))
 
 
 def stop() -> None:
@@ -71,46 +78,29 @@ def share(total: int, rank: int, world_size: int) -> slice:
     return slice(start, start + base + (rank < more))
 
 
-def largest(value: int, device: torch.device) -> int:
-    """The largest of every rank's values."""
-    tensor = torch.tensor([value], device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor.item())
+def largest(values: Sequence[int], ranks: Ranks) -> list[int]:
+    """The largest of every rank's values, place by place."""
+    tensor = torch.tensor(list(values), dtype=torch.int64, device=ranks.device)
+    _all_reduce(tensor, ranks, dist.ReduceOp.MAX)
+    found: list[int] = tensor.tolist()
+    return found
 
 
-def total(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sums over the ranks, in float64."""
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
+def total(values: Sequence[float], ranks: Ranks) -> list[float]:
+    """Sums over the ranks, in float64, place by place."""
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=ranks.device)
+    _all_reduce(tensor, ranks, dist.ReduceOp.SUM)
     summed: list[float] = tensor.tolist()
     return summed
 
 
-def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Every rank's rows, in rank order.
-
-    Args:
-        rows: ``[counts[rank], d]``, this rank's.
-        counts: rows of each rank.
-
-    Returns:
-        ``[sum(counts), d]``, the same on every rank.
-    """
-    most = max(counts)
-    padded = rows.new_zeros(most, rows.shape[1])
-    padded[: len(rows)] = rows
-    gathered = rows.new_empty(len(counts) * most, rows.shape[1])
-    dist.all_gather_into_tensor(gathered, padded)
-    return torch.cat([gathered[i * most : i * most + n] for i, n in enumerate(counts)])
+def together(values: Sequence[str], ranks: Ranks) -> list[str]:
+    """Every rank's texts, in rank order. For messages: it pickles."""
+    everyone: list[list[str]] = [[] for _ in range(ranks.world_size)]
+    dist.all_gather_object(everyone, list(values))
+    return [value for one in everyone for value in one]
 
 
-def reduce_rows(gradient: Tensor, counts: Sequence[int], rank: int) -> Tensor:
-    """The transpose of `gather_rows`: sum every rank's ``[sum(counts), d]`` and keep this rank's rows."""
-    most = max(counts)
-    parts = gradient.split(list(counts))
-    padded = gradient.new_zeros(len(counts) * most, gradient.shape[1])
-    for i, part in enumerate(parts):
-        padded[i * most : i * most + len(part)] = part
-    mine = gradient.new_empty(most, gradient.shape[1])
-    dist.reduce_scatter_tensor(mine, padded)
-    return mine[: counts[rank]]
+def _all_reduce(tensor: Tensor, ranks: Ranks, op: dist.ReduceOp.RedOpType) -> None:
+    ranks.traffic.add("all_reduce", tensor.numel() * tensor.element_size())
+    dist.all_reduce(tensor, op)

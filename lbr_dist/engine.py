@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from torch import Tensor, nn
 
 from lbr_dist.config import EngineConfig, OptimizerConfig
 from lbr_dist.errors import CheckpointError
+from lbr_dist.traffic import Traffic
+
+HOLDER = -1
+"""Stands among the modules that are at work with a parameter, while `Engine.accumulate` holds it."""
 
 
 def _deepspeed() -> Any:
@@ -136,6 +140,7 @@ class Engine:
         dtype: str,
         fast: Iterable[nn.Parameter] = (),
         resident: Iterable[nn.Parameter] = (),
+        traffic: Traffic | None = None,
     ) -> None:
         """
         Args:
@@ -145,6 +150,7 @@ class Engine:
             dtype: of weights and activations.
             fast: parameters that learn at `optimizer.bottleneck_lr_factor` times the rate.
             resident: parameters that stay whole on every rank, gathered once a step.
+            traffic: counts DeepSpeed's collectives from now on.
         """
         groups = parameter_groups(model, optimizer, fast)
         self.model = model
@@ -159,6 +165,7 @@ class Engine:
             if not parameter.ds_persist:  # type: ignore[attr-defined]
                 parameter.ds_persist = True  # type: ignore[attr-defined]
                 kept.append(parameter)
+        self._stop_counting = traffic.watch(_deepspeed().comm.comm.cdb) if traffic else None
 
     @property
     def dimension(self) -> int:
@@ -172,10 +179,32 @@ class Engine:
         self._engine.train(mode)
 
     @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Gradients of every `backward` inside add up locally and are reduced once, at the end."""
-        with self._engine.coalesce_grad_reduction():
+    def accumulate(self, hold: bool = False) -> Iterator[None]:
+        """Gradients of every `backward` inside add up locally and are reduced once, at the end.
+
+        Args:
+            hold: parameters that are gathered inside stay whole until the end, so that a step of many passes gathers
+                them once. DeepSpeed itself lets them go after each pass, whatever `engine.live_elements` is.
+        """
+        with self._held() if hold else nullcontext(), self._engine.coalesce_grad_reduction():
             yield
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        # DeepSpeed keeps a parameter whole while a module is at work with it; modules are numbered from 0
+        parameters: list[Any] = list(self.model.parameters())
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.add(HOLDER)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(HOLDER)
+                whole_now = parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_persist
+                if whole_now and not parameter.ds_active_sub_modules:
+                    parameter.partition()
 
     def backward(self, loss: Tensor) -> None:
         """Backward of this rank's share of a **global sum**: DeepSpeed's mean over the ranks is undone here."""
@@ -196,12 +225,17 @@ class Engine:
             zero = self._engine.optimizer
             norm = float(combine_grad_norm_groups(zero._get_norm_groups()))  # of all ranks' gradients
             if norm > largest_norm:
-                zero._overflow_clean_up(zero.loss_scale)
+                self.discard()
                 return Update(norm, applied=False)
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         # DeepSpeed itself skips a step whose norm is not finite
         return Update(norm, applied=math.isfinite(norm))
+
+    def discard(self) -> None:
+        """Clear the accumulated gradients: no weight and no optimizer state changes."""
+        zero = self._engine.optimizer
+        zero._overflow_clean_up(zero.loss_scale)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
@@ -219,4 +253,6 @@ class Engine:
 
     def close(self) -> None:
         """Drop hooks and buffers, so that another engine can follow in the same process."""
+        if self._stop_counting is not None:
+            self._stop_counting()
         self._engine.destroy()

@@ -32,3 +32,7 @@ class LaunchError(LbrError):
 
 class TrainingError(LbrError):
     """The training itself went wrong: gradients that are not finite, or spike again and again."""
+
+
+class RefusedStep(TrainingError):
+    """One step cannot be taken, on any rank: nothing of it has been applied, and the next one may be."""

@@ -157,7 +157,7 @@ def _training(config: RunConfig) -> dict[str, Any]:
         "world_size": max((s["world_size"] for s in found), default=None),
         "zero_stage": config.engine.zero_stage,
         "seconds": round(sum(s["seconds"] for s in found), 1),
-        "peak_rss_bytes": max((s["peak_rss_bytes"] for s in found), default=None),
+        "peak_memory_bytes": max((s["peak_memory_bytes"] for s in found), default=None),
     }
 
 

@@ -104,7 +104,7 @@ def accumulate_step(
             engine.backward(loss)
             sums = [a + b for a, b in zip(sums, parts.tolist(), strict=True)]
             losses += float(loss.detach())
-    loss_sum, text, target, texts, targets, divergence = total([losses, *sums], ranks.device)
+    loss_sum, text, target, texts, targets, divergence = total([losses, *sums], ranks)
     values = {"loss": loss_sum, "text_loss": text / max(1.0, texts)}
     if targets:
         values["target_loss"] = target / targets
@@ -123,7 +123,7 @@ def learn(config: RunConfig, ranks: Ranks) -> None:
     base = Path(config.model.base)
     tokenizer = TextTokenizer(base)
     data = load_data(config, tokenizer, ranks)
-    engine, model = load_engine(config, base, tokenizer, "learn")
+    engine, model = load_engine(config, base, tokenizer, "learn", ranks)
     diagnostics = Diagnostics(engine, data, config, tokenizer.sink_id, ranks)
 
     def run_step(step: int) -> dict[str, float]:

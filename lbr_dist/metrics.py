@@ -27,10 +27,15 @@ _SHOWN = (  # key, name on the screen, format
     ("text_loss", "text", ".2f"),
     ("kl", "kl", ".3f"),
     ("accuracy", "accuracy", ".2f"),
+    ("masked_negatives", "masked", ".2%"),
+    ("alignment", "align", ".2f"),
+    ("uniformity", "uniform", ".2f"),
+    ("grad_norm", "norm", ".2g"),
     ("lr", "lr", ".1e"),
 )
 _HELDOUT = "heldout_target_loss"
 _HELDOUT_AGAINST = ("shuffled", "without")  # endings of the losses that it is held against
+_SIZES = (("peak_memory_bytes", "memory"), ("bytes_within_node", "from ranks"), ("bytes_between_nodes", "from nodes"))
 _RATES = (("tokens_per_second", "tok/s"), ("pairs_per_second", "pairs/s"))
 
 
@@ -205,7 +210,8 @@ def _live_bar(stream: TextIO) -> Progress:
 def _shown(numbers: dict[str, int | float]) -> list[str]:
     parts = ["skipped"] if numbers.get("skipped") else []
     parts += [f"{name} {numbers[key]:{form}}" for key, name, form in _SHOWN if key in numbers]
-    return parts + [f"{_rate(numbers[key])} {unit}" for key, unit in _RATES if key in numbers]
+    parts += [f"{_rate(numbers[key])} {unit}" for key, unit in _RATES if key in numbers]
+    return parts + [f"{name} {_size(numbers[key])}" for key, name in _SIZES if numbers.get(key)]
 
 
 def _diagnosed(numbers: dict[str, int | float]) -> list[str]:
@@ -224,6 +230,11 @@ def _diagnosed(numbers: dict[str, int | float]) -> list[str]:
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 or not math.isfinite(value) else f"{value:.1f}"
+
+
+def _size(nbytes: float) -> str:
+    power = min(3, int(math.log(max(nbytes, 1), 1024)))
+    return f"{_rate(nbytes / 1024**power)} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def _clock(seconds: float) -> str:

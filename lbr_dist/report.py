@@ -224,7 +224,7 @@ def _settings(metrics: Mapping[str, Any]) -> str:
         "Ranks": metrics.get("world_size"),
         "ZeRO stage": metrics.get("zero_stage"),
         "Time": _duration(metrics.get("seconds")),
-        "Peak memory of a rank's process": _gibibytes(metrics.get("peak_rss_bytes")),
+        "Peak memory of a rank's process": _gibibytes(metrics.get("peak_memory_bytes")),
     }
     items = "".join(f"<div><dt>{as_text(k)}</dt><dd>{_number(v)}</dd></div>" for k, v in rows.items() if v is not None)
     return f"<h2>Settings</h2><dl>{items}</dl>" if items else ""

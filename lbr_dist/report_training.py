@@ -16,6 +16,8 @@ _CURVES = (  # stage, key in metrics.jsonl, title, whose colour
     ("learn", "text_loss", "Learn: loss on the text itself", "learn"),
     ("represent", "loss", "Represent: contrastive loss", "lbr"),
     ("represent", "accuracy", "Represent: accuracy within the batch", "lbr"),
+    ("represent", "alignment", "Represent: distance of a query and its document, squared", "lbr"),
+    ("represent", "uniformity", "Represent: uniformity of the documents; lower is more spread out", "lbr"),
 )
 _TARGET_LOSSES = (  # key in learn's metrics.jsonl, read out, drawn at the line's end
     ("heldout_target_loss", "through its own bottleneck", "own bottleneck", "own"),

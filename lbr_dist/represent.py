@@ -2,171 +2,171 @@
 
     L_represent = - mean over queries of log ( exp(s(q, d+) / t) / sum over d in D exp(s(q, d) / t) )
 
-`D` is every document of the global batch but the false negatives of the query. Each rank scores its own queries
-against all documents; the documents' gradients of all ranks are summed by one reduce-scatter.
+`D` is every document of the global batch but the false negatives of the query. A step:
+
+    plan      texts to chunks of as many tokens, alike on all ranks; how many graphs are kept
+    pass 1    representations                                              grad_cache.py
+    loss      one all-gather; each rank scores its own queries against all documents; one reduce-scatter
+    pass 2    gradients of the chunks                                      grad_cache.py
+    reduce    the parameters' gradients, once
 """
 
 from __future__ import annotations
 
-import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lbr_dist.config import RepresentConfig, RunConfig
-from lbr_dist.data import sampler
-from lbr_dist.data.packing import PackedRow, Sequence, filler, pack
-from lbr_dist.data.records import Pair, read_corpus, read_pairs
-from lbr_dist.distributed import Ranks, gather_rows, largest, reduce_rows, share, total
+from lbr_dist.config_stages import MIN_TEMPERATURE
+from lbr_dist.contrast import Contrast
+from lbr_dist.data.packing import PackedRow, Sequence, assign_rows, filler, pack_row
+from lbr_dist.data.pairs import PairBatch, Tokens, load_pairs
+from lbr_dist.distributed import Ranks, largest
 from lbr_dist.engine import Engine
-from lbr_dist.errors import DataError
+from lbr_dist.errors import TrainingError
+from lbr_dist.exchange import Exchange
 from lbr_dist.export import export
-from lbr_dist.grad_cache import forward_backward
-from lbr_dist.kernels.infonce import info_nce
+from lbr_dist.grad_cache import forward_backward, surrogate
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
+from lbr_dist.plan import StepPlanner
 from lbr_dist.trainer import load_engine, train, write_summary
 
-Tokens = tuple[int, ...]
-
 
 @dataclass(frozen=True, slots=True)
-class PairBatch:
-    """A global contrastive batch, the same on every rank: queries, and the documents that are scored."""
+class Chunks:
+    """How the texts of a global batch are shared out: every rank knows every rank's chunks."""
 
-    queries: list[Tokens]
-    documents: list[Tokens]
-    positives: list[int]
-    """Each query's column among the documents."""
+    rows: list[list[list[int]]]
+    """Rank, chunk, numbers of its texts; as many chunks on every rank, some perhaps empty."""
 
-    masked: Tensor
-    """``[queries, documents]`` bool, the false negatives."""
+    tokens: list[int]
+    """Tokens of each chunk on the rank where it has the most."""
 
-
-@dataclass(frozen=True, slots=True)
-class RepresentData:
-    """Tokenised training pairs; documents by their id."""
-
-    pairs: list[Pair]
-    queries: list[Tokens]
-    documents: dict[str, Tokens]
-
-    def batch(self, represent: RepresentConfig, step: int, seed: int) -> PairBatch:
-        """The global batch of a step. A document that stands in it twice is scored once."""
-        chosen = []
-        for epoch, item in sampler.batch(len(self.pairs), represent.batch_pairs, step, seed):
-            rng = random.Random(f"{seed}/{epoch}/{item}")
-            pair = self.pairs[item]
-            negatives = rng.sample(pair.negatives, min(represent.hard_negatives, len(pair.negatives)))
-            chosen.append((item, rng.choice(pair.positives), negatives))
-        # one column for each text: the same text under two ids would be its own negative
-        columns: dict[Tokens, int] = {}
-        for _, positive, negatives in chosen:
-            for name in (positive, *negatives):
-                columns.setdefault(self.documents[name], len(columns))
-        masked = torch.zeros(len(chosen), len(columns), dtype=torch.bool)
-        positives = []
-        for row, (item, positive, _) in enumerate(chosen):
-            column = columns[self.documents[positive]]
-            others = (columns.get(self.documents[name]) for name in self.pairs[item].positives)
-            masked[row, [c for c in others if c is not None and c != column]] = True
-            positives.append(column)
-        return PairBatch([self.queries[item] for item, _, _ in chosen], list(columns), positives, masked)
+    def members(self, rank: int) -> list[int]:
+        """The texts of a rank, in the order in which it embeds them."""
+        return [text for row in self.rows[rank] for text in row]
 
 
-def load_data(config: RunConfig, tokenizer: TextTokenizer) -> RepresentData:
-    """Tokenise the training pairs, prompts put before.
-
-    Raises:
-        DataError: fewer pairs than a batch.
-    """
-    data = config.data
-    found = read_pairs(data.train, read_corpus(data.corpus))
-    if len(found.pairs) < config.represent.batch_pairs:
-        raise DataError(
-            f"{data.train}: found {len(found.pairs)} pairs, represent.batch_pairs is "
-            f"{config.represent.batch_pairs}. Lower represent.batch_pairs, or bring more pairs."
-        )
-    queries = tokenizer.encode([data.query_prompt + pair.query for pair in found.pairs], data.max_query_tokens)
-    texts = [data.document_prompt + text for text in found.documents.values()]
-    documents = tokenizer.encode(texts, data.max_document_tokens)
-    return RepresentData(found.pairs, queries, dict(zip(found.documents, documents, strict=True)))
+def share_out(batch: PairBatch, bottleneck: int, chunk_tokens: int, separate: bool, world_size: int) -> Chunks:
+    """Chunks of up to `chunk_tokens` tokens, evenly filled: a function of its arguments alone."""
+    lengths = [1 + len(text) + bottleneck for text in batch.texts]
+    everything = range(len(lengths))
+    sides = [everything[: len(batch.queries)], everything[len(batch.queries) :]] if separate else [everything]
+    rows: list[list[int]] = []
+    for side in sides:
+        assigned = assign_rows([lengths[text] for text in side], chunk_tokens, multiple=world_size)
+        rows += [[side[i] for i in row] for row in assigned]
+    tokens = [sum(lengths[text] for text in row) for row in rows]
+    return Chunks(
+        [rows[rank::world_size] for rank in range(world_size)],
+        [max(tokens[i : i + world_size]) for i in range(0, len(tokens), world_size)],
+    )
 
 
-def rank_chunks(
-    texts: list[Tokens], bottleneck: int, settings: RepresentConfig, sink_id: int, ranks: Ranks
-) -> list[PackedRow]:
-    """This rank's texts in chunks of `chunk_tokens`, as many chunks as the rank with the most."""
-    chunks = pack([Sequence(text, bottleneck) for text in texts], settings.chunk_tokens, sink_id)
-    missing = largest(max(1, len(chunks)), ranks.device) - len(chunks)
-    return [chunk.to(ranks.device) for chunk in (*chunks, *[filler(bottleneck, sink_id)] * missing)]
-
-
-def accumulate_step(
-    engine: Engine, batch: PairBatch, bottleneck: int, settings: RepresentConfig, sink_id: int, ranks: Ranks
-) -> dict[str, float]:
-    """Accumulate the gradient of one global batch, reduced once.
+class ContrastiveStep:
+    """Accumulates the gradients of global batches.
 
     Args:
         engine: an `LBRModel` under ZeRO-3.
-        batch: the **global** batch, the same on every rank.
-        bottleneck: k.
-        settings: chunks, temperature, pooling.
+        config: the run; its `represent` section says how.
         sink_id: the token that every sequence begins with.
         ranks: this process among its peers.
-
-    Returns:
-        The global batch's loss and in-batch accuracy, the same on every rank.
     """
-    query_counts, document_counts = (
-        [len(range(len(texts))[share(len(texts), r, ranks.world_size)]) for r in range(ranks.world_size)]
-        for texts in (batch.queries, batch.documents)
-    )
-    my_queries = share(len(batch.queries), ranks.rank, ranks.world_size)
-    my_documents = share(len(batch.documents), ranks.rank, ranks.world_size)
-    texts = batch.queries[my_queries] + batch.documents[my_documents]
-    chunks = rank_chunks(texts, bottleneck, settings, sink_id, ranks)
-    order = torch.cat([chunk.order for chunk in chunks])  # the place of each representation among the texts
-    split = query_counts[ranks.rank]
-    results: list[float] = []
 
-    def build_cache(representations: list[Tensor]) -> list[Tensor]:
-        mine = torch.empty_like(torch.cat(representations))
-        mine[order] = torch.cat(representations)
-        queries = mine[:split].requires_grad_()
-        documents = gather_rows(mine[split:].detach(), document_counts).requires_grad_()
-        positives = torch.tensor(batch.positives[my_queries], dtype=torch.int64, device=ranks.device)
-        masked = batch.masked[my_queries].to(ranks.device)
-        loss, correct = info_nce(queries, documents, positives, masked, settings.temperature)
-        (loss / len(batch.queries)).backward()  # type: ignore[no-untyped-call]
-        assert queries.grad is not None and documents.grad is not None
-        gradient = torch.cat([queries.grad, reduce_rows(documents.grad, document_counts, ranks.rank)])
-        results.extend(total([float(loss.detach()), float(correct)], ranks.device))
-        return list(gradient[order].split([len(r) for r in representations]))
+    def __init__(self, engine: Engine, config: RunConfig, sink_id: int, ranks: Ranks) -> None:
+        self.engine, self.config, self.sink_id, self.ranks = engine, config, sink_id, ranks
+        self.settings: RepresentConfig = config.represent
+        self.exchange = Exchange(ranks, self.settings.exchange)
+        self.planner = StepPlanner.for_stage(config, engine, ranks)
 
-    forward_backward(engine, chunks, build_cache, pooling=settings.pooling)
-    loss, correct = (value / len(batch.queries) for value in results)
-    return {"loss": loss, "accuracy": correct, "num_pairs": float(len(batch.queries))}
+    def accumulate(self, batches: list[PairBatch], key: str) -> dict[str, float]:
+        """Accumulate the mean of the batches' gradients, reduced once.
+
+        Args:
+            batches: **global** batches, the same on every rank.
+            key: names what dropout draws; another one for each step.
+
+        Returns:
+            Means over the batches of the loss and of what `Contrast` measures, the same on every rank.
+
+        Raises:
+            TrainingError: the ranks have different batches.
+            RefusedStep: a representation is not finite, or of no length. Nothing may be applied.
+        """
+        self._check_agreement(batches)
+        measured = []
+        with self.engine.accumulate(hold=self.planner.resident):
+            for number, batch in enumerate(batches):
+                measured.append(self._accumulate_batch(batch, 1.0 / len(batches), f"{key}/{number}"))
+        means = {name: sum(values[name] for values in measured) / len(batches) for name in measured[0]}
+        texts = [text for batch in batches for text in batch.texts]
+        tokens = sum(1 + len(text) + self.config.model.bottleneck_tokens for text in texts)
+        return means | {"num_pairs": float(sum(len(b.queries) for b in batches)), "num_tokens": float(tokens)}
+
+    def _accumulate_batch(self, batch: PairBatch, weight: float, key: str) -> dict[str, float]:
+        settings, ranks = self.settings, self.ranks
+        k, chunk_tokens = self.config.model.bottleneck_tokens, self.planner.chunk_tokens
+        plan = share_out(batch, k, chunk_tokens, settings.separate_sides, ranks.world_size)
+        kept = self.planner.kept(plan.tokens)
+        texts = batch.texts
+        chunks = [self._row(texts, row).to(ranks.device) for row in plan.rows[ranks.rank]]
+        members = [plan.members(rank) for rank in range(ranks.world_size)]
+        contrast = Contrast(batch, members, settings, self.exchange, weight)
+        scale: Tensor | None = None
+        if settings.learn_temperature:
+            scale = self.engine(None, task="temperature")
+            contrast.temperature = scale.detach().exp().clamp(min=MIN_TEMPERATURE)
+        forward_backward(
+            self.engine, chunks, kept, contrast.build_cache, f"{key}/{ranks.rank}", pooling=settings.pooling
+        )
+        values = contrast.measured | {"kept_graphs": float(kept), "chunks": float(len(chunks))}
+        if scale is not None:
+            # d loss / d log t = t * d loss / d t, of this rank's queries; reduced with all other gradients
+            self.engine.backward(surrogate(scale, contrast.temperature_gradient * contrast.temperature))
+            values["temperature"] = float(contrast.temperature)
+        return values
+
+    def _row(self, texts: list[Tokens], members: list[int]) -> PackedRow:
+        k = self.config.model.bottleneck_tokens
+        if not members:
+            return filler(k, self.sink_id)
+        return pack_row([Sequence(texts[i], k) for i in members], self.sink_id, members)
+
+    def _check_agreement(self, batches: list[PairBatch]) -> None:
+        digests = [batch.digest for batch in batches]
+        found = largest([*digests, *(-digest for digest in digests)], self.ranks)
+        if found != [*digests, *(-digest for digest in digests)]:
+            raise TrainingError(
+                f"represent: the ranks disagree on the global batch; rank {self.ranks.rank} of {self.ranks.world_size} "
+                f"has {digests}, the largest is {found[: len(digests)]}. Give every node the same files, config and "
+                "versions."
+            )
 
 
 def represent(config: RunConfig, ranks: Ranks) -> None:
     """Run stage 2 on every rank, from stage 1's export where there is one, and export the finished model.
 
     Raises:
-        DataError, ModelError, CheckpointError: see the messages.
+        DataError, ModelError, CheckpointError, TrainingError: see the messages.
     """
     began = time.perf_counter()
     base = config.learn_export if config.learn.steps else Path(config.model.base)
     tokenizer = TextTokenizer(base)
-    data = load_data(config, tokenizer)
-    engine, model = load_engine(config, base, tokenizer, "represent")
+    pairs = load_pairs(config, tokenizer)
+    if pairs.dropped_negatives and ranks.is_first:
+        message = f"represent: {pairs.dropped_negatives:,} listed negatives answer their own query and were left out"
+        print(message, file=sys.stderr, flush=True)
+    engine, model = load_engine(config, base, tokenizer, "represent", ranks)
+    contrastive = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
+    accum = config.represent.grad_accum
 
     def run_step(step: int) -> dict[str, float]:
-        batch = data.batch(config.represent, step, config.seed)
-        bottleneck = config.model.bottleneck_tokens
-        return accumulate_step(engine, batch, bottleneck, config.represent, tokenizer.sink_id, ranks)
+        batches = [pairs.batch(config.represent, step * accum + i, config.seed) for i in range(accum)]
+        return contrastive.accumulate(batches, f"{config.seed}/{step}")
 
     train("represent", config, ranks, engine, run_step)
     settings = EmbeddingSettings.of(config.data, config.represent.pooling)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -46,17 +46,31 @@ def exact_search(queries: Tensor, documents: Tensor, k: int, block: int = 16384)
         )
     if k < 1 or block < 1:
         raise ValueError(f"k and block: found {k} and {block}, expected one or more")
+    blocks = (documents[start : start + block] for start in range(0, documents.shape[0], block))
+    return search_blocks(queries, blocks, k)
+
+
+def search_blocks(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """`exact_search` among documents that come in blocks, so that they need not be in memory together.
+
+    Args:
+        queries: [q, d]; the search runs on their device.
+        blocks: [b, d] each, in order; indices count through all of them.
+        k: how many to return.
+    """
     queries = _finite(queries.float(), "query")
-    k = min(k, documents.shape[0])
     best = torch.full((queries.shape[0], 0), 0, dtype=torch.int64, device=queries.device)
-    for start in range(0, documents.shape[0], block):
-        part = _finite(documents[start : start + block].to(queries.device, torch.float32), "document")
-        merged = []
+    start = 0
+    for block in blocks:
+        part = _finite(block.to(queries.device, torch.float32), "document")
+        width = min(k, best.shape[1] + len(part))
+        merged = [best.new_zeros(0, width)]
         for first in range(0, queries.shape[0], _QUERY_BLOCK):
             rows = slice(first, first + _QUERY_BLOCK)
             keys = torch.cat([best[rows], _sort_keys(queries[rows] @ part.T, start)], dim=1)
-            merged.append(keys.topk(min(k, keys.shape[1]), dim=1).values)
-        best = torch.cat(merged) if merged else best.new_zeros(0, k)
+            merged.append(keys.topk(width, dim=1).values)
+        best = torch.cat(merged)
+        start += len(part)
     return _scores_of(best), _LOW_BITS - (best & _LOW_BITS)
 
 
@@ -104,23 +118,36 @@ def bm25_search(
         scores [q, k] float32 and indices [q, k] int64, in the form of `exact_search`. A document that shares no
         token with the query has not been found: its score is -inf, and `to_run` leaves it out.
     """
-    import bm25s  # type: ignore[import-untyped]
-
     if k < 1:
         raise ValueError(f"k: found {k}, expected one or more")
     k = min(k, len(document_texts))
-    scores = np.full((len(query_texts), k), -np.inf, dtype=np.float32)
+    scores = np.zeros((len(query_texts), k), dtype=np.float32)
     indices = np.zeros((len(query_texts), k), dtype=np.int64)
-    indices[:] = np.arange(k)
-    tokenized = [_tokenize(text, tokens) for text in document_texts]
-    if any(tokenized):
-        index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
-        index.index(tokenized, show_progress=False)
+    if k:
+        index = Bm25(document_texts, tokens)
         for row, text in enumerate(query_texts):
-            words = _tokenize(text, tokens)
-            if words:
-                scores[row], indices[row] = _best_positive(np.asarray(index.get_scores(words), np.float32), k)
+            scores[row], indices[row] = best_positive(index.scores(text), k)
     return torch.from_numpy(scores), torch.from_numpy(indices)
+
+
+class Bm25:
+    """The index behind `bm25_search`, which has its arguments."""
+
+    def __init__(self, document_texts: Sequence[str], tokens: Literal["words", "characters"] = "words") -> None:
+        import bm25s  # type: ignore[import-untyped]
+
+        self._count, self._tokens, self._index = len(document_texts), tokens, None
+        tokenized = [_tokenize(text, tokens) for text in document_texts]
+        if any(tokenized):
+            self._index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+            self._index.index(tokenized, show_progress=False)
+
+    def scores(self, query_text: str) -> npt.NDArray[np.float32]:
+        """[n], the score of every document; 0 where it shares no token with the query."""
+        words = _tokenize(query_text, self._tokens)
+        if self._index is None or not words:
+            return np.zeros(self._count, np.float32)
+        return np.asarray(self._index.get_scores(words), np.float32)
 
 
 def _tokenize(text: str, tokens: Literal["words", "characters"]) -> list[str]:
@@ -131,9 +158,7 @@ def _tokenize(text: str, tokens: Literal["words", "characters"]) -> list[str]:
     return [text[i : i + 3] for i in range(len(text) - 2)] or ([text] if text else [])
 
 
-def _best_positive(
-    all_scores: npt.NDArray[np.float32], k: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+def best_positive(all_scores: npt.NDArray[np.float32], k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """The k best of [n] scores, best first and ties by lower index; what isn't above zero comes last, as -inf."""
     all_scores = np.where(all_scores > 0, all_scores, -np.inf).astype(np.float32)
     kth = np.partition(all_scores, len(all_scores) - k)[len(all_scores) - k]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import statistics
 import time
 from collections import deque
@@ -19,26 +18,30 @@ from lbr_dist import checkpoint
 from lbr_dist.config import OptimizerConfig, RunConfig
 from lbr_dist.distributed import Ranks, total
 from lbr_dist.engine import Engine, Update, sharded_init
-from lbr_dist.errors import TrainingError
+from lbr_dist.errors import RefusedStep, TrainingError
 from lbr_dist.metrics import MetricsLog
 from lbr_dist.model.bottleneck import LBRModel, load_model
 from lbr_dist.model.tokens import TextTokenizer
+from lbr_dist.traffic import Count
 
 SUMMARY = "summary.json"
 Stage = Literal["learn", "represent"]
 
 
-def load_engine(config: RunConfig, folder: Path, tokenizer: TextTokenizer, stage: Stage) -> tuple[Engine, LBRModel]:
+def load_engine(
+    config: RunConfig, folder: Path, tokenizer: TextTokenizer, stage: Stage, ranks: Ranks
+) -> tuple[Engine, LBRModel]:
     """The model of `folder`, sharded as it is built, under the engine; the bottleneck at its own learning rate."""
     learns = stage == "learn"
     sharding = sharded_init(config.engine, config.model.dtype)
     variational = learns and config.learn.kl_weight > 0
-    model = load_model(config.model, folder, tokenizer, config.seed, sharding, variational)
+    temperature = config.represent.temperature if config.represent.learn_temperature and not learns else None
+    model = load_model(config.model, folder, tokenizer, config.seed, sharding, variational, temperature)
     optimizer = config.learn.optimizer if learns else config.represent.optimizer
     # every micro-batch of stage 1 ends in the head: it is gathered once a step
     resident = [model.language_loss.weight] if learns and config.engine.resident_head else []
     dtype, fast = config.model.dtype, model.fast_parameters
-    return Engine(model, config.engine, optimizer, dtype, fast, resident), model
+    return Engine(model, config.engine, optimizer, dtype, fast, resident, ranks.traffic), model
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
@@ -142,9 +145,16 @@ def train(
                 log.log(0, **values)
         for step in range(first, settings.steps):
             began = time.perf_counter()
-            values = run_step(step)
             rate = learning_rate(settings.optimizer, step, settings.steps)
-            update = engine.step(rate, guard.largest_norm)
+            ranks.traffic.take()
+            try:
+                values = run_step(step)
+                update = engine.step(rate, guard.largest_norm)
+            except RefusedStep as refused:  # on every rank alike
+                engine.discard()
+                values, update = {}, Update(math.nan, applied=False)
+                if log is not None:
+                    log.say(f"step {step + 1} is skipped. {refused}")
             seconds = time.perf_counter() - began
             done = step + 1
             throughput = {
@@ -154,6 +164,7 @@ def train(
             }
             values |= {"lr": rate, "grad_norm": update.grad_norm, "seconds": seconds} | throughput
             values |= {} if update.applied else {"skipped": 1}
+            values |= exchanged(ranks) | {"peak_memory_bytes": peak_memory(ranks.device)}
             values |= diagnosed(done)
             if log is not None:
                 log.log(done, **values)
@@ -163,14 +174,37 @@ def train(
                 checkpoint.save(engine, checkpoints, state, ranks, config.checkpoint)
 
 
+def exchanged(ranks: Ranks) -> dict[str, float]:
+    """Calls and bytes of this rank's collectives since they were last taken, by kind and in all."""
+    kinds: dict[str, Count] = {}
+    for name, count in ranks.traffic.take().items():
+        kind = name.replace("_into_tensor", "").replace("_tensor", "").replace("_coalesced", "")
+        kinds[kind] = kinds.get(kind, Count()) + count
+    values: dict[str, float] = {}
+    for kind, count in kinds.items():
+        values |= {f"{kind}_calls": count.calls, f"{kind}_bytes": count.within + count.between}
+    values["bytes_within_node"] = sum(count.within for count in kinds.values())
+    values["bytes_between_nodes"] = sum(count.between for count in kinds.values())
+    return values
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch held on a GPU, or that this process held of the machine's memory, so far."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # not ru_maxrss, which a child takes over from its parent
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
 def write_summary(folder: Path, config: RunConfig, ranks: Ranks, seconds: float) -> None:
     """Say that the stage is finished, and what it took: the last thing a stage does."""
-    peak = total([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024], ranks.device)[0]
+    peak = total([peak_memory(ranks.device)], ranks)[0]
     if ranks.is_first:
         content = {
             "world_size": ranks.world_size,
             "zero_stage": config.engine.zero_stage,
             "seconds": round(seconds, 1),
-            "peak_rss_bytes": int(peak),
+            "peak_memory_bytes": int(peak),
         }
         checkpoint.write_atomic(folder / SUMMARY, json.dumps(content, indent=2) + "\n")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lbr_dist.config import RepresentConfig
 from lbr_dist.data.record_files import Place, Row, records
 from lbr_dist.errors import DataError
 
@@ -110,6 +111,33 @@ def read_pairs(path: str | Path, corpus: Mapping[str, str]) -> PairSet:
     if not reader.pairs:
         raise DataError(f"{path}: found no pairs, expected at least one record. Known formats: {_KNOWN}.")
     return PairSet(reader.pairs, reader.documents, reader.dropped_negatives)
+
+
+def by_source(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    """Pairs by their source, both in the order of the file."""
+    sources: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        sources.setdefault(pair.source, []).append(pair)
+    return sources
+
+
+def check_enough(pairs: list[Pair], settings: RepresentConfig, path: str) -> None:
+    """Raises DataError where the pairs, or those of a source that fills batches of its own, are fewer than a batch."""
+    if len(pairs) < settings.batch_pairs:
+        raise DataError(
+            f"{path}: found {len(pairs)} pairs, represent.batch_pairs is {settings.batch_pairs}. Lower "
+            "represent.batch_pairs, or bring more pairs."
+        )
+    if settings.batches == "by_source":
+        counts = {source: len(found) for source, found in by_source(pairs).items()}
+        small = {source: count for source, count in counts.items() if count < settings.batch_pairs}
+        if small:
+            named = ", ".join(f"{source!r} has {count}" for source, count in list(small.items())[:5])
+            more = f" and {len(small) - 5} more sources have too few" if len(small) > 5 else ""
+            raise DataError(
+                f"{path}: source {named}{more}; with represent.batches `by_source` each needs represent.batch_pairs "
+                f"({settings.batch_pairs}) pairs. Lower represent.batch_pairs, join sources, or use `mixed`."
+            )
 
 
 class _PairReader:

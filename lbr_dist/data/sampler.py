@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,30 @@ def batch(items: int, size: int, step: int, seed: int) -> list[tuple[int, int]]:
         chosen += [(epoch, item) for item in order.tolist()]
         place += last - first
     return chosen
+
+
+def source_batch(sizes: Sequence[int], size: int, step: int, seed: int) -> tuple[int, list[tuple[int, int]]]:
+    """The global batch of a step where each batch is of one source: the source, and pairs of epoch and item of it.
+
+    A round has so many batches of each source as its items fill, at least one, in an order of its own; the batches of
+    a source go on through its items as if there were no other.
+
+    Args:
+        sizes: items of each source, at least one each.
+        size: items of a batch.
+        step: counted from 0.
+        seed: of the run.
+    """
+    shares = [max(1, round(items / size)) for items in sizes]
+    turns = sum(shares)
+    number, place = divmod(step, turns)
+    turn = int(shuffled(np.array([place], dtype=np.uint64), turns, seed, number)[0])
+    source = 0
+    while turn >= shares[source]:
+        turn -= shares[source]
+        source += 1
+    # a seed of its own for each source: they would be shuffled alike where they are of one size
+    return source, batch(sizes[source], size, number * shares[source] + turn, seed * len(sizes) + source)
 
 
 def shuffled(places: NDArray[np.uint64], items: int, seed: int, epoch: int) -> NDArray[np.uint64]:

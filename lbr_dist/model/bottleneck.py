@@ -6,6 +6,7 @@ nothing has to be resized while the vocabulary is sharded. The export writes the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +88,7 @@ class LBRModel(nn.Module):
         embedding_norm: the mean norm of the LM's input embeddings; `reinject` scales its vectors to it.
         variational: whether `reinject` draws its vectors from a learned posterior.
         attention: the attention kernel.
+        temperature: what a learned temperature of stage 2 begins at; None where it is not learned.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class LBRModel(nn.Module):
         embedding_norm: float,
         variational: bool = False,
         attention: Backend = "auto",
+        temperature: float | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -104,16 +107,24 @@ class LBRModel(nn.Module):
         self.posterior = Posterior(bottleneck.shape[1]).to(bottleneck.dtype) if variational else None
         self.embedding_norm = embedding_norm
         self.attention = attention
+        # float32 even in a bfloat16 model would need an engine of its own; its logarithm moves slowly enough
+        dtype = bottleneck.dtype
+        start = None if temperature is None else torch.tensor([math.log(temperature)], dtype=dtype)
+        self.log_temperature = None if start is None else nn.Parameter(start)
         self.language_loss = LanguageModelLoss(backbone.get_output_embeddings())
 
     @property
     def fast_parameters(self) -> list[nn.Parameter]:
         """What learns at its own, higher rate."""
         posterior = [] if self.posterior is None else list(self.posterior.parameters())
-        return posterior if self.bottleneck is None else [self.bottleneck, *posterior]
+        alone = (self.bottleneck, self.log_temperature)
+        return [*(parameter for parameter in alone if parameter is not None), *posterior]
 
-    def forward(self, row: PackedRow, *, task: Literal["learn", "embed"], **options: Any) -> Any:
+    def forward(self, row: PackedRow | None, *, task: Literal["learn", "embed", "temperature"], **options: Any) -> Any:
         """One entry for both stages, since under ZeRO-3 everything must run through the engine's hooks."""
+        if row is None:
+            assert task == "temperature" and self.log_temperature is not None
+            return self.log_temperature.float()[0]
         return self._learn(row, **options) if task == "learn" else self._embed(row, **options)
 
     def hidden(self, row: PackedRow, injected: Tensor | None = None) -> Tensor:
@@ -211,6 +222,7 @@ def load_model(
     seed: int,
     sharding: Any = None,
     variational: bool = False,
+    temperature: float | None = None,
 ) -> LBRModel:
     """The model of a stage: the folder's causal LM, and its bottleneck or a new one.
 
@@ -221,6 +233,7 @@ def load_model(
         seed: of a new bottleneck and of the adapters.
         sharding: see `load_backbone`.
         variational: see `LBRModel`.
+        temperature: see `LBRModel`.
 
     Raises:
         ModelError: the folder's model, tokenizer or bottleneck don't fit.
@@ -246,4 +259,4 @@ def load_model(
     bottleneck = initial_bottleneck(table, config.bottleneck_tokens, settings, seed).to(dtype)
     scale = float(getattr(backbone.get_input_embeddings(), "embed_scale", 1.0))
     norm = float(table.float().norm(dim=1).mean()) * scale
-    return LBRModel(backbone, bottleneck, norm, variational, config.attention)
+    return LBRModel(backbone, bottleneck, norm, variational, config.attention, temperature)

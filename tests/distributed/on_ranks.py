@@ -14,24 +14,23 @@ from lbr_dist.config import RunConfig
 from lbr_dist.data.packing import Sequence, rank_rows
 from lbr_dist.data.targets import LearnData
 from lbr_dist.diagnostics import Diagnostics
-from lbr_dist.distributed import Ranks, gather_rows, reduce_rows
+from lbr_dist.distributed import Ranks
 from lbr_dist.engine import Engine, full_shape, whole
 from lbr_dist.model.bottleneck import LossWeights
 from lbr_dist.model.tokens import TextTokenizer
-from lbr_dist.represent import PairBatch
-from lbr_dist.trainer import load_engine
+from lbr_dist.trainer import Stage, load_engine
 from tests.distributed import single
 
 
-def _engine(config: RunConfig) -> tuple[Engine, TextTokenizer]:
+def open_engine(ranks: Ranks, config: RunConfig, stage: Stage = "learn") -> tuple[Engine, TextTokenizer]:
     tokenizer = TextTokenizer(Path(config.model.base))
-    engine, _ = load_engine(config, Path(config.model.base), tokenizer, "learn")
+    engine, _ = load_engine(config, Path(config.model.base), tokenizer, stage, ranks)
     return engine, tokenizer
 
 
 def weights(ranks: Ranks, config: RunConfig) -> dict[str, Any]:
     """Every weight, gathered; and how many elements this rank itself holds."""
-    engine, _ = _engine(config)
+    engine, _ = open_engine(ranks, config)
     gathered = {}
     for name, parameter in engine.model.named_parameters():
         with whole(parameter) as value:
@@ -43,12 +42,12 @@ def weights(ranks: Ranks, config: RunConfig) -> dict[str, Any]:
     return {"weights": gathered, "held": held, "total": total, "buffers": buffers}
 
 
-def _gradients(engine: Engine) -> dict[str, torch.Tensor]:
+def gradients(engine: Engine) -> dict[str, torch.Tensor]:
     trained = ((name, p) for name, p in engine.model.named_parameters() if p.requires_grad)
     return {name: safe_get_full_grad(p).clone() for name, p in trained}
 
 
-def _count_reductions(engine: Engine) -> list[int]:
+def count_reductions(engine: Engine) -> list[int]:
     """The identities of the parameters whose gradients DeepSpeed puts up for reduction from now on."""
     optimizer = engine._engine.optimizer
     name = "_DeepSpeedZeroOptimizer_Stage3__add_grad_to_ipg_bucket"
@@ -65,37 +64,12 @@ def _count_reductions(engine: Engine) -> list[int]:
 
 def learn_gradients(ranks: Ranks, config: RunConfig, sequences: list[Sequence]) -> dict[str, Any]:
     """Stage 1's gradient of one global batch, its logged values, and the parameters reduced."""
-    engine, tokenizer = _engine(config)
+    engine, tokenizer = open_engine(ranks, config)
     engine.train()
     single.stir(engine.model.named_parameters())
-    reduced = _count_reductions(engine)
+    reduced = count_reductions(engine)
     values = learn.accumulate_step(engine, sequences, config.learn, tokenizer.sink_id, ranks, noise_key="noise")
-    result = {"values": values, "gradients": _gradients(engine), "reduced": reduced}
-    engine.close()
-    return result
-
-
-def represent_gradients(ranks: Ranks, config: RunConfig, batch: PairBatch) -> dict[str, Any]:
-    """Stage 2's gradient of one global batch, its logged values, and the parameters reduced."""
-    engine, tokenizer = _engine(config)
-    engine.train()
-    single.stir(engine.model.named_parameters())
-    reduced = _count_reductions(engine)
-    k = config.model.bottleneck_tokens
-    filled: list[int] = []
-    original = represent.rank_chunks
-
-    def counted(*args: Any) -> Any:
-        chunks = original(*args)
-        filled.append(sum(len(chunk.spans) > 0 for chunk in chunks))
-        return chunks
-
-    represent.rank_chunks = counted
-    try:
-        values = represent.accumulate_step(engine, batch, k, config.represent, tokenizer.sink_id, ranks)
-    finally:
-        represent.rank_chunks = original
-    result = {"values": values, "gradients": _gradients(engine), "reduced": reduced, "filled": filled[0]}
+    result = {"values": values, "gradients": gradients(engine), "reduced": reduced}
     engine.close()
     return result
 
@@ -106,20 +80,12 @@ def stage(ranks: Ranks, config: RunConfig, name: str) -> bool:
     return True
 
 
-def rows_and_back(ranks: Ranks, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gather_rows` of rows that say their rank, and `reduce_rows` of a gradient that counts."""
-    rows = torch.full((counts[ranks.rank], 3), float(ranks.rank))
-    gathered = gather_rows(rows, counts)
-    gradient = torch.arange(float(sum(counts)))[:, None].repeat(1, 3) * (ranks.rank + 1)
-    return gathered, reduce_rows(gradient, counts, ranks.rank)
-
-
 def bad_steps(ranks: Ranks, config: RunConfig, sequences: list[Sequence], bad: bool) -> dict[str, Any]:
     """Three updates, with a gradient of one rank that is not a number and one that is too large between them.
 
     Returns the final weights, and norm and fate of each update.
     """
-    engine, tokenizer = _engine(config)
+    engine, tokenizer = open_engine(ranks, config)
     engine.train()
     updates = []
 
@@ -149,7 +115,7 @@ def bad_steps(ranks: Ranks, config: RunConfig, sequences: list[Sequence], bad: b
 
 def head_gathers(ranks: Ranks, config: RunConfig, sequences: list[Sequence]) -> tuple[int, int, int]:
     """How many rows a step has, and how often the LM head is gathered from the ranks in each of two steps."""
-    engine, tokenizer = _engine(config)
+    engine, tokenizer = open_engine(ranks, config)
     engine.train()
     head = engine.model.language_loss.weight
     gathered: list[int] = []
@@ -177,7 +143,7 @@ def head_gathers(ranks: Ranks, config: RunConfig, sequences: list[Sequence]) -> 
 
 def diagnose(ranks: Ranks, config: RunConfig, held_out: list[tuple[int, ...]]) -> dict[str, float]:
     """Stage 1's held-out measurements of the untrained model."""
-    engine, tokenizer = _engine(config)
+    engine, tokenizer = open_engine(ranks, config)
     engine.train(False)
     data = LearnData([], [], tokenizer.drop_id, held_out)
     values = Diagnostics(engine, data, config, tokenizer.sink_id, ranks).measure()

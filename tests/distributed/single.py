@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lbr_dist.config import LearnConfig, RunConfig
+from lbr_dist.config import LearnConfig, RepresentConfig, RunConfig
 from lbr_dist.data.packing import Sequence, pack_row
+from lbr_dist.data.pairs import PairBatch
 from lbr_dist.engine import whole
-from lbr_dist.kernels.infonce import reference_info_nce
 from lbr_dist.learn import unit_noise
 from lbr_dist.model.bottleneck import LBRModel, load_model
 from lbr_dist.model.tokens import TextTokenizer
-from lbr_dist.represent import PairBatch
 
 Gradients = dict[str, Tensor]
 
@@ -26,7 +25,9 @@ def model_of(config: RunConfig) -> tuple[LBRModel, TextTokenizer]:
     tokenizer = TextTokenizer(Path(config.model.base))
     variational = config.learn.kl_weight > 0
     base = Path(config.model.base)
-    return load_model(config.model, base, tokenizer, config.seed, variational=variational), tokenizer
+    temperature = config.represent.temperature if config.represent.learn_temperature else None
+    model = load_model(config.model, base, tokenizer, config.seed, variational=variational, temperature=temperature)
+    return model, tokenizer
 
 
 def stir(parameters: Iterable[tuple[str, Any]]) -> None:
@@ -136,12 +137,38 @@ def embed(model: LBRModel, tokens: tuple[int, ...], sink: int, pooling: str) -> 
     return spans[pooling].mean(0)
 
 
-def represent_loss(model: LBRModel, batch: PairBatch, sink: int, temperature: float, pooling: str) -> Tensor:
+def represent_loss(model: LBRModel, batch: PairBatch, sink: int, settings: RepresentConfig) -> Tensor:
     """L_represent of a batch: the mean over its queries."""
-    queries = torch.stack([embed(model, tokens, sink, pooling) for tokens in batch.queries])
-    documents = torch.stack([embed(model, tokens, sink, pooling) for tokens in batch.documents])
-    positives = torch.tensor(batch.positives)
-    return reference_info_nce(queries, documents, positives, batch.masked, temperature) / len(queries)
+    queries = torch.stack([embed(model, tokens, sink, settings.pooling) for tokens in batch.queries])
+    documents = torch.stack([embed(model, tokens, sink, settings.pooling) for tokens in batch.documents])
+    temperature: float | Tensor = settings.temperature
+    if model.log_temperature is not None:
+        temperature = model.log_temperature[0].exp()
+    return contrastive_loss(queries, documents, batch, settings, temperature)
+
+
+def contrastive_loss(
+    queries: Tensor, documents: Tensor, batch: PairBatch, settings: RepresentConfig, temperature: float | Tensor
+) -> Tensor:
+    """The loss by its definition, one query at a time, each against a list of its own negatives."""
+    losses = []
+    for width in settings.prefixes or (queries.shape[1],):
+        cosines = F.normalize(queries[:, :width], dim=1) @ F.normalize(documents[:, :width], dim=1).T
+        for row, known in enumerate(batch.positives):
+            best = cosines[row, known[0]]
+
+            def negative(other_row: int, column: int, best: Tensor = best) -> bool:
+                similar = settings.margin is not None and bool(cosines[other_row, column] > best + settings.margin)  # noqa: B023
+                return column not in batch.positives[other_row] and not similar
+
+            others = [cosines[row, c] for c in range(len(documents)) if negative(row, c)]
+            loss = torch.stack([best, *others]).div(temperature).logsumexp(0) - best / temperature
+            if settings.symmetric:
+                others = [cosines[r, known[0]] for r in range(len(queries)) if negative(r, known[0])]
+                back = torch.stack([best, *others]).div(temperature).logsumexp(0) - best / temperature
+                loss = (loss + back) / 2
+            losses.append(loss)
+    return torch.stack(losses).mean()
 
 
 def gradients(model: LBRModel, loss: Tensor) -> Gradients:

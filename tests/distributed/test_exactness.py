@@ -1,4 +1,4 @@
-"""Distributed equals single process, at 1, 2, 3 and 4 real ZeRO-3 ranks.
+"""Stage 1 on many ranks equals one process, at 1, 2, 3 and 4 real ZeRO-3 ranks; `test_contrastive.py` has stage 2.
 
 Tolerance, float32: the largest error of a gradient is at most 2e-5 of the largest element of that gradient.
 """
@@ -18,7 +18,6 @@ from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfi
 from lbr_dist.data.packing import Sequence
 from lbr_dist.data.targets import LearnData
 from lbr_dist.model.vocabulary import add_vocabulary
-from lbr_dist.represent import load_data as load_pairs
 from tests import tiny
 from tests.configs import tiny_run
 from tests.distributed import on_ranks, single
@@ -116,34 +115,6 @@ def test_a_grown_vocabulary(two_ranks: RankPool, tiny_model: Path, tiny_data: Pa
         assert result["gradients"]["backbone.model.embed_tokens.weight"][sorted(new)].abs().amax(1).min() > 0
 
 
-@pytest.mark.parametrize("pooling", ["bottleneck_last", "bottleneck_mean", "mean"])
-def test_represent_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, pooling: str) -> None:
-    # 11 queries with one hard negative each, on up to 4 ranks: uneven shares, and at 2 and 4 uneven numbers of chunks
-    represent = RepresentConfig(
-        batch_pairs=11,
-        hard_negatives=1,
-        chunk_tokens=72,
-        pooling=pooling,  # type: ignore[arg-type]
-    )
-    config = tiny_run(tmp_path, tiny_model, tiny_data, represent=represent)
-    model, tokenizer = single.model_of(config)
-    batch = load_pairs(config, tokenizer).batch(represent, step=0, seed=5)
-    assert batch.masked.shape == (11, len(batch.documents))
-    loss = single.represent_loss(model, batch, tokenizer.sink_id, represent.temperature, pooling)
-    expected = single.gradients(model, loss)
-    results = pool.run(on_ranks.represent_gradients, config=config, batch=batch)
-    filled = [result["filled"] for result in results]
-    assert max(filled) > 1, "one chunk alone has no cache to test"
-    if pool.world_size in (2, 4):
-        assert min(filled) < max(filled), "every rank has as many chunks: lockstep is not tested"
-    for result in results:
-        assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-        # the text's own states come before the bottleneck, which they never see
-        assert_same(result["gradients"], expected, without=("bottleneck",) if pooling == "mean" else ())
-        assert sorted(result["reduced"]) == sorted(set(result["reduced"])), "a gradient was reduced more than once"
-        assert len(result["reduced"]) == len(expected), "a gradient was never reduced"
-
-
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "variational bottleneck": {"bottleneck": "reinject", "kl_weight": 0.3},
     "z-loss": {"bottleneck": "mask", "z_loss": 0.01},
@@ -169,37 +140,20 @@ def test_objective(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("stage", ["learn", "represent"])
-def test_adapters(pool: RankPool, tiny_data: Path, tmp_path: Path, stage: str, tied: bool) -> None:
+def test_adapters(pool: RankPool, tiny_data: Path, tmp_path: Path, tied: bool) -> None:
     """With LoRA the gradients of adapters and bottleneck are exact, and nothing else has one."""
     base = tiny.write_model(tmp_path / "base", tied=tied)
     lora = LoraConfig(rank=3, alpha=6.0)
     config = tiny_run(tmp_path, base, tiny_data, model=dataclasses.replace(_model(base, 4), lora=lora))
     model, tokenizer = single.model_of(config)
     single.stir(model.named_parameters())
-    if stage == "learn":
-        sequences = learn_batch(tokenizer, config.learn, 4)
-        loss = single.learn_loss(model, sequences, tokenizer.sink_id, config.learn)
-        results = pool.run(on_ranks.learn_gradients, config=config, sequences=sequences)
-    else:
-        batch = load_pairs(config, tokenizer).batch(config.represent, step=0, seed=5)
-        loss = single.represent_loss(model, batch, tokenizer.sink_id, 0.05, "bottleneck_last")
-        results = pool.run(on_ranks.represent_gradients, config=config, batch=batch)
+    sequences = learn_batch(tokenizer, config.learn, 4)
+    loss = single.learn_loss(model, sequences, tokenizer.sink_id, config.learn)
     expected = single.gradients(model, loss)
     assert len(expected) == 1 + 2 * 2 * len(lora.targets)  # the bottleneck, and A and B in each of two layers
-    for result in results:
+    for result in pool.run(on_ranks.learn_gradients, config=config, sequences=sequences):
         assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert_same(result["gradients"], expected)
-
-
-def test_rows_there_and_back(pool: RankPool) -> None:
-    counts = [3, 0, 2, 1][: pool.world_size]
-    places = torch.arange(float(sum(counts)))[:, None].repeat(1, 3)
-    factor = sum(range(1, pool.world_size + 1))
-    expected = torch.cat([torch.full((n, 3), float(rank)) for rank, n in enumerate(counts)])
-    for rank, (gathered, reduced) in enumerate(pool.run(on_ranks.rows_and_back, counts=counts)):
-        assert torch.equal(gathered, expected)
-        assert torch.equal(reduced, (places * factor).split(counts)[rank])
 
 
 def _model(base: Path, k: int) -> ModelConfig:

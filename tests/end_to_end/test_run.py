@@ -58,7 +58,7 @@ def test_metrics_interface(finished: tuple[Path, Path, str]) -> None:
     metrics = json.loads((finished[1] / "report" / "metrics.json").read_text())
     assert metrics["domain"] == "tiny"
     assert metrics["world_size"] == 2 and metrics["zero_stage"] == 3
-    assert metrics["seconds"] > 1 and metrics["peak_rss_bytes"] > 2 * 2**27
+    assert metrics["seconds"] > 1 and metrics["peak_memory_bytes"] > 2 * 2**27
     assert metrics["num_queries"] == 16 and metrics["num_documents"] == 96
     assert set(metrics["systems"]) == {"bm25", "base", "learn", "lbr"}
     for values in metrics["systems"].values():

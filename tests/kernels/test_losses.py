@@ -1,4 +1,4 @@
-"""Both losses against their references, values and gradients."""
+"""Cross-entropy against its reference, values and gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lbr_dist.kernels.cross_entropy import linear_cross_entropy, reference_cross_entropy
-from lbr_dist.kernels.infonce import info_nce, reference_info_nce
 
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (9, 4), (33, 512), (0, 4)])
@@ -73,37 +72,6 @@ def test_cross_entropy_without_gradient_keeps_none() -> None:
     hidden, head = torch.randn(5, 8), torch.randn(11, 8)
     loss, _ = linear_cross_entropy(hidden, head, torch.arange(5), torch.zeros(5, dtype=torch.int64), torch.ones(1))
     assert not loss.requires_grad
-
-
-@pytest.mark.parametrize("tile", [1, 3, 100])
-def test_info_nce(tile: int) -> None:
-    generator = torch.Generator().manual_seed(3)
-    queries = torch.randn(7, 16, generator=generator, requires_grad=True)
-    documents = torch.randn(12, 16, generator=generator, requires_grad=True)
-    positives = torch.tensor([3, 0, 11, 5, 5, 2, 7])
-    masked = torch.rand(7, 12, generator=generator) < 0.3
-    masked[torch.arange(7), positives] = False
-    assert masked.any()
-    loss, correct = info_nce(queries, documents, positives, masked, 0.05, tile)
-    expected = reference_info_nce(queries, documents, positives, masked, 0.05)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    for ours, truth in zip(
-        torch.autograd.grad(loss, (queries, documents)),
-        torch.autograd.grad(expected, (queries, documents)),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
-    similarity = torch.nn.functional.cosine_similarity(queries[:, None], documents[None], dim=2)
-    best = similarity.masked_fill(masked, -2.0).argmax(1)
-    assert int(correct) == int((best == positives).sum())
-
-
-def test_info_nce_without_queries_has_a_graph() -> None:
-    queries = torch.zeros(0, 4, requires_grad=True)
-    documents = torch.randn(3, 4, requires_grad=True)
-    loss, correct = info_nce(queries, documents, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3).bool(), 0.05)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert documents.grad is not None and documents.grad.abs().max() == 0 and int(correct) == 0
 
 
 LIGER = """

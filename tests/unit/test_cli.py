@@ -70,7 +70,7 @@ KEYS = {
     ),
     "wrong type": ("learn.steps: many", r'config.yaml:\d+: .*"learn.steps".*many'),
     "not a choice": ("learn.bottleneck: masc", r'config.yaml:\d+: .*"learn.bottleneck".*masc'),
-    "out of range": ("represent.temperature: 0", r"represent.temperature: found 0.*expected a positive number"),
+    "out of range": ("represent.temperature: 0", r"represent.temperature: found 0.*expected a finite number above 0"),
     "at odds": (
         "model.bottleneck_tokens: 0",
         r"represent.pooling: found 'bottleneck_last' with model.bottleneck_tokens 0",

@@ -64,7 +64,7 @@ METRICS: dict[str, Any] = {
     "world_size": 4,
     "zero_stage": 3,
     "seconds": 5400.0,
-    "peak_rss_bytes": 3 * 2**30,
+    "peak_memory_bytes": 3 * 2**30,
     "num_queries": 250,
     "num_documents": 12345,
     # not in the page's order

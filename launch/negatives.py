@@ -1,0 +1,171 @@
+"""`lbr data negatives`: its options, what is refused before a model is loaded, and its ranks."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lbr_dist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from lbr_dist.data.candidates import Candidates
+    from lbr_dist.mining_work import MiningSettings
+
+Say = Callable[[str], None]
+
+MARGIN_PERCENT = 0.95
+_WEEK_MINUTES = 7 * 24 * 60
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options, with their reasons in docs/negatives.md."""
+    add = parser.add_argument
+    add("--pairs", type=Path, required=True, help="training pairs, in any format that a run reads")
+    add("--documents", type=Path, required=True, help="the corpus that negatives are taken from")
+    add("--out", type=Path, required=True, help="FILE.jsonl: the pairs with their negatives")
+    add("--with", dest="miner", choices=("model", "bm25"), help="default: model, if there is --model")
+    add("--model", type=Path, help="a model of ours, a sentence-transformers folder, or a causal LM")
+    add("--index", choices=("exact", "ivf"), default="exact", help="ivf: faiss, faster in a large corpus, not exact")
+    add("--negatives", type=int, default=8, help="for each pair, at most")
+    add("--first", type=int, default=1, help="rank of the first candidate that may be taken")
+    add("--last", type=int, default=100, help="rank of the last one")
+    percent = f"keep what scores at most this share of the positive (default {MARGIN_PERCENT}; BM25: no margin)"
+    add("--margin-percent", type=float, help=percent)
+    add("--margin-absolute", type=float, help="keep what scores at least so much less than the positive")
+    add("--sample", choices=("top", "random"), default="top", help="which of what is kept")
+    add("--seed", type=int, default=0, help="of --sample random")
+    add("--bm25-tokens", choices=("words", "characters"), default="words")
+    add("--chunk-tokens", type=int, default=8192, help="tokens that run at a time")
+    add("--ranks", type=int, help="processes to start here (default: one a GPU, or one a core where memory allows)")
+    add("--threads", type=int, default=1, help="threads of a rank on a CPU")
+
+
+def run(args: argparse.Namespace, say: Say) -> None:
+    """Mine: in this process, on ranks of our own, or as one rank of many under torchrun.
+
+    Raises:
+        ConfigError, DataError, ModelError, LaunchError: before a model is loaded or a rank started, where it can be.
+    """
+    from lbr_dist.data.candidates import Candidates
+    from lbr_dist.launch import preflight
+    from lbr_dist.mining_work import MiningSettings
+
+    gpus = preflight.count_gpus()
+    miner: Literal["model", "bm25"] = args.miner or ("model" if args.model else "bm25")
+    if args.miner is None and args.model is None:
+        raise ConfigError("--model: found none, expected a model folder, or --with bm25.")
+    margin = args.margin_percent
+    if margin is None and args.margin_absolute is None and miner == "model":
+        margin = MARGIN_PERCENT
+    settings = MiningSettings(
+        pairs=str(args.pairs),
+        documents=str(args.documents),
+        out=str(args.out),
+        model=str(args.model) if args.model and miner == "model" else None,
+        miner=miner,
+        index=args.index,
+        negatives=args.negatives,
+        first=args.first,
+        last=args.last,
+        margin_percent=margin,
+        margin_absolute=args.margin_absolute,
+        sample=args.sample,
+        seed=args.seed,
+        bm25_tokens=args.bm25_tokens,
+        chunk_tokens=args.chunk_tokens,
+        threads=args.threads,
+        device="cuda" if gpus else "cpu",
+    )
+    is_rank = "RANK" in os.environ
+    preflight.check_mining(settings)
+    ranks = 0 if is_rank else preflight.check_mining_ranks(settings, args.ranks, gpus)
+    candidates = Candidates.read(settings.pairs, settings.documents, say if _is_first() else lambda _: None)
+    most = candidates.most_candidates()
+    if most < settings.first:
+        raise DataError(
+            f"{settings.documents}: found {most} candidates for the pair with most, beside the documents that answer "
+            f"it, expected at least {settings.first} (--first). Bring more documents."
+        )
+    if args.ranks is None:
+        # a rank without a unit of its own would only load the model
+        texts = candidates.texts if settings.model else candidates.pairs
+        ranks = min(ranks, math.ceil(len(texts) / settings.unit))
+    if is_rank:
+        _run_as_rank(settings, candidates, say)
+    else:
+        _run_here(settings, candidates, ranks, say)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+# ---- ranks --------------------------------------------------------------------------------------------------------
+
+
+def _run_here(settings: MiningSettings, candidates: Candidates, ranks: int, say: Say) -> None:
+    from lbr_dist.data.whole_folder import locked
+    from lbr_dist.mining_work import SETTINGS, clean, prepare
+
+    settings.work.mkdir(parents=True, exist_ok=True)
+    with locked(settings.work / "lock", say):
+        prepare(settings, say)
+        if ranks > 1:
+            from lbr_dist.launch.ranks import run_stage
+
+            run_stage("negatives", settings.work / SETTINGS, ranks, settings.work / "logs")
+        else:
+            import torch
+
+            from lbr_dist.distributed import Ranks
+            from lbr_dist.launch.worker import quiet_libraries
+            from lbr_dist.negatives import mine
+
+            quiet_libraries()
+            mine(settings, candidates, Ranks(0, 1, 0, torch.device(settings.device)), say)
+        clean(settings)
+
+
+def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> None:
+    """One rank of torchrun's; the first one makes the work folder and removes it."""
+    import torch.distributed as dist
+
+    from lbr_dist import distributed
+    from lbr_dist.launch.worker import quiet_libraries
+    from lbr_dist.mining_work import clean, prepare
+    from lbr_dist.negatives import mine
+
+    # ranks wait for the slowest one, which may be hours behind in a large corpus
+    ranks = distributed.start(_WEEK_MINUTES)
+    quiet_libraries()
+    try:
+        if ranks.is_first:
+            prepare(settings, say)
+        dist.barrier()
+        mine(settings, candidates, ranks, say)
+        dist.barrier()
+        if ranks.is_first:
+            clean(settings)
+    finally:
+        distributed.stop()
+
+
+def run_rank(settings_path: Path, say: Say) -> None:
+    """One rank of our own launcher's, whose parent has prepared the work folder and will remove it."""
+    from lbr_dist import distributed
+    from lbr_dist.data.candidates import Candidates
+    from lbr_dist.launch.worker import quiet_libraries
+    from lbr_dist.mining_work import read_settings
+    from lbr_dist.negatives import mine
+
+    settings = read_settings(settings_path)
+    ranks = distributed.start(_WEEK_MINUTES)
+    quiet_libraries()
+    try:
+        mine(settings, Candidates.read(settings.pairs, settings.documents), ranks, say)
+    finally:
+        distributed.stop()

@@ -1,0 +1,499 @@
+"""The planner of stage 2: how a step is cut into chunks and how many graphs it keeps, from the memory there is.
+
+    memory    shards, gathered parameters, gradients, optimizer, graphs, cache, loss: of one rank, at the step's peak
+    traffic   bytes that one rank receives, in the sense of `traffic.Traffic`, inside a node and between nodes
+    seconds   products at an assumed share of the peak; gathers run beside them, the rest of the traffic does not
+
+The trainer asks `StepPlanner.kept` for every step; `lbr plan` prints the whole `StepPlan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lbr_dist.config import RunConfig
+from lbr_dist.distributed import Ranks, largest
+from lbr_dist.errors import ConfigError
+from lbr_dist.plan_machine import MACHINES, Cluster, Machine, available_memory
+from lbr_dist.plan_model import GraphBytes, ModelSizes, Parameter, graph_bytes, model_sizes
+
+if TYPE_CHECKING:
+    from lbr_dist.engine import Engine
+
+HEADROOM = 0.9
+"""Share of the device's memory that is planned with; the rest is the allocator's, the kernels' and NCCL's."""
+
+SUB_GROUP = 10**9
+"""Elements that DeepSpeed's optimizer updates at a time: their gradients are float32 meanwhile."""
+
+LOSS_TILE, LOSS_TILES = 1024, 3
+"""The loss holds so many tiles of so many queries by documents; see kernels/infonce_tiles.py."""
+
+FEWEST_CHUNK_TOKENS = 4096
+"""A planned chunk has at least so many tokens, which keep a device's matrix products busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A global batch, by its means. Lengths have sink and bottleneck in them."""
+
+    pairs: int
+    documents: int
+    """At most: pairs and their hard negatives; a document that stands in a batch twice is embedded once."""
+
+    query_tokens: float
+    document_tokens: float
+
+    @property
+    def tokens(self) -> int:
+        return math.ceil(self.pairs * self.query_tokens + self.documents * self.document_tokens)
+
+    @property
+    def squares(self) -> float:
+        """The sum of the squared lengths, which attention costs; at least, since lengths vary."""
+        return self.pairs * self.query_tokens**2 + self.documents * self.document_tokens**2
+
+    def of(self, pairs: int) -> Batch:
+        """As many texts a pair and tokens a text, but so many pairs."""
+        return dataclasses.replace(self, pairs=pairs, documents=math.ceil(self.documents / self.pairs * pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """What one rank receives."""
+
+    within: float = 0.0
+    between: float = 0.0
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.within + other.within, self.between + other.between)
+
+    def __mul__(self, times: float) -> Bytes:
+        return Bytes(self.within * times, self.between * times)
+
+    @property
+    def total(self) -> float:
+        return self.within + self.between
+
+    def seconds(self, machine: Machine) -> float:
+        """Both links carry their bytes at the same time."""
+        return max(self.within / machine.within, self.between / machine.between)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A step of one rank."""
+
+    chunk_tokens: int
+    chunks: int
+    """Of a rank."""
+
+    kept: int
+    """Chunks whose graphs are kept."""
+
+    tokens: int
+    """Of a rank."""
+
+    resident: bool
+    """Whether gathered parameters stay whole until the step's end."""
+
+    memory: dict[str, int]
+    """Bytes on the device by kind, at the peak."""
+
+    host: int
+    """Bytes that are offloaded to the host or its disk."""
+
+    flops: float
+    """Of a rank."""
+
+    gathers: float
+    """How often the model's parameters are gathered."""
+
+    traffic: dict[str, Bytes]
+    seconds: dict[str, float]
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def limit(self) -> str:
+        """What the step spends most of its time on."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+
+class StepPlanner:
+    """Plans the steps of stage 2. The plans of all ranks are alike where its arguments are.
+
+    Args:
+        config: the run.
+        sizes: the model's parameters.
+        graph: what a graph keeps of a token.
+        cluster: the ranks and their devices.
+        budget: bytes of a device that may be used.
+
+    Raises:
+        ConfigError: not even one chunk fits; names what would.
+    """
+
+    def __init__(
+        self, config: RunConfig, sizes: ModelSizes, graph: GraphBytes, cluster: Cluster, budget: float
+    ) -> None:
+        self.config, self.sizes, self.graph, self.cluster, self.budget = config, sizes, graph, cluster, budget
+        self.item = int(getattr(torch, config.model.dtype).itemsize)
+        self.longest = 1 + max(config.data.max_query_tokens, config.data.max_document_tokens)
+        self.longest += config.model.bottleneck_tokens
+        represent = config.represent
+        pairs = represent.batch_pairs
+        extra = 1 + config.model.bottleneck_tokens
+        self.batch = Batch(
+            pairs,
+            pairs * (1 + represent.hard_negatives),
+            config.data.max_query_tokens + extra,
+            config.data.max_document_tokens + extra,
+        )
+        self.chunk_tokens = represent.chunk_tokens or self._planned_chunk()
+        self.check()
+
+    @staticmethod
+    def for_stage(config: RunConfig, engine: Engine, ranks: Ranks) -> StepPlanner:
+        """The trainer's: memory is measured, and every rank plans with the least of all ranks.
+
+        Raises:
+            ConfigError: see the class.
+        """
+        folder = Path(config.model.base)  # stage 1 changes no shape but the vocabulary's, by a few rows
+        sizes = model_sizes(config.model, folder)
+        on_gpu = ranks.device.type == "cuda"
+        extra = 1 + config.model.bottleneck_tokens
+        longest = [config.data.max_query_tokens + extra, config.data.max_document_tokens + extra]
+        graph = graph_bytes(config.model, folder, "cuda" if on_gpu else "cpu", longest)
+        memory = available_memory(ranks.device, ranks.local_world_size)
+        if not on_gpu:  # what is free, and what the engine has taken already
+            memory += sum(StepPlanner.standing(config, sizes, ranks.world_size)[0].values())
+        least = -largest([-memory], ranks)[0]
+        cluster = Cluster(Machine.of(ranks.device), ranks.world_size, ranks.local_world_size)
+        return StepPlanner(config, sizes, graph, cluster, HEADROOM * least)
+
+    # ---- memory ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def standing(config: RunConfig, sizes: ModelSizes, ranks: int) -> tuple[dict[str, int], int]:
+        """Bytes that a rank holds between steps: on the device by kind, and offloaded."""
+        engine, item = config.engine, int(getattr(torch, config.model.dtype).itemsize)
+        shards = item * sum(math.ceil(p.elements / ranks) for p in sizes.parameters)
+        trained = sum(math.ceil(p.elements / ranks) for p in sizes.parameters if p.trained)
+        optimizer, gradients = 12 * trained, item * trained
+        whole = item * sum(p.elements for p in sizes.parameters if _stays(p, config))
+        host = shards if engine.offload_parameters != "none" else 0
+        on_device = {
+            "parameters: shards": shards - host,
+            "parameters: always whole": whole,
+            "optimizer: master weights and two moments": optimizer,
+            "gradients: shards": gradients,
+            "gradients: reduction buffer": item * engine.reduce_elements,
+        }
+        if engine.offload_optimizer != "none":
+            host += optimizer + gradients
+            on_device |= {"optimizer: master weights and two moments": 0, "gradients: shards": 0}
+        return on_device, host
+
+    @property
+    def resident(self) -> bool:
+        """Whether gathered parameters stay whole until the step's end: where `engine.live_elements` allows it."""
+        return self._gathered_elements() <= self.config.engine.live_elements
+
+    def _gathered_elements(self, *parts: str) -> int:
+        ranks = self.cluster.ranks
+        return sum(
+            math.ceil(p.elements / ranks) * ranks
+            for p in self.sizes.used
+            if not _stays(p, self.config) and (not parts or p.part in parts)
+        )
+
+    def _whole(self) -> int:
+        """Bytes of the parameters that are gathered at a time."""
+        everything = self._gathered_elements()
+        biggest = max(self.sizes.layer, self.sizes.elements("embedding"))
+        return self.item * min(everything, max(self.config.engine.live_elements, biggest) + biggest)
+
+    def memory(self, tokens: Sequence[int], kept: int, batch: Batch) -> dict[str, int]:
+        """Bytes of a rank by kind, at the step's peak: when the last kept graph is built, or the largest is run again.
+
+        Args:
+            tokens: of each chunk.
+            kept: graphs of the first so many chunks are kept.
+            batch: the global batch, for the representations.
+        """
+        held, _ = self.standing(self.config, self.sizes, self.cluster.ranks)
+        local = self.item * sum(p.elements for p in self.sizes.used if p.trained)
+        replayed = max((self.graph.graph(t) for t in tokens[kept:]), default=0)
+        graphs = sum(self.graph.graph(t) for t in tokens[:kept])
+        running = self.graph.running(max(tokens))
+        rows = math.ceil((batch.pairs + batch.documents) / self.cluster.ranks)
+        width = 4 * self.sizes.hidden
+        step = {
+            "parameters: gathered": self._whole(),
+            "gradients: whole, of all chunks": local,
+            "activations: kept graphs, or the one that runs again": max(graphs, replayed),
+            "activations: the layer that runs": running,
+            "gradient cache": rows * width,
+            "representations": rows * width,
+            "loss: all documents, their gradients, tiles": 2 * batch.documents * width
+            + 4 * LOSS_TILES * min(LOSS_TILE, batch.documents) * min(LOSS_TILE, batch.pairs),
+        }
+        # after the last chunk: gradients are copied out of the way a bucket, or a large parameter, at a time, and the
+        # optimizer has float32 gradients of a group
+        trained = [p.elements for p in self.sizes.parameters if p.trained]
+        bucket = self.item * max(self.config.engine.reduce_elements, *trained)
+        group = 4 * min(SUB_GROUP, math.ceil(sum(trained) / self.cluster.ranks))
+        end = max(local + self._whole() + bucket, 0 if self.config.engine.offload_optimizer != "none" else group)
+        step["reduction and optimizer, beyond that"] = max(0, end - sum(step.values()))
+        return {**held, **step}
+
+    def kept(self, tokens: Sequence[int]) -> int:
+        """How many of a rank's chunks, from the first on, keep their graphs: the most that fit, at least one.
+
+        Args:
+            tokens: of each chunk, the most of any rank; the same on every rank, and so is the result.
+        """
+        wanted = self.config.represent.keep_graphs
+        if wanted != "auto":
+            return min(wanted, len(tokens))
+        room = self.budget - sum(self.memory(tokens, 0, self.batch).values())
+        used = max((self.graph.graph(t) for t in tokens), default=0)  # is in that already
+        room, kept = room + used, 0
+        for count in tokens:
+            room -= self.graph.graph(count)
+            if room < 0:
+                break
+            kept += 1
+        return max(1, kept)
+
+    def _fits(self, chunk: int) -> bool:
+        return sum(self.memory([chunk], 1, self.batch).values()) <= self.budget
+
+    def _planned_chunk(self) -> int:
+        """Tokens whose products take as long as a gather of the parameters; fewer where they don't fit."""
+        hidden = self._gather().seconds(self.cluster.machine) / self._forward_seconds_a_token()
+        # parameters that stay are gathered once: nothing needs to be hidden behind a chunk
+        target = FEWEST_CHUNK_TOKENS if self.resident else max(FEWEST_CHUNK_TOKENS, hidden)
+        most = math.ceil(self.batch.tokens / self.cluster.ranks)
+        chunk = max(self.longest, min(math.ceil(target / 1024) * 1024, max(most, self.longest)))
+        while chunk > self.longest and not self._fits(chunk):
+            chunk = max(self.longest, chunk // 2)
+        return chunk
+
+    def check(self) -> None:
+        """Raises ConfigError, with what would fit, where one chunk does not."""
+        if self._fits(self.chunk_tokens):
+            return
+        needed = sum(self.memory([self.chunk_tokens], 1, self.batch).values())
+        found = [text for text in self._ways_out() if text]
+        ways = "; ".join(found) if found else "no single change would do: take a smaller model, or more of the above"
+        raise ConfigError(
+            f"represent.chunk_tokens: a step with one chunk of {self.chunk_tokens:,} tokens needs {_gib(needed)} on each "
+            f"of {self.cluster.ranks} ranks, {_gib(self.budget)} may be used. What would fit: {ways}."
+        )
+
+    def _ways_out(self) -> list[str]:
+        def fits(chunk: int | None = None, ranks: int | None = None, graph: GraphBytes | None = None, **engine: str) -> bool:
+            other = object.__new__(StepPlanner)
+            other.__dict__.update(self.__dict__)
+            if engine:
+                other.config = dataclasses.replace(
+                    self.config, engine=dataclasses.replace(self.config.engine, **engine)  # type: ignore[arg-type]
+                )
+            other.graph = graph or self.graph
+            other.cluster = dataclasses.replace(self.cluster, ranks=ranks or self.cluster.ranks)
+            return other._fits(chunk or self.chunk_tokens)
+
+        smaller = next(
+            (c for c in _halves(self.chunk_tokens, self.longest) if fits(chunk=c)),
+            None,
+        )
+        more = next((self.cluster.ranks * 2**i for i in range(1, 11) if fits(ranks=self.cluster.ranks * 2**i)), None)
+        checkpointed = dataclasses.replace(self.graph, checkpointed=True)
+        recompute = not self.graph.checkpointed and fits(graph=checkpointed)
+        offload = self.config.engine.offload_optimizer == "none" and fits(offload_optimizer="cpu")
+        return [
+            f"represent.chunk_tokens {smaller}" if smaller else "",
+            "model.activation_checkpointing true" if recompute else "",
+            f"{more} ranks" if more else "",
+            "engine.offload_optimizer cpu" if offload else "",
+        ]
+
+    # ---- traffic --------------------------------------------------------------------------------------------------
+
+    def _spread(self, nbytes: float) -> Bytes:
+        """Of `nbytes` gathered or scattered over all ranks, what one rank receives."""
+        share, local = nbytes / self.cluster.ranks, self.cluster.ranks_per_node
+        return Bytes(share * (local - 1), share * (self.cluster.ranks - local))
+
+    def _gather(self, *parts: str) -> Bytes:
+        return self._spread(self.item * self._gathered_elements(*parts))
+
+    def _gather_again(self) -> Bytes:
+        """Of the layers, what a recomputation has let go when the backward pass comes to it."""
+        ending = sum(p.elements for p in self.sizes.used if p.ends_layer and not _stays(p, self.config))
+        return self._spread(self.item * (self._gathered_elements("layer") - ending))
+
+    def _gathers(self, chunks: int, kept: int) -> tuple[int, int, int]:
+        """How often a step gathers: for a forward pass, for a backward pass, and the layers of a checkpointed one
+        once more. DeepSpeed records the order of the modules; where a step departs from the record (a second backward
+        pass in a row), what is recomputed is let go and gathered again."""
+        if self.resident:
+            return 1, 0, 0
+        forwards, backwards = chunks + (chunks - kept), chunks
+        again = 0
+        if self.graph.checkpointed:
+            remembers = self.config.engine.live_elements >= self.sizes.layer
+            again = chunks if not remembers else 0 if kept == 1 else kept
+        return forwards, backwards, again
+
+    def traffic(self, chunks: int, kept: int, batch: Batch, most_rows: int | None = None) -> dict[str, Bytes]:
+        """Bytes that a rank receives in a step.
+
+        Args:
+            chunks: of a rank.
+            kept: of them keep their graphs.
+            batch: the global batch.
+            most_rows: documents of the rank with the most; evenly shared where not given.
+        """
+        forwards, backwards, again = self._gathers(chunks, kept)
+        ranks, item = self.cluster.ranks, self.item
+        trained = sum(math.ceil(p.elements / ranks) * ranks for p in self.sizes.used if p.trained)
+        after = sum(math.ceil(p.elements / ranks) * ranks for p in self.sizes.parameters if _stays(p, self.config))
+        symmetric = self.config.represent.symmetric
+        shared = batch.documents + (batch.pairs if symmetric else 0)
+        rows = ranks * (most_rows or math.ceil(shared / ranks)) * 4 * self.sizes.hidden
+        # forward and backward alike: one collective each way
+        backward_parts = self._gather() if self._embeds_back() else self._gather("layer", "other")
+        return {
+            "parameters": self._gather() * forwards
+            + backward_parts * backwards
+            + self._gather_again() * again
+            + self._spread(item * after),
+            "gradients": self._spread(item * trained),
+            "representations": self._exchange(rows) * 2,
+            # agreement on the batch, unusable rows, four sums; and a norm of each parameter group, twice
+            "counts and norms": self._spread(8 * (2 + 1 + 4 + 2 * 3)) * 2,
+        }
+
+    def _embeds_back(self) -> bool:
+        return any(p.trained for p in self.sizes.parameters if p.part == "embedding")
+
+    def _exchange(self, nbytes: float) -> Bytes:
+        """One way of the representations; see `exchange.Exchange`."""
+        ranks, local, route = self.cluster.ranks, self.cluster.ranks_per_node, self.config.represent.exchange
+        even = ranks % local == 0
+        if not (even and (route == "two_level" or (route == "auto" and 1 < local < ranks))):
+            return self._spread(nbytes)
+        nodes = ranks // local
+        return Bytes(nbytes / local * (local - 1), nbytes / local / nodes * (nodes - 1))
+
+    # ---- time -----------------------------------------------------------------------------------------------------
+
+    def _forward_seconds_a_token(self) -> float:
+        return 2 * self.sizes.products / self.cluster.machine.rate
+
+    def plan(self, batch: Batch | None = None) -> StepPlan:
+        """The step of a batch, every chunk as full as the others.
+
+        Raises:
+            ConfigError: the batch's representations and one graph don't fit.
+        """
+        batch = batch or self.batch
+        represent, machine, ranks = self.config.represent, self.cluster.machine, self.cluster.ranks
+        tokens = math.ceil(batch.tokens / ranks)
+        chunks = max(1, math.ceil(tokens / self.chunk_tokens))
+        each = [math.ceil(tokens / chunks)] * chunks
+        saved, self.batch = self.batch, batch
+        kept = self.kept(each)
+        self.batch = saved
+        memory = self.memory(each, kept, batch)
+        if sum(memory.values()) > self.budget:
+            raise ConfigError(
+                f"represent.batch_pairs: a step of {batch.pairs:,} pairs needs {_gib(sum(memory.values()))} on each of "
+                f"{ranks} ranks, {_gib(self.budget)} may be used. {self._largest_words(batch)}"
+            )
+        attention = 2 * self.sizes.layers * self.sizes.attention_width * batch.squares / ranks
+        forward = 2 * self.sizes.products * tokens + attention
+        trained = sum(p.elements for p in self.sizes.parameters if p.part == "layer" and p.matrix and p.trained)
+        back = forward * (1 + trained / self.sizes.products) + (forward if self.graph.checkpointed else 0)
+        loss = 8 * (batch.pairs / ranks) * batch.documents * self.sizes.hidden * (2 if represent.symmetric else 1)
+        replay = forward * (chunks - kept) / chunks
+        traffic = self.traffic(chunks, kept, batch)
+        forwards, backwards, again = self._gathers(chunks, kept)
+        gather, layers = self._gather().seconds(machine), self._gather_again().seconds(machine)
+        a_forward, a_backward = forward / chunks / machine.rate, back / chunks / machine.rate
+        bare = max(0.0, gather - a_forward) * forwards
+        bare += max(0.0, gather + layers * again / chunks - a_backward) * backwards
+        shard = 32 * sum(p.elements for p in self.sizes.parameters if p.trained) / ranks
+        offloaded = self.config.engine.offload_optimizer != "none"
+        seconds = {
+            "matrix products": (forward + back + replay) / machine.rate,
+            "loss": loss / machine.rate,
+            "gathers that the products don't hide": bare,
+            "reduction of the gradients": traffic["gradients"].seconds(machine),
+            "exchange of the representations": traffic["representations"].seconds(machine),
+            "optimizer": shard / (machine.host_bandwidth if offloaded else machine.bandwidth),
+        }
+        return StepPlan(
+            self.chunk_tokens,
+            chunks,
+            kept,
+            tokens,
+            self.resident,
+            memory,
+            self.standing(self.config, self.sizes, ranks)[1],
+            forward + back + replay + loss,
+            forwards + backwards + again * layers / gather if gather else 0.0,
+            traffic,
+            seconds,
+        )
+
+    def largest_batch(self, batch: Batch) -> int:
+        """Pairs of the largest batch that fits, one graph kept; 0 where none does."""
+
+        def fits(pairs: int) -> bool:
+            other = batch.of(pairs)
+            tokens = math.ceil(other.tokens / self.cluster.ranks)
+            chunks = max(1, math.ceil(tokens / self.chunk_tokens))
+            return sum(self.memory([math.ceil(tokens / chunks)] * min(chunks, 2), 1, other).values()) <= self.budget
+
+        low, high = 0, 1
+        while high < 2**40 and fits(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _largest_words(self, batch: Batch) -> str:
+        pairs = self.largest_batch(batch)
+        return f"At most {pairs:,} pairs fit." if pairs > 1 else "No batch fits: lower represent.chunk_tokens."
+
+
+def _stays(parameter: Parameter, config: RunConfig) -> bool:
+    """Whether a parameter is whole on every rank all the time."""
+    return parameter.elements <= config.engine.persistence_threshold
+
+
+def _halves(value: int, least: int) -> list[int]:
+    found = []
+    while value > least:
+        value = max(least, value // 2)
+        found.append(value)
+    return found
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"

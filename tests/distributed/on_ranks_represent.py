@@ -1,0 +1,129 @@
+"""What the tests of stage 2 run on every rank of a pool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lbr_dist import represent
+from lbr_dist.config import RunConfig
+from lbr_dist.data.pairs import PairBatch
+from lbr_dist.distributed import Ranks
+from lbr_dist.engine import Engine
+from lbr_dist.errors import RefusedStep, TrainingError
+from lbr_dist.exchange import Exchange, Route
+from lbr_dist.represent import ContrastiveStep
+from lbr_dist.traffic import Traffic
+from tests.distributed import single
+from tests.distributed.on_ranks import count_reductions, gradients, open_engine
+
+Break = Callable[[], Callable[[], None]]
+"""Breaks a rule of exactness, and returns what mends it."""
+
+
+def represent_gradients(
+    ranks: Ranks,
+    config: RunConfig,
+    batches: list[PairBatch],
+    local_world_size: int | None = None,
+    broken: Break | None = None,
+) -> dict[str, Any]:
+    """Stage 2's gradient of one step, its logged values, and the parameters reduced."""
+    if local_world_size is not None:
+        ranks = replace(ranks, local_world_size=local_world_size, traffic=Traffic(local_world_size))
+    engine, tokenizer = open_engine(ranks, config, "represent")
+    engine.train()
+    single.stir(engine.model.named_parameters())
+    reduced = count_reductions(engine)
+    step = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
+    ranks.traffic.take()
+    mend = broken() if broken else lambda: None
+    try:
+        values = step.accumulate(batches, "key")
+    finally:
+        mend()
+    result = {"values": values, "gradients": gradients(engine), "reduced": reduced, "traffic": ranks.traffic.take()}
+    engine.close()
+    return result
+
+
+def refused(ranks: Ranks, config: RunConfig, batch: PairBatch, value: float | None) -> tuple[str, dict[str, Any]]:
+    """The message of a step in which the last rank's first representation is `value`, and the gradient of the next
+    step; with None the first step is left out."""
+    engine, tokenizer = open_engine(ranks, config, "represent")
+    engine.train()
+    step = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
+    message = ""
+    if value is not None:
+        original = Engine.__call__
+
+        def spoiled(self: Engine, *args: Any, **kwargs: Any) -> Any:
+            vectors = original(self, *args, **kwargs)
+            if ranks.rank == ranks.world_size - 1:
+                vectors = torch.cat([torch.full_like(vectors[:1], value), vectors[1:]])
+            return vectors
+
+        Engine.__call__ = spoiled  # type: ignore[method-assign]
+        try:
+            step.accumulate([batch], "key")
+        except RefusedStep as error:
+            message = str(error)
+        finally:
+            Engine.__call__ = original  # type: ignore[method-assign]
+        engine.discard()
+    step.accumulate([batch], "key")
+    found = gradients(engine)
+    engine.close()
+    return message, found
+
+
+def disagree(ranks: Ranks, config: RunConfig, batch: PairBatch) -> str:
+    """The message of a step for which one rank has another batch."""
+    engine, tokenizer = open_engine(ranks, config, "represent")
+    step = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
+    if ranks.rank == 1:
+        batch = replace(batch, queries=batch.queries[::-1])
+    try:
+        step.accumulate([batch], "key")
+    except TrainingError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return ""
+
+
+def there_and_back(
+    ranks: Ranks, counts: list[int], local_world_size: int, route: Route
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Gathered rows that say their rank, a reduced gradient that counts, and the bytes that came from other nodes."""
+    ranks = replace(ranks, local_world_size=local_world_size, traffic=Traffic(local_world_size))
+    exchange = Exchange(ranks, route)
+    gathered = exchange.gather(torch.full((counts[ranks.rank], 3), float(ranks.rank)), counts)
+    gradient = torch.arange(float(sum(counts)))[:, None].repeat(1, 3) * (ranks.rank + 1)
+    reduced = exchange.reduce(gradient, counts)
+    return gathered, reduced, sum(count.between for count in ranks.traffic.take().values())
+
+
+def stage(ranks: Ranks, config: RunConfig, spoil: int = -1) -> bool:
+    """Run the whole stage; in the step of number `spoil` one rank's representations are not numbers."""
+    original = ContrastiveStep.accumulate
+
+    def accumulate(self: ContrastiveStep, batches: list[PairBatch], key: str) -> dict[str, float]:
+        call = Engine.__call__
+        if key.endswith(f"/{spoil}") and ranks.rank == 1:
+            Engine.__call__ = lambda *args, **kwargs: call(*args, **kwargs) * math.nan  # type: ignore[method-assign]
+        try:
+            return original(self, batches, key)
+        finally:
+            Engine.__call__ = call  # type: ignore[method-assign]
+
+    ContrastiveStep.accumulate = accumulate  # type: ignore[method-assign]
+    try:
+        represent.represent(config, ranks)
+    finally:
+        ContrastiveStep.accumulate = original  # type: ignore[method-assign]
+    return True
