@@ -7,8 +7,9 @@ A model of two layers, d = 128, on texts of 6 to 10 random tokens and 2 bottlene
 one step is taken above what the process holds before the batch is made. What must be held is counted beside it, for
 each pair of the global batch on one rank: float32 representations of the rank's own texts, those of all documents, and
 a gradient for each; the batch's token ids as it comes, and as they lie in packed rows. The slope of a line through the
-measured peaks is what a pair costs. The target: at most 1.5 times what is counted; a similarity matrix in float32 would
-take 16 GiB at 65,536 pairs. Appends to benchmarks/results/ and draws batch_memory.png there.
+measured peaks is what a pair costs: the same at every size, since nothing of queries by documents is held. Above what
+is counted are copies that live side by side, and Python's own lists. A float32 similarity matrix would take 16 GiB at
+65,536 pairs. Appends to benchmarks/results/ and draws batch_memory.png there.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ needs), sentence-transformers and GradCache, each at the `--mini-batches` that a
 `--one-pass-pairs` pairs, which fit: ours in one pass with every graph kept, as planned, and with a single graph kept.
 
 The systems take turns; the figure is the median over all steps but the first of every turn, a step as slow as its
-slower rank. `cpu s` is the processor time of a step, which a busy machine changes less. Targets: at most 0.75 of either library's time; as planned at most 1.05, with a single graph at most 1.35
-of the time of one pass. Appends to benchmarks/results/.
+slower rank. `cpu s` is the processor time of a step, which a busy machine changes less. Targets: at most 0.75 of either
+library's time; as planned at most 1.05, with a single graph at most 1.35 of the time of one pass. Appends to
+benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -109,6 +110,20 @@ def excluded_columns(
     return _padded(row[owner], found, scored)
 
 
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 is multiplied in float32, whatever else the process allows: no tf32, no bfloat16."""
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
 # ---- the dense truth
 
 
@@ -153,7 +168,7 @@ def reference_info_nce(
     positives = positives[:, None] if positives.ndim == 1 else positives
     known, scored = _known(positives, len(documents), query_ids, document_ids), positives[:, 0]
     results, rows = [], torch.arange(len(queries), device=queries.device)
-    with torch.autocast(queries.device.type, enabled=False):
+    with torch.autocast(queries.device.type, enabled=False), _full_precision():
         for width in _widths(prefixes, queries):
             q, d = (x[:, :width].to(torch.promote_types(x.dtype, torch.float32)) for x in (queries, documents))
             result = _dense(q, d, scored, known, temperature, margin)
@@ -169,7 +184,8 @@ def reference_info_nce(
 
 def _inverse_norms(rows: Tensor) -> Tensor:
     wide = torch.promote_types(rows.dtype, torch.float32)
-    return torch.linalg.vector_norm(rows, dim=1, dtype=wide).clamp_min_(EPS).reciprocal_()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    return norms.clamp_min_(EPS).reciprocal_()
 
 
 def _through_norm_(gradient: Tensor, rows: Tensor, inverse: Tensor, factor: Tensor, tile: int) -> Tensor:
@@ -212,7 +228,8 @@ class _InfoNCE(torch.autograd.Function):
             positive[part] = dots * of_queries[part] * of_documents[chosen] / value
         limits = None if margin is None else positive + margin / value
         problem = Problem(queries, documents, of_queries / value, of_documents, positives, excluded, limits, tile)
-        top, others, above = _passes(backend)[0](problem)
+        with _full_precision():
+            top, others, above = _passes(backend)[0](problem)
         # log(1 + exp(others - positive)) keeps its digits where the loss is small
         losses = torch.logaddexp(others - positive, torch.zeros_like(positive))
         saved = (queries, documents, of_queries, of_documents, positives, excluded, limits)
@@ -231,9 +248,9 @@ class _InfoNCE(torch.autograd.Function):
         problem = Problem(
             queries, documents, of_queries / ctx.value, of_documents, positives, excluded, limits, ctx.tile
         )
-        grad_queries, grad_documents = _passes(ctx.backend)[1](
-            problem, logsumexp, pull, wants_queries or wants_temperature, wants_documents, ctx.value
-        )
+        wants = wants_queries or wants_temperature, wants_documents
+        with _full_precision():
+            grad_queries, grad_documents = _passes(ctx.backend)[1](problem, logsumexp, pull, *wants, ctx.value)
         grad_temperature = None
         if grad_queries is not None:
             along = _through_norm_(grad_queries, queries, of_queries, grads[0], ctx.tile)

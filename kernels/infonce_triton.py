@@ -17,8 +17,8 @@ import os
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped, import-not-found]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found]
 from torch import Tensor
 
 from lbr_dist.kernels.infonce_tiles import Problem
@@ -33,7 +33,7 @@ PROGRAMS = 512
 """Programs that forward is cut into where it can: a few for each of a GPU's processors."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _scores(  # type: ignore[no-untyped-def]
     queries, documents, query_scale, document_scale, positives, excluded, limits, rows, columns, q, n,
     width: tl.constexpr, query_stride, document_stride, num_excluded, LIMITED: tl.constexpr, WIDEN: tl.constexpr,
@@ -70,7 +70,7 @@ def _scores(  # type: ignore[no-untyped-def]
     return scores, count
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _statistics(  # type: ignore[no-untyped-def]
     queries, documents, query_scale, document_scale, positives, excluded, limits, tops, totals, counts, q, n,
     width: tl.constexpr, query_stride, document_stride, num_excluded, share, LIMITED: tl.constexpr,
@@ -100,7 +100,7 @@ def _statistics(  # type: ignore[no-untyped-def]
     tl.store(counts + place, count, mask=rows < q)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _weights(  # type: ignore[no-untyped-def]
     queries, documents, query_scale, document_scale, positives, excluded, limits, logsumexp, pull, weights,
     first_row, first_column, last_row, last_column, q, n, width: tl.constexpr, query_stride, document_stride,
@@ -126,7 +126,7 @@ def _weights(  # type: ignore[no-untyped-def]
     tl.store(weights + place, gradient.to(weights.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _accumulate(  # type: ignore[no-untyped-def]
     gradient, weights, others, scale, length, depth, width: tl.constexpr, row_stride, depth_stride, other_stride,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -155,25 +155,37 @@ def _accumulate(  # type: ignore[no-untyped-def]
     tl.store(place, tl.load(place, mask=inside, other=0.0) + sums / divisor[:, None], mask=inside)
 
 
-def _prepared(p: Problem) -> tuple[Problem, dict[str, Any]]:
-    """Rows with their elements side by side, and what all kernels are compiled for."""
-    dtype = p.queries.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or p.documents.dtype != dtype:
-        raise ValueError(
-            f"backend 'triton': found {dtype} queries and {p.documents.dtype} documents, expected both in float32, "
-            "bfloat16 or float16; use 'tiles'"
-        )
-    queries, documents = (x if x.stride(1) == 1 else x.contiguous() for x in (p.queries, p.documents))
-    p = p._replace(queries=queries, documents=documents, excluded=p.excluded.contiguous())
+def _settings(dtype: torch.dtype) -> dict[str, Any]:
+    """What the kernels are compiled for with rows of this dtype."""
     # Triton's interpreter multiplies the bits of bfloat16 as integers
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    settings: dict[str, Any] = {
+    return {
         "WIDEN": dtype == torch.float16 or (interpreted and dtype == torch.bfloat16),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "num_warps": 8,
         "num_stages": 3 if dtype == torch.bfloat16 else 2,
     }
-    return p, settings
+
+
+def _depth(dtype: torch.dtype) -> int:
+    """Multiply-adds of a step of a product: 128 bytes of every row."""
+    return 128 // dtype.itemsize
+
+
+def _weight_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _contiguous(p: Problem) -> Problem:
+    """Elements of a row side by side, as the kernels read them."""
+    found = p.queries.dtype, p.documents.dtype
+    if found[0] != found[1] or found[0] not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"backend 'triton': found {found[0]} queries and {found[1]} documents, expected both in float32, "
+            "bfloat16 or float16; use 'tiles'"
+        )
+    queries, documents = (x if x.stride(1) == 1 else x.contiguous() for x in (p.queries, p.documents))
+    return p._replace(queries=queries, documents=documents, excluded=p.excluded.contiguous())
 
 
 def _arguments(p: Problem) -> tuple[Any, ...]:
@@ -192,19 +204,14 @@ def _sizes(p: Problem) -> dict[str, Any]:
         "LIMITED": p.limits is not None,
         "BLOCK_Q": BLOCK,
         "BLOCK_N": BLOCK,
-        "BLOCK_D": _depth(p),
+        "BLOCK_D": _depth(p.queries.dtype),
     }
-
-
-def _depth(p: Problem) -> int:
-    """Multiply-adds of a step of a product: 128 bytes of every row."""
-    return 128 // p.queries.element_size()
 
 
 def triton_statistics(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """What `tile_statistics` gives."""
     q, n = len(p.queries), len(p.documents)
-    p, settings = _prepared(p)
+    p, settings = _contiguous(p), _settings(p.queries.dtype)
     blocks = triton.cdiv(q, BLOCK)
     shares = max(1, min(PROGRAMS // max(blocks, 1), triton.cdiv(n, BLOCK)))
     share = triton.cdiv(triton.cdiv(n, BLOCK), shares) * BLOCK
@@ -220,17 +227,16 @@ def triton_gradients(
     p: Problem, logsumexp: Tensor, pull: Tensor, of_queries: bool, of_documents: bool, temperature: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """What `tile_gradients` gives."""
-    p, settings = _prepared(p)
+    p, settings = _contiguous(p), _settings(p.queries.dtype)
     (q, width), n, device = p.queries.shape, len(p.documents), p.queries.device
     grad_queries = torch.zeros(q, width, dtype=torch.float32, device=device) if of_queries else None
     grad_documents = torch.zeros(n, width, dtype=torch.float32, device=device) if of_documents else None
-    dtype = torch.bfloat16 if p.queries.dtype == torch.bfloat16 else torch.float32
-    scratch = torch.empty(min(q, PANEL) * min(n, PANEL), dtype=dtype, device=device)
+    scratch = torch.empty(min(q, PANEL) * min(n, PANEL), dtype=_weight_dtype(p.queries.dtype), device=device)
 
     def accumulate(gradient: Tensor, weights: Tensor, others: Tensor, scale: Tensor) -> None:
         grid = triton.cdiv(len(gradient), BLOCK), triton.cdiv(width, BLOCK)
         strides = weights.stride(0), weights.stride(1), others.stride(0)
-        blocks = {"BLOCK_M": BLOCK, "BLOCK_W": BLOCK, "BLOCK_K": _depth(p)}
+        blocks = {"BLOCK_M": BLOCK, "BLOCK_W": BLOCK, "BLOCK_K": _depth(p.queries.dtype)}
         _accumulate[grid](gradient, weights, others, scale, *weights.shape, width, *strides, **blocks, **settings)
 
     for start in range(0, q, PANEL):

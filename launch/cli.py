@@ -59,8 +59,12 @@ def _train(config: RunConfig, wanted: Sequence[str]) -> bool:
         )
     todo = tuple(stage for stage in stages if not _finished(config, stage))
     is_rank = "RANK" in os.environ  # under torchrun: this process is a rank already
-    ranks = 0 if is_rank else preflight.check_ranks(config, preflight.count_gpus())
-    if "learn" in todo and os.environ.get("LOCAL_RANK", "0") == "0":
+    gpus = preflight.count_gpus()
+    ranks = int(os.environ["WORLD_SIZE"]) if is_rank else preflight.check_ranks(config, gpus)
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    if "represent" in todo and first_here:
+        preflight.check_plan(config, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), gpus)
+    if "learn" in todo and first_here:
         preflight.check_text(config, _say)
     resolved = config.run_path / "config.yaml"
     if is_rank:

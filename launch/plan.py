@@ -12,8 +12,9 @@ from lbr_dist.errors import ConfigError, LbrError
 
 if TYPE_CHECKING:
     from lbr_dist.config import RunConfig
-    from lbr_dist.plan import Batch, StepPlan, StepPlanner
+    from lbr_dist.plan import StepPlanner
     from lbr_dist.plan_machine import Machine
+    from lbr_dist.plan_step import Batch, StepPlan
 
 GPUS = ("a100-80g", "b200", "cpu", "h100", "h200")
 SAMPLE = 512
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--within-gbs", type=float, help="GB/s that a rank receives from its node")
     parser.add_argument("--between-gbs", type=float, help="GB/s that a rank receives from other nodes")
     parser.add_argument("--query-tokens", type=float, help="mean tokens of a query; default: measured on the data")
-    parser.add_argument("--document-tokens", type=float, help="mean tokens of a document; default: measured on the data")
+    parser.add_argument(
+        "--document-tokens", type=float, help="mean tokens of a document; default: measured on the data"
+    )
 
 
 def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None]) -> None:
@@ -54,7 +57,9 @@ def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None])
     folder = Path(config.model.base)
     sizes = model_sizes(config.model, folder)
     batch, lengths = _batch(config, args)
-    typical = [round(batch.query_tokens)] * 8 + [round(batch.document_tokens)] * round(8 * batch.documents / batch.pairs)
+    typical = [round(batch.query_tokens)] * 8 + [round(batch.document_tokens)] * round(
+        8 * batch.documents / batch.pairs
+    )
     graph = graph_bytes(config.model, folder, "cpu" if args.gpu == "cpu" else "cuda", typical)
 
     def planner(nodes: int) -> StepPlanner:
@@ -65,7 +70,7 @@ def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None])
     plan = here.plan(batch)
     ranks = here.cluster.ranks
     say(f"model      {sizes.elements() / 1e9:.2f}e9 parameters, {_trained(here)}; sizes from {sizes.source}")
-    say(f"cluster    {args.nodes} x {args.gpus_per_node} {machine.name}, {budget / GIB:.1f} GiB of a device to plan with")
+    say(f"cluster    {args.nodes} x {args.gpus_per_node} {machine.name}, {budget / GIB:.1f} GiB each to plan with")
     say(f"batch      {batch.pairs:,} pairs, up to {batch.documents:,} documents, {batch.tokens:,} tokens; {lengths}")
     say(f"\nA step of one rank of {ranks}\n  {_shape(plan, config)}")
     say("\nMemory at the peak (GiB)")
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None])
     say(f"\nTime (s); {plan.flops / 1e12:,.0f} TFLOP a rank")
     for name, seconds in plan.seconds.items():
         say(f"  {name:<41}{seconds:>15.3f}")
-    rate = batch.pairs / plan.step_seconds
+    rate = config.represent.grad_accum * batch.pairs / plan.step_seconds
     say(f"  {'in all':<41}{plan.step_seconds:>15.3f}   {rate:,.0f} pairs a second; limit: {plan.limit}")
     say(f"\nThe largest batch that fits: {here.largest_batch(batch):,} pairs, one graph kept")
     say("\n" + _scaling(planner, batch, args.nodes))
@@ -110,7 +115,7 @@ def _machine(args: argparse.Namespace) -> Machine:
 
 def _batch(config: RunConfig, args: argparse.Namespace) -> tuple[Batch, str]:
     """The batch by its means, and where its lengths come from."""
-    from lbr_dist.plan import Batch
+    from lbr_dist.plan_step import Batch
 
     data, represent = config.data, config.represent
     means, source = _measured(config)
@@ -166,6 +171,8 @@ def _shape(plan: StepPlan, config: RunConfig) -> str:
     kept = "all graphs kept: one pass" if plan.kept == plan.chunks else f"{plan.kept} graphs kept"
     whole = "gathered once, whole until the step's end" if plan.resident else f"gathered {plan.gathers:.1f} times"
     chunks = f"{plan.chunks} chunk{'s' if plan.chunks > 1 else ''}"
+    if config.represent.grad_accum > 1:
+        chunks = f"{config.represent.grad_accum} batches, each of {chunks}"
     return f"{chunks} of up to {plan.chunk_tokens:,} tokens{planned}, {kept}; parameters {whole}"
 
 
@@ -173,9 +180,7 @@ def _scaling(planner: Callable[[int], StepPlanner], batch: Batch, nodes: int) ->
     """Tables of 1 to 128 nodes: the batch growing with the nodes, and the same batch for all."""
     lines = []
     for title, grows in (("Weak scaling: pairs grow with the nodes", True), ("Strong scaling: the same batch", False)):
-        lines.append(
-            f"{title}\n   nodes      pairs   chunks   kept   step (s)   pairs/s/node   between (GB)   limit"
-        )
+        lines.append(f"{title}\n   nodes      pairs   chunks   kept   step (s)   pairs/s/node   between (GB)   limit")
         for count in (1, 2, 4, 8, 16, 32, 64, 128):
             pairs = max(2, batch.pairs * count // nodes) if grows else batch.pairs
             row = f"{count:>8}{pairs:>11,}"
@@ -196,19 +201,19 @@ def _scaling(planner: Callable[[int], StepPlanner], batch: Batch, nodes: int) ->
 def _assumptions(planner: StepPlanner, machine: Machine, args: argparse.Namespace) -> str:
     from lbr_dist.plan import HEADROOM
 
-    live = planner.config.engine.live_elements
+    live, used = planner.config.engine.live_elements, planner.sizes.elements("layer", "embedding", "other")
     lines = [
-        f"matrix products reach {machine.efficiency:.0%} of {machine.flops / 1e12:,.0f} TFLOP/s (--efficiency, --tflops)",
+        f"products reach {machine.efficiency:.0%} of {machine.flops / 1e12:,.1f} TFLOP/s (--efficiency, --tflops)",
         f"a rank receives {machine.within / 1e9:g} GB/s inside its node and {machine.between / 1e9:g} GB/s from others "
         "(--within-gbs, --between-gbs), each rank its own copy over its own link",
         "gathers run beside the products; reduction, exchange and optimizer don't",
-        "every rank has as many tokens and documents, no document stands in a batch twice, all texts are of mean length",
+        "every rank has as many tokens and documents, no document stands in a batch twice, all texts are alike",
     ]
     if not args.memory_gib:
         lines.append(f"{HEADROOM:.0%} of a device's memory can be used (--memory-gib)")
     if not planner.resident:
         lines.append(
-            f"engine.live_elements is {live:,}: fewer than the {planner.sizes.elements('layer', 'embedding', 'other'):,} "
-            "that a pass uses, so every pass gathers them again; set it higher to keep them whole during a step"
+            f"engine.live_elements is {live:,}, fewer than the {used:,} of a pass: every pass gathers them anew, and "
+            "up to engine.prefetch_elements and one parameter for nothing; higher, they stay whole during a step"
         )
     return "Assumed\n" + "\n".join(f"  - {line}" for line in lines)

@@ -9,6 +9,7 @@ import ctypes.util
 import importlib.util
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,38 @@ def check_mining_ranks(settings: MiningSettings, wanted: int | None, gpus: int) 
     if wanted > max(1, fitting):
         raise LaunchError(f"--ranks: found {wanted}, this machine has room for {fitting} ranks with this model.")
     return wanted
+
+
+# ---- the plan of stage 2 -------------------------------------------------------------------------------------------
+
+
+def check_plan(config: RunConfig, ranks: int, local_ranks: int, gpus: int) -> None:
+    """Refuse a step of stage 2 that does not fit into the memory of its ranks, before stage 1 has run for days.
+
+    Raises:
+        ConfigError: names the nearest plans that fit.
+    """
+    memory = _gpu_bytes() if gpus else _available_bytes() // local_ranks
+    if not config.represent.steps or memory is None:
+        return
+    from lbr_dist.plan import HEADROOM, StepPlanner
+    from lbr_dist.plan_machine import MACHINES, Cluster
+    from lbr_dist.plan_model import graph_bytes, model_sizes
+
+    base = Path(config.model.base)
+    extra = 1 + config.model.bottleneck_tokens
+    lengths = [config.data.max_query_tokens + extra, config.data.max_document_tokens + extra]
+    graph = graph_bytes(config.model, base, "cuda" if gpus else "cpu", lengths)
+    # the kind of GPU decides how long a step takes, not whether it fits
+    cluster = Cluster(MACHINES["h100" if gpus else "cpu"], ranks, local_ranks)
+    StepPlanner(config, model_sizes(config.model, base), graph, cluster, HEADROOM * memory)
+
+
+def _gpu_bytes() -> int | None:
+    """The memory of the smallest GPU, asked of nvidia-smi: torch would take a part of it; None where it can't say."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        return min(int(line) for line in answer.split()) * 2**20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None

@@ -22,20 +22,22 @@ from torch import Tensor
 from lbr_dist.data.packing import PackedRow
 from lbr_dist.engine import Engine
 
+ChunkOf = Callable[[int], PackedRow]
 BuildCache = Callable[[Tensor], Tensor]
 """From the representations of all chunks of this rank, ``[sequences, d]`` float32 and detached, to the gradient of
 the global loss for them. It holds the collectives."""
 
 
 def forward_backward(
-    engine: Engine, chunks: list[PackedRow], kept: int, build_cache: BuildCache, key: str, **options: object
+    engine: Engine, chunk: ChunkOf, count: int, kept: int, build_cache: BuildCache, key: str, **options: object
 ) -> None:
     """Accumulate the gradient of a loss over the representations of all chunks of all ranks.
 
     Args:
         engine: an `LBRModel` under ZeRO-3.
-        chunks: this rank's; their number is the same on every rank.
-        kept: how many chunks, from the first on, keep their graphs; the same on every rank.
+        chunk: lays this rank's chunk of a number out, in both passes: all of them at once would need memory.
+        count: how many there are; the same on every rank.
+        kept: how many of them, from the first on, keep their graphs; the same on every rank.
         build_cache: the loss.
         key: names what dropout draws: another one for each step and rank.
         options: what the model's `embed` task takes beside the rows.
@@ -44,19 +46,24 @@ def forward_backward(
     def embed(number: int) -> Tensor:
         # both passes of a chunk draw the same dropout, whatever ran between them
         seed_chunk(key, number)
-        representations: Tensor = engine(chunks[number], task="embed", **options)
+        representations: Tensor = engine(chunk(number), task="embed", **options)
         return representations
 
-    replayed = range(kept, len(chunks))
+    replayed = range(kept, count)
     with torch.no_grad():
         without_graph = [embed(number) for number in replayed]
-    with_graph = [embed(number) for number in range(kept)]
-    every = [representations.detach() for representations in (*with_graph, *without_graph)]
-    cache = build_cache(torch.cat(every)).split([len(representations) for representations in every])
+    with_graph: list[Tensor | None] = [embed(number) for number in range(kept)]
+    every = [r.detach() for r in (*with_graph, *without_graph) if r is not None]
+    sizes = [len(representations) for representations in every]
+    whole = torch.cat(every)
+    del every, without_graph
+    cache = build_cache(whole).split(sizes)
     # in the order of the chunks, so that the sums are the same bits however many graphs are kept
     for number in range(kept):
-        engine.backward(surrogate(with_graph[number], cache[number]))
-        with_graph[number] = every[number]  # the graph is no longer needed
+        representations, with_graph[number] = with_graph[number], None
+        assert representations is not None
+        engine.backward(surrogate(representations, cache[number]))
+        del representations  # and its graph
     for number in replayed:
         engine.backward(surrogate(embed(number), cache[number]))
 

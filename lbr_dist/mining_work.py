@@ -55,8 +55,8 @@ class MiningSettings:
     """Threads of a rank on a CPU. Not taken from the number of ranks, since sums may depend on it."""
 
     device: str = "cpu"
-    unit: int = 1024
-    """Texts of a file of vectors, pairs of a part: what a killed rank loses at most."""
+    unit: int = 256
+    """Texts of a file of vectors, pairs of a part: what a killed rank loses at most. Larger in large collections."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
@@ -93,6 +93,14 @@ class MiningSettings:
     def beside(self, ending: str) -> Path:
         """A file or folder whose name is that of the result with something behind."""
         return Path(f"{self.out}.{ending}")
+
+    def document_unit(self, count: int) -> int:
+        """Of so many documents: at most 4,096 files."""
+        return max(self.unit, math.ceil(count / 4096))
+
+    def pair_unit(self, count: int) -> int:
+        """Of so many pairs: all vectors are read once for each unit."""
+        return max(self.unit, math.ceil(count / 512))
 
     @property
     def work(self) -> Path:

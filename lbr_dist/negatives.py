@@ -10,7 +10,6 @@ what all have made. Which documents may be negatives at all is in data/candidate
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
@@ -32,7 +31,6 @@ from lbr_dist.errors import DataError
 from lbr_dist.mining_index import Ivf, Search, Vectors, bm25_search, build_ivf, model_search
 from lbr_dist.mining_work import MiningSettings, Progress, Say
 
-_MOST_UNITS = 4096
 _LOW_RECALL = 0.9
 
 
@@ -57,7 +55,7 @@ def mine(settings: MiningSettings, candidates: Candidates, ranks: Ranks, say: Sa
             search = bm25_search(candidates, settings.bm25_tokens)
         else:
             search, index = _model_search(settings, candidates, ranks, tell)
-        units = _units(len(candidates.pairs), settings.unit)
+        units = _units(len(candidates.pairs), settings.pair_unit(len(candidates.pairs)))
         mine_here = range(len(units))[share(len(units), ranks.rank, ranks.world_size)]
         todo = [number for number in mine_here if not _part(settings, number).exists()]
         progress = Progress(tell, "searched", "pairs", sum(len(units[number]) for number in todo))
@@ -91,10 +89,10 @@ def _model_search(
     settings: MiningSettings, candidates: Candidates, ranks: Ranks, tell: Say
 ) -> tuple[Search, dict[str, Any]]:
     """Encode what no start before has encoded, all ranks together; then the search, and what is known of its index."""
-    count = len(candidates.texts)
-    documents = Vectors(settings.work, "documents", count, max(settings.unit, math.ceil(count / _MOST_UNITS)))
-    queries = Vectors(settings.work, "queries", len(candidates.pairs), settings.unit)
-    _encode(settings, ranks, tell, (documents, candidates.texts), (queries, [p.query for p in candidates.pairs]))
+    texts, asked = candidates.texts, [pair.query for pair in candidates.pairs]
+    documents = Vectors(settings.work, "documents", len(texts), settings.document_unit(len(texts)))
+    queries = Vectors(settings.work, "queries", len(asked), settings.pair_unit(len(asked)))
+    _encode(settings, ranks, tell, (documents, texts), (queries, asked))
     _barrier(ranks)
     if settings.index == "exact":
         return model_search(candidates, documents, queries, None, ranks.device), {}
@@ -123,7 +121,9 @@ def _encode(settings: MiningSettings, ranks: Ranks, tell: Say, *work: tuple[Vect
     """Write this rank's units of each set of vectors: documents first, then queries."""
     todo = []
     for vectors, texts in work:
-        numbers = range(vectors.num_units)[share(vectors.num_units, ranks.rank, ranks.world_size)]
+        # queries from the last rank on: what is left over of documents and of queries goes to different ranks
+        rank = ranks.rank if vectors.name == "documents" else ranks.world_size - 1 - ranks.rank
+        numbers = range(vectors.num_units)[share(vectors.num_units, rank, ranks.world_size)]
         todo += [(vectors, texts, number) for number in numbers if not vectors.path(number).exists()]
     if not todo:
         return
@@ -191,7 +191,7 @@ def _join(
     if not negatives:
         raise DataError(
             f"{settings.pairs}: found no negative for any of the {pairs:,} pairs ({_dropped(counts)}), expected some. "
-            "Widen the margin or the window."
+            f"Widen the margin or the window, and delete {settings.work}, which is of the former ones."
         )
     companion = settings.beside("documents.jsonl")
     if candidates.brought:

@@ -9,23 +9,20 @@ The trainer asks `StepPlanner.kept` for every step; `lbr plan` prints the whole 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from lbr_dist.config import RunConfig
 from lbr_dist.distributed import Ranks, largest
 from lbr_dist.errors import ConfigError
-from lbr_dist.plan_machine import MACHINES, Cluster, Machine, available_memory
+from lbr_dist.plan_machine import Cluster, Machine, available_memory
 from lbr_dist.plan_model import GraphBytes, ModelSizes, Parameter, graph_bytes, model_sizes
-
-if TYPE_CHECKING:
-    from lbr_dist.engine import Engine
+from lbr_dist.plan_step import Batch, Bytes, StepPlan
 
 HEADROOM = 0.9
 """Share of the device's memory that is planned with; the rest is the allocator's, the kernels' and NCCL's."""
@@ -38,95 +35,6 @@ LOSS_TILE, LOSS_TILES = 1024, 3
 
 FEWEST_CHUNK_TOKENS = 4096
 """A planned chunk has at least so many tokens, which keep a device's matrix products busy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A global batch, by its means. Lengths have sink and bottleneck in them."""
-
-    pairs: int
-    documents: int
-    """At most: pairs and their hard negatives; a document that stands in a batch twice is embedded once."""
-
-    query_tokens: float
-    document_tokens: float
-
-    @property
-    def tokens(self) -> int:
-        return math.ceil(self.pairs * self.query_tokens + self.documents * self.document_tokens)
-
-    @property
-    def squares(self) -> float:
-        """The sum of the squared lengths, which attention costs; at least, since lengths vary."""
-        return self.pairs * self.query_tokens**2 + self.documents * self.document_tokens**2
-
-    def of(self, pairs: int) -> Batch:
-        """As many texts a pair and tokens a text, but so many pairs."""
-        return dataclasses.replace(self, pairs=pairs, documents=math.ceil(self.documents / self.pairs * pairs))
-
-
-@dataclass(frozen=True, slots=True)
-class Bytes:
-    """What one rank receives."""
-
-    within: float = 0.0
-    between: float = 0.0
-
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.within + other.within, self.between + other.between)
-
-    def __mul__(self, times: float) -> Bytes:
-        return Bytes(self.within * times, self.between * times)
-
-    @property
-    def total(self) -> float:
-        return self.within + self.between
-
-    def seconds(self, machine: Machine) -> float:
-        """Both links carry their bytes at the same time."""
-        return max(self.within / machine.within, self.between / machine.between)
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """A step of one rank."""
-
-    chunk_tokens: int
-    chunks: int
-    """Of a rank."""
-
-    kept: int
-    """Chunks whose graphs are kept."""
-
-    tokens: int
-    """Of a rank."""
-
-    resident: bool
-    """Whether gathered parameters stay whole until the step's end."""
-
-    memory: dict[str, int]
-    """Bytes on the device by kind, at the peak."""
-
-    host: int
-    """Bytes that are offloaded to the host or its disk."""
-
-    flops: float
-    """Of a rank."""
-
-    gathers: float
-    """How often the model's parameters are gathered."""
-
-    traffic: dict[str, Bytes]
-    seconds: dict[str, float]
-
-    @property
-    def step_seconds(self) -> float:
-        return sum(self.seconds.values())
-
-    @property
-    def limit(self) -> str:
-        """What the step spends most of its time on."""
-        return max(self.seconds, key=lambda name: self.seconds[name])
 
 
 class StepPlanner:
@@ -163,7 +71,7 @@ class StepPlanner:
         self.check()
 
     @staticmethod
-    def for_stage(config: RunConfig, engine: Engine, ranks: Ranks) -> StepPlanner:
+    def for_stage(config: RunConfig, ranks: Ranks) -> StepPlanner:
         """The trainer's: memory is measured, and every rank plans with the least of all ranks.
 
         Raises:
@@ -258,16 +166,17 @@ class StepPlanner:
         step["reduction and optimizer, beyond that"] = max(0, end - sum(step.values()))
         return {**held, **step}
 
-    def kept(self, tokens: Sequence[int]) -> int:
+    def kept(self, tokens: Sequence[int], batch: Batch | None = None) -> int:
         """How many of a rank's chunks, from the first on, keep their graphs: the most that fit, at least one.
 
         Args:
             tokens: of each chunk, the most of any rank; the same on every rank, and so is the result.
+            batch: the global batch where it is not the config's.
         """
         wanted = self.config.represent.keep_graphs
         if wanted != "auto":
             return min(wanted, len(tokens))
-        room = self.budget - sum(self.memory(tokens, 0, self.batch).values())
+        room = self.budget - sum(self.memory(tokens, 0, batch or self.batch).values())
         used = max((self.graph.graph(t) for t in tokens), default=0)  # is in that already
         room, kept = room + used, 0
         for count in tokens:
@@ -299,17 +208,19 @@ class StepPlanner:
         found = [text for text in self._ways_out() if text]
         ways = "; ".join(found) if found else "no single change would do: take a smaller model, or more of the above"
         raise ConfigError(
-            f"represent.chunk_tokens: a step with one chunk of {self.chunk_tokens:,} tokens needs {_gib(needed)} on each "
-            f"of {self.cluster.ranks} ranks, {_gib(self.budget)} may be used. What would fit: {ways}."
+            f"represent.chunk_tokens: a step with one chunk of {self.chunk_tokens:,} tokens needs {_gib(needed)} on "
+            f"each of {self.cluster.ranks} ranks, {_gib(self.budget)} may be used. What would fit: {ways}."
         )
 
     def _ways_out(self) -> list[str]:
-        def fits(chunk: int | None = None, ranks: int | None = None, graph: GraphBytes | None = None, **engine: str) -> bool:
-            other = object.__new__(StepPlanner)
-            other.__dict__.update(self.__dict__)
+        def fits(
+            chunk: int | None = None, ranks: int | None = None, graph: GraphBytes | None = None, **engine: str
+        ) -> bool:
+            other = copy.copy(self)
             if engine:
                 other.config = dataclasses.replace(
-                    self.config, engine=dataclasses.replace(self.config.engine, **engine)  # type: ignore[arg-type]
+                    self.config,
+                    engine=dataclasses.replace(self.config.engine, **engine),  # type: ignore[arg-type]
                 )
             other.graph = graph or self.graph
             other.cluster = dataclasses.replace(self.cluster, ranks=ranks or self.cluster.ranks)
@@ -346,7 +257,7 @@ class StepPlanner:
         return self._spread(self.item * (self._gathered_elements("layer") - ending))
 
     def _gathers(self, chunks: int, kept: int) -> tuple[int, int, int]:
-        """How often a step gathers: for a forward pass, for a backward pass, and the layers of a checkpointed one
+        """How often a batch gathers: for a forward pass, for a backward pass, and the layers of a checkpointed one
         once more. DeepSpeed records the order of the modules; where a step departs from the record (a second backward
         pass in a row), what is recomputed is let go and gathered again."""
         if self.resident:
@@ -359,7 +270,8 @@ class StepPlanner:
         return forwards, backwards, again
 
     def traffic(self, chunks: int, kept: int, batch: Batch, most_rows: int | None = None) -> dict[str, Bytes]:
-        """Bytes that a rank receives in a step.
+        """Bytes that a rank receives in a step. Not among them: what DeepSpeed gathers ahead at the end of a pass and
+        lets go unused, at most `engine.prefetch_elements` and one parameter a pass.
 
         Args:
             chunks: of a rank.
@@ -376,15 +288,14 @@ class StepPlanner:
         rows = ranks * (most_rows or math.ceil(shared / ranks)) * 4 * self.sizes.hidden
         # forward and backward alike: one collective each way
         backward_parts = self._gather() if self._embeds_back() else self._gather("layer", "other")
+        batches = self.config.represent.grad_accum
+        gathers = self._gather() * forwards + backward_parts * backwards + self._gather_again() * again
         return {
-            "parameters": self._gather() * forwards
-            + backward_parts * backwards
-            + self._gather_again() * again
-            + self._spread(item * after),
+            "parameters": gathers * (1 if self.resident else batches) + self._spread(item * after),
             "gradients": self._spread(item * trained),
-            "representations": self._exchange(rows) * 2,
+            "representations": self._exchange(rows) * (2 * batches),
             # agreement on the batch, unusable rows, four sums; and a norm of each parameter group, twice
-            "counts and norms": self._spread(8 * (2 + 1 + 4 + 2 * 3)) * 2,
+            "counts and norms": self._spread(8 * ((2 + 1 + 4) * batches + 2 * 3)) * 2,
         }
 
     def _embeds_back(self) -> bool:
@@ -415,9 +326,7 @@ class StepPlanner:
         tokens = math.ceil(batch.tokens / ranks)
         chunks = max(1, math.ceil(tokens / self.chunk_tokens))
         each = [math.ceil(tokens / chunks)] * chunks
-        saved, self.batch = self.batch, batch
-        kept = self.kept(each)
-        self.batch = saved
+        kept = self.kept(each, batch)
         memory = self.memory(each, kept, batch)
         if sum(memory.values()) > self.budget:
             raise ConfigError(
@@ -436,11 +345,14 @@ class StepPlanner:
         a_forward, a_backward = forward / chunks / machine.rate, back / chunks / machine.rate
         bare = max(0.0, gather - a_forward) * forwards
         bare += max(0.0, gather + layers * again / chunks - a_backward) * backwards
+        batches = represent.grad_accum
+        bare *= 1 if self.resident else batches
+        flops = batches * (forward + back + replay + loss)
         shard = 32 * sum(p.elements for p in self.sizes.parameters if p.trained) / ranks
         offloaded = self.config.engine.offload_optimizer != "none"
         seconds = {
-            "matrix products": (forward + back + replay) / machine.rate,
-            "loss": loss / machine.rate,
+            "matrix products": batches * (forward + back + replay) / machine.rate,
+            "loss": batches * loss / machine.rate,
             "gathers that the products don't hide": bare,
             "reduction of the gradients": traffic["gradients"].seconds(machine),
             "exchange of the representations": traffic["representations"].seconds(machine),
@@ -454,8 +366,8 @@ class StepPlanner:
             self.resident,
             memory,
             self.standing(self.config, self.sizes, ranks)[1],
-            forward + back + replay + loss,
-            forwards + backwards + again * layers / gather if gather else 0.0,
+            flops,
+            (1 if self.resident else batches) * (forwards + backwards + (again * layers / gather if gather else 0.0)),
             traffic,
             seconds,
         )

@@ -24,7 +24,7 @@ from lbr_dist.config import RepresentConfig, RunConfig
 from lbr_dist.config_stages import MIN_TEMPERATURE
 from lbr_dist.contrast import Contrast
 from lbr_dist.data.packing import PackedRow, Sequence, assign_rows, filler, pack_row
-from lbr_dist.data.pairs import PairBatch, Tokens, load_pairs
+from lbr_dist.data.pairs import PairBatch, load_pairs
 from lbr_dist.distributed import Ranks, largest
 from lbr_dist.engine import Engine
 from lbr_dist.errors import TrainingError
@@ -81,7 +81,7 @@ class ContrastiveStep:
         self.engine, self.config, self.sink_id, self.ranks = engine, config, sink_id, ranks
         self.settings: RepresentConfig = config.represent
         self.exchange = Exchange(ranks, self.settings.exchange)
-        self.planner = StepPlanner.for_stage(config, engine, ranks)
+        self.planner = StepPlanner.for_stage(config, ranks)
 
     def accumulate(self, batches: list[PairBatch], key: str) -> dict[str, float]:
         """Accumulate the mean of the batches' gradients, reduced once.
@@ -112,29 +112,28 @@ class ContrastiveStep:
         k, chunk_tokens = self.config.model.bottleneck_tokens, self.planner.chunk_tokens
         plan = share_out(batch, k, chunk_tokens, settings.separate_sides, ranks.world_size)
         kept = self.planner.kept(plan.tokens)
-        texts = batch.texts
-        chunks = [self._row(texts, row).to(ranks.device) for row in plan.rows[ranks.rank]]
+        texts, rows = batch.texts, plan.rows[ranks.rank]
         members = [plan.members(rank) for rank in range(ranks.world_size)]
         contrast = Contrast(batch, members, settings, self.exchange, weight)
+
+        def chunk(number: int) -> PackedRow:
+            if not rows[number]:
+                return filler(k, self.sink_id).to(ranks.device)
+            return pack_row([Sequence(texts[i], k) for i in rows[number]], self.sink_id).to(ranks.device)
+
         scale: Tensor | None = None
         if settings.learn_temperature:
             scale = self.engine(None, task="temperature")
             contrast.temperature = scale.detach().exp().clamp(min=MIN_TEMPERATURE)
         forward_backward(
-            self.engine, chunks, kept, contrast.build_cache, f"{key}/{ranks.rank}", pooling=settings.pooling
+            self.engine, chunk, len(rows), kept, contrast.build_cache, f"{key}/{ranks.rank}", pooling=settings.pooling
         )
-        values = contrast.measured | {"kept_graphs": float(kept), "chunks": float(len(chunks))}
+        values = contrast.measured | {"kept_graphs": float(kept), "chunks": float(len(rows))}
         if scale is not None:
             # d loss / d log t = t * d loss / d t, of this rank's queries; reduced with all other gradients
             self.engine.backward(surrogate(scale, contrast.temperature_gradient * contrast.temperature))
             values["temperature"] = float(contrast.temperature)
         return values
-
-    def _row(self, texts: list[Tokens], members: list[int]) -> PackedRow:
-        k = self.config.model.bottleneck_tokens
-        if not members:
-            return filler(k, self.sink_id)
-        return pack_row([Sequence(texts[i], k) for i in members], self.sink_id, members)
 
     def _check_agreement(self, batches: list[PairBatch]) -> None:
         digests = [batch.digest for batch in batches]

@@ -43,7 +43,7 @@ def main() -> None:
         learn=LearnConfig(bottleneck="none" if plain else "mask", row_tokens=args.row_tokens, max_text_tokens=64),
     )
     tokenizer = TextTokenizer(args.model)
-    engine, _ = load_engine(config, args.model, tokenizer, "learn")
+    engine, _ = load_engine(config, args.model, tokenizer, "learn", ranks)
     engine.train()
     fields = [json.loads(line) for line in args.sequences.read_text(encoding="utf-8").splitlines()]
     sequences = [

@@ -30,7 +30,7 @@ def _digest(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How a pair's negatives are taken from its ranked candidates; NV-Retriever (arXiv 2407.15831), section 3.2."""
+    """How a pair's negatives are taken from its ranked candidates; NV-Retriever (arXiv 2407.15831)."""
 
     negatives: int
     first: int

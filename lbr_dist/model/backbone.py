@@ -143,10 +143,11 @@ def _copy_weights(model: PreTrainedModel, files: WeightFiles) -> None:
         found, expected = files.shape(source), tuple(full_shape(parameters[name]))
         if found != expected:
             raise ModelError(f"{files.folder}: {source} is of shape {found}, its config.json asks for {expected}.")
-    writes = not dist.is_initialized() or dist.get_rank() == 0
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
     for name, source in sources.items():
         with whole(parameters[name], write=True) as value:
-            if writes:
+            # what is sharded is everyone's when the first rank has written it; any other parameter is a rank's own
+            if is_first or not hasattr(parameters[name], "ds_id"):
                 value.copy_(files.read(source))
 
 

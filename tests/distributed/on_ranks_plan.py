@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lbr_dist.config import RunConfig
-from lbr_dist.data.packing import PackedRow
+from lbr_dist.data.packing import PackedRow, Sequence, pack_row
 from lbr_dist.data.pairs import load_pairs
 from lbr_dist.distributed import Ranks
 from lbr_dist.engine import Engine
 from lbr_dist.model.tokens import TextTokenizer
-from lbr_dist.plan import Batch
+from lbr_dist.plan_step import Batch
 from lbr_dist.represent import ContrastiveStep, share_out
 from tests.distributed.on_ranks import open_engine
 
@@ -63,7 +63,7 @@ def measure(ranks: Ranks, config: RunConfig, steps: int = 3) -> dict[str, Any]:
     lengths = [5 + len(text) for text in batch.texts]
     planned = Batch(len(batch.queries), len(batch.documents), 0.0, 0.0)
     standing, _ = step.planner.standing(config, step.planner.sizes, ranks.world_size)
-    chunk = step._row(batch, shared.rows[ranks.rank][0])
+    chunk = pack_row([Sequence(batch.texts[text], 4) for text in shared.rows[ranks.rank][0]], tokenizer.sink_id)
     with engine.accumulate():
         graph = _graph_bytes(engine, chunk)
     result = {
@@ -78,6 +78,8 @@ def measure(ranks: Ranks, config: RunConfig, steps: int = 3) -> dict[str, Any]:
         "graph": graph,
         "tokens": len(chunk.input_ids),
         "lengths": [lengths[text] for text in shared.rows[ranks.rank][0]],
+        "passes": 3 * chunks - kept,
+        "largest": max(p.ds_numel for p in engine.model.parameters()),
         "chunks": chunks,
         "kept": kept,
     }

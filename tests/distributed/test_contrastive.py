@@ -41,6 +41,15 @@ def crowded(batch: PairBatch) -> PairBatch:
     return dataclasses.replace(batch, queries=queries, positives=positives)
 
 
+def sparse(batch: PairBatch) -> PairBatch:
+    """Five texts, no two of which fit a chunk of 30 tokens together: with any other number of ranks than one or five,
+    some have a chunk less to run."""
+    texts = [text for text in batch.texts if 10 <= len(text) <= 25][:5]
+    assert len(texts) == 5
+    names = [str(i) for i in range(5)]
+    return PairBatch(texts[:3], texts[3:], [(0,), (1,), (0,)], names[:3], names[3:])
+
+
 def setting(base: Path, data: Path, folder: Path, model: dict[str, Any], **settings: Any) -> RunConfig:
     """A run with 11 pairs a batch, one hard negative each, in chunks of `ROW` tokens unless told otherwise."""
     defaults: dict[str, Any] = {"batch_pairs": 11, "hard_negatives": 1, "chunk_tokens": ROW, "keep_graphs": 1}
@@ -62,7 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two graphs kept": {"keep_graphs": 2},
     "one pass": {"keep_graphs": 99},
     "everything in one chunk": {"chunk_tokens": 4096},
-    "a text in each chunk": {"chunk_tokens": 30, "keep_graphs": 2},
+    "a rank without a chunk": {"chunk_tokens": 30, "keep_graphs": 2},
     "sides apart": {"separate_sides": True, "keep_graphs": 2},
     "mean of the bottleneck": {"pooling": "bottleneck_mean"},
     "mean of the text": {"pooling": "mean"},
@@ -87,13 +96,14 @@ def test_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: P
     config = setting(tiny_model, tiny_data, tmp_path, {}, **CASES[name])
     settings = config.represent
     model, tokenizer = single.model_of(config)
-    batch = crowded(load_pairs(config, tokenizer).batch(settings, 0, seed=5))
-    assert len(batch.documents) > 15 and min(map(len, batch.texts)) < max(map(len, batch.texts))
+    drawn = load_pairs(config, tokenizer).batch(settings, 0, seed=5)
+    assert len(drawn.documents) > 15 and min(map(len, drawn.texts)) < max(map(len, drawn.texts))
+    batch = sparse(drawn) if name == "a rank without a chunk" else crowded(drawn)
     plan = share_out(batch, 4, settings.chunk_tokens or 0, settings.separate_sides, pool.world_size)
     if settings.chunk_tokens == ROW:
         assert len(plan.tokens) > 2, "too few chunks to need a cache"
-    if name == "a text in each chunk" and pool.world_size in (2, 4):
-        assert min(len(rows[-1]) for rows in plan.rows) == 0, "no rank is short of a chunk: lockstep is not tested"
+    if name == "a rank without a chunk" and pool.world_size > 1:
+        assert min(len(rows[-1]) for rows in plan.rows) == 0, "every rank has as many: lockstep is not tested"
     if settings.margin is not None:
         unmasked = dataclasses.replace(settings, margin=None)
         plain = single.represent_loss(model, batch, tokenizer.sink_id, unmasked)
@@ -225,23 +235,28 @@ def test_the_number_of_kept_graphs_changes_no_bit(
         assert all(torch.equal(other[name], gradient) for name, gradient in found[0].items())
 
 
-@pytest.mark.parametrize(("chunk_tokens", "allowed"), [(4096, 0.02), (72, 0.03), (30, 0.04)])
-def test_bfloat16(
-    two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, chunk_tokens: int, allowed: float
-) -> None:
-    """In bfloat16 the chunks' gradients add up in bfloat16: the error of all gradients together, as a share of their
-    norm, against float32; about 1, 9 and 17 chunks a rank."""
-    exact = setting(tiny_model, tiny_data, tmp_path, {})
+def test_bfloat16(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """In bfloat16 the chunks' gradients add up in bfloat16. The error of all gradients together, as a share of their
+    norm, against float32: at most 0.03, and no more than 1.2 times as much in many chunks as in one."""
+    settings = {"batch_pairs": 80, "hard_negatives": 0}
+    exact = setting(tiny_model, tiny_data, tmp_path, {}, chunk_tokens=30, **settings)
     model, tokenizer = single.model_of(exact)
     with torch.no_grad():  # the weights that bfloat16 can hold, so that only the arithmetic differs
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
     batch = load_pairs(exact, tokenizer).batch(exact.represent, 0, seed=5)
     expected = single.gradients(model, single.represent_loss(model, batch, tokenizer.sink_id, exact.represent))
-    config = setting(tiny_model, tiny_data, tmp_path, {"dtype": "bfloat16"}, chunk_tokens=chunk_tokens)
-    for result in two_ranks.run(on_ranks.represent_gradients, config=config, batches=[batch]):
-        errors = [(result["gradients"][name].float() - gradient).norm() for name, gradient in expected.items()]
-        norms = [gradient.norm() for gradient in expected.values()]
-        error = float(torch.stack(errors).norm() / torch.stack(norms).norm())
-        print(f"chunks {result['values']['chunks']:.0f}: relative error {error:.4f}")
-        assert 0 < error < allowed
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    errors = {}
+    for chunk_tokens in (8192, 300, 60, 30):
+        represent = dataclasses.replace(exact.represent, chunk_tokens=chunk_tokens)
+        config = dataclasses.replace(
+            exact, represent=represent, model=dataclasses.replace(exact.model, dtype="bfloat16")
+        )
+        result = two_ranks.run(on_ranks.represent_gradients, config=config, batches=[batch])[0]
+        differences = [(result["gradients"][name].float() - g).norm() for name, g in expected.items()]
+        errors[result["values"]["chunks"]] = float(torch.stack(differences).norm() / norm)
+    print("chunks of a rank and error:", errors)
+    assert min(errors) == 1 and max(errors) > 40
+    assert 0 < min(errors.values()) and max(errors.values()) < 0.03
+    assert max(errors.values()) < 1.2 * errors[1]

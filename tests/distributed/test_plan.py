@@ -67,25 +67,31 @@ def setting(base: Path, data: Path, folder: Path, engine: dict[str, Any], **mode
         (False, AGAIN, 1),
         (False, AGAIN, 2),
         (False, AGAIN, 99),
-        (False, A_LAYER, 2),
         (True, WHOLE, 2),
         (True, AGAIN, 1),
         (True, AGAIN, 2),
-        (True, A_LAYER, 1),
-        (True, A_LAYER, 2),
-        (True, A_LAYER, 99),
     ],
 )
 def test_traffic(
     two_ranks: RankPool, llama: Path, tiny_data: Path, tmp_path: Path, checkpointed: bool, live: int, kept: int
 ) -> None:
-    # what is gathered ahead at the end of a pass and not used is not planned: it is little beside a real model
-    engine = {"live_elements": live, "prefetch_elements": 500}
+    engine = {"live_elements": live}
     config = setting(llama, tiny_data, tmp_path, engine, kept=kept, activation_checkpointing=checkpointed)
     for found in two_ranks.run(on_ranks.measure, config=config):
         assert found["chunks"] >= 4
         assert found["kept"] == min(kept, found["chunks"])
         assert found["received"] == pytest.approx(found["received, planned"], rel=0.01)
+
+
+@pytest.mark.parametrize(("checkpointed", "kept"), [(False, 2), (True, 1), (True, 2), (True, 99)])
+def test_what_is_gathered_for_nothing_is_bounded(
+    two_ranks: RankPool, llama: Path, tiny_data: Path, tmp_path: Path, checkpointed: bool, kept: int
+) -> None:
+    engine = {"live_elements": A_LAYER, "prefetch_elements": 500}
+    config = setting(llama, tiny_data, tmp_path, engine, kept=kept, activation_checkpointing=checkpointed)
+    for found in two_ranks.run(on_ranks.measure, config=config):
+        ahead = found["passes"] * (500 + found["largest"]) * 4 / 2
+        assert 0.99 * found["received, planned"] <= found["received"] <= found["received, planned"] + ahead
 
 
 @pytest.mark.parametrize("name", ["lora", "always whole", "bfloat16"])
@@ -110,4 +116,5 @@ def test_memory(two_ranks: RankPool, llama: Path, tiny_data: Path, tmp_path: Pat
         for kind in ("shards", "optimizer", "gradients"):
             assert found[kind] == pytest.approx(found[f"{kind}, planned"], rel=0.1), kind
         planned = graph_bytes(config.model, base, "cpu", found["lengths"]).graph(found["tokens"])
-        assert found["graph"] == pytest.approx(planned, rel=0.1)
+        # tighter than what is promised: the probabilities are a twentieth of it
+        assert found["graph"] == pytest.approx(planned, rel=0.02)

@@ -70,6 +70,19 @@ KEYS = {
     ),
     "wrong type": ("learn.steps: many", r'config.yaml:\d+: .*"learn.steps".*many'),
     "not a choice": ("learn.bottleneck: masc", r'config.yaml:\d+: .*"learn.bottleneck".*masc'),
+    "a prefix wider than the vectors": (
+        "represent.prefixes: [8, 999]",
+        r"represent.prefixes: found 999, the vectors of .* have 32 elements",
+    ),
+    "a plan that cannot fit": (
+        "represent.chunk_tokens: 1000000000",
+        r"represent.chunk_tokens: a step with one chunk of 1,000,000,000 tokens needs .* GiB on each of 2 ranks, "
+        r".* may be used. What would fit: represent.chunk_tokens \d+",
+    ),
+    "prefixes that fall": (
+        "represent.prefixes: [16, 8]",
+        r"represent.prefixes: found \(16, 8\), expected widths that rise",
+    ),
     "out of range": ("represent.temperature: 0", r"represent.temperature: found 0.*expected a finite number above 0"),
     "at odds": (
         "model.bottleneck_tokens: 0",

@@ -194,6 +194,7 @@ def test_margins_are_those_of_the_paper(few: Candidates) -> None:
         return [c.score for c in chosen], dropped["margin"]
 
     assert kept(margin_percent=0.75) == ([0.6, 0.5, 0.4], 1)  # at most 0.6
+    assert kept(margin_percent=0.5) == ([0.4], 3)  # exactly at the limit
     assert kept(margin_absolute=0.2) == ([0.6, 0.5, 0.4], 1)
     assert kept(margin_absolute=0.2001) == ([0.5, 0.4], 2)
     assert kept(margin_absolute=0.35) == ([0.4], 3)
@@ -270,7 +271,7 @@ def test_an_interrupted_mining_goes_on(data: Path, tiny_model: Path, monkeypatch
         path.unlink()
     # what a killed process leaves under a hidden name is no slice
     (chosen.work / ".documents-00002.npy.1").write_bytes(b"half")
-    before = {path: path.stat().st_ino for path in chosen.work.glob("*.npy")}
+    before = {path: path.stat().st_ino for path in (*chosen.work.glob("*.npy"), *chosen.work.glob("part-*.jsonl"))}
     mine(chosen, told)
     assert Path(chosen.out).read_bytes() == whole
     assert any("going on with an unfinished mining" in line for line in told)
