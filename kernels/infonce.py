@@ -113,7 +113,7 @@ def excluded_columns(
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """float32 is multiplied in float32, whatever else the process allows: no tf32, no bfloat16."""
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
     try:
         for place in places:

@@ -165,6 +165,9 @@ class Engine:
             if not parameter.ds_persist:  # type: ignore[attr-defined]
                 parameter.ds_persist = True  # type: ignore[attr-defined]
                 kept.append(parameter)
+        apart = sum(full_shape(p).numel() for p in model.parameters() if not getattr(p, "ds_persist", False))
+        self.fits_whole: bool = apart <= engine.live_elements
+        """Whether all parameters may be whole at a time."""
         self._stop_counting = traffic.watch(_deepspeed().comm.comm.cdb) if traffic else None
 
     @property

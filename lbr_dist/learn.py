@@ -95,7 +95,7 @@ def accumulate_step(
         kl=learn.kl_weight / max(1, sum(s.bottleneck for s in sequences)),
     )
     sums, losses = [0.0] * 5, 0.0
-    with engine.accumulate():
+    with engine.accumulate(hold=engine.fits_whole):
         for row in rows:
             options: dict[str, Any] = {"form": learn.bottleneck, "weights": weights}
             if learn.kl_weight:

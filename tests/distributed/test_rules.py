@@ -50,7 +50,7 @@ def local_mean() -> Callable[[], None]:
     original = Contrast.build_cache
 
     def build_cache(self: Contrast, representations: torch.Tensor) -> torch.Tensor:
-        mine = sum(text < len(self.batch.queries) for text in self.members[self.exchange.ranks.rank])
+        mine = len(self.queries.numbers)
         self.weight *= len(self.batch.queries) / max(1, mine) / self.exchange.ranks.world_size
         return original(self, representations)
 

@@ -327,7 +327,7 @@ def largest(backend: Backend) -> int:
     c = case(300, 500, 8, 2, 0, 1000, 2000, margin=0.9, symmetric=True, prefixes=(4, 8))
     inputs = [x.float().requires_grad_() for x in (c.queries, c.documents, torch.tensor(0.1).double())]
     with Largest() as seen:
-        result = info_nce(*inputs[:2], c.positives, temperature=inputs[2], tile=32, backend=backend, **c.keywords)
+        result = info_nce(*inputs[:2], c.positives, temperature=inputs[2], tile=64, backend=backend, **c.keywords)
         torch.autograd.grad(result.loss, inputs)
     return seen.elements
 
