@@ -345,7 +345,8 @@ def info_nce(
         symmetric: the mean of the loss above and that of ``documents[positives]`` against all of `queries`, in which
             the queries that a document is a known positive of are masked. Counts are of the first direction.
         prefixes: Matryoshka widths (Kusupati et al. 2022, arXiv 2205.13147): the mean of the losses of ``[:, :m]``,
-            each normalised by itself. Counts are of the largest.
+            each normalised by itself. Counts are of the largest. (The gradients of 16-bit rows are rounded for each
+            width and direction before they add up.)
         tile: queries and documents whose scores are in memory at a time (`triton` has its own).
         backend: `triton` needs CUDA; `auto` takes it where it can, `tiles` anywhere else.
 
