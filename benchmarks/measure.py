@@ -66,7 +66,7 @@ def run_ranks(script: Path, *arguments: str, ranks: int) -> list[dict[str, Any]]
     library = ctypes.util.find_library("tcmalloc_minimal")
     path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"PYTHONPATH": path} | ({"LD_PRELOAD": library} if library else {})
+    environment |= {"PYTHONPATH": path} | ({"LD_PRELOAD": library, "TCMALLOC_RELEASE_RATE": "0"} if library else {})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
         [*command, str(script), *arguments], capture_output=True, text=True, env=environment, check=False

@@ -2,8 +2,8 @@
 
 Starts once a rank, by `benchmarks/stage2.py`. `--model` is a folder that we exported, so its tokenizer appends the
 bottleneck and the pooling is that of the last token; `--pairs` is JSONL of prepared pairs, objects with the whole token
-ids of `query` and `document`. Step t takes the t-th `--batch` lines (the first step fewer, with `--warm-up`), each rank
-its part of them, in their order.
+ids of `query` and `document`. Step t takes the t-th `--batch` lines, each rank its part of them, in their
+order.
 
 - `sentence-transformers`: `CachedMultipleNegativesRankingLoss` with `gather_across_devices`, in a plain loop (less
   around a step than their Trainer has, which puts DDP into the loss in the same way). Its mini-batches are cut in the
@@ -140,7 +140,6 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--batch", type=int, required=True, help="pairs of a step, over all ranks")
-    parser.add_argument("--warm-up", type=int, help="pairs of the first step, which is not counted; as all where None")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--mini-batch", type=int, required=True, help="texts that a rank runs at a time")
     parser.add_argument("--scale", type=float, required=True, help="1 / temperature")
@@ -160,9 +159,8 @@ def main() -> None:
     pairs: list[dict[str, Any]] = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines()]
     seconds, cpu_seconds, tokens, losses, norms = [], [], [], [], []
     for number in range(args.steps):
-        size = args.warm_up if args.warm_up and number == 0 else args.batch
-        batch = pairs[number * args.batch :][:size]
-        mine = size // world_size
+        batch = pairs[number * args.batch : (number + 1) * args.batch]
+        mine = args.batch // world_size
         part = batch[rank * mine : (rank + 1) * mine]
         dist.barrier()
         began, cpu_began = time.perf_counter(), time.process_time()

@@ -23,19 +23,18 @@ from lbr_dist.represent import ContrastiveStep
 from lbr_dist.trainer import load_engine
 
 
-def read_batches(path: Path, size: int, warm_up: int | None, bottleneck: int) -> list[PairBatch]:
-    """The global batches of a file of pairs, the first of `warm_up`; the documents of a batch all differ."""
+def read_batches(path: Path, size: int, bottleneck: int) -> list[PairBatch]:
+    """The global batches of a file of pairs, whose documents all differ within a batch."""
     pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     bare = [{side: tuple(pair[side][1:-bottleneck]) for side in ("query", "document")} for pair in pairs]
     batches = []
     for start in range(0, len(bare) - size + 1, size):
-        count = warm_up if warm_up and start == 0 else size
-        batch, numbers = bare[start : start + count], range(start, start + count)
+        batch, numbers = bare[start : start + size], range(start, start + size)
         batches.append(
             PairBatch(
                 queries=[pair["query"] for pair in batch],
                 documents=[pair["document"] for pair in batch],
-                positives=[(column,) for column in range(count)],
+                positives=[(column,) for column in range(size)],
                 query_names=[f"q{i}" for i in numbers],
                 document_names=[f"d{i}" for i in numbers],
             )
@@ -48,7 +47,6 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--batch", type=int, required=True, help="pairs of a step, over all ranks")
-    parser.add_argument("--warm-up", type=int, help="pairs of the first step, which is not counted; as all where None")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--chunk-tokens", type=int, default=None, help="planned where not given")
     parser.add_argument("--keep-graphs", default="auto", help="chunks whose graphs are kept, or `auto`")
@@ -86,7 +84,7 @@ def main() -> None:
     engine.train()
     contrastive = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
     seconds, cpu_seconds, tokens, losses, norms, chunks, kept = [], [], [], [], [], 0, 0
-    for number, batch in enumerate(read_batches(args.pairs, args.batch, args.warm_up, k)[: args.steps]):
+    for number, batch in enumerate(read_batches(args.pairs, args.batch, k)[: args.steps]):
         dist.barrier()
         began, cpu_began = time.perf_counter(), time.process_time()
         values = contrastive.accumulate([batch], f"0/{number}")
