@@ -5,17 +5,15 @@
 A model of two layers, d = 128, on texts of 6 to 10 random tokens and 2 bottleneck tokens, one graph kept, chunks of
 4,096 tokens. Each size runs in a process of its own: after a small step, which fills what a chunk needs, the peak of
 one step is taken above what the process holds before the batch is made. What must be held is counted beside it, for
-each pair of the global batch on one rank: float32 representations of the rank's own texts, those of all documents, and
-a gradient for each; the batch's token ids as it comes, and as they lie in packed rows. The slope of a line through the
-measured peaks is what a pair costs: the same at every size, since nothing of queries by documents is held. Above what
-is counted are copies that live side by side, and Python's own lists. A float32 similarity matrix would take 16 GiB at
-65,536 pairs. Appends to benchmarks/results/ and draws batch_memory.png there.
+each pair of the global batch on one rank: float32 representations of the rank's own texts and of all documents, a
+gradient for each, and the batch's token ids as the tuples that they come in. The slope of a line through the measured
+peaks is what a pair costs. A float32 similarity matrix would take 16 GiB at 65,536 pairs. Appends to
+benchmarks/results/ and draws batch_memory.png there.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import random
 import sys
 import tempfile
@@ -72,18 +70,9 @@ def random_batch(pairs: int, vocabulary: int, seed: int) -> PairBatch:
 
 def counted_bytes(batch: PairBatch, world_size: int) -> tuple[float, float]:
     """What a pair must take on one rank: bytes of representations, and of token ids."""
-    from torch import Tensor
-
-    from lbr_dist.data.packing import Sequence, pack_row
-
-    some = batch.texts[: min(len(batch.texts), 1000)]
-    row = pack_row([Sequence(text, BOTTLENECK) for text in some], 0)
-    tensors = [getattr(part, f.name) for part in (row, row.layout) for f in dataclasses.fields(part)]
-    packed = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-    listed = sum(sys.getsizeof(text) for text in some)
+    listed = sum(sys.getsizeof(text) for text in batch.texts) / len(batch.queries)
     own, all_documents = 2 / world_size, 1
-    representations = 2 * 4 * D * (own + all_documents)  # twice: with their gradients
-    return representations, (2 * listed + own * packed) / len(some)
+    return 2 * 4 * D * (own + all_documents), listed  # representations with their gradients
 
 
 def measure_step(model: Path, pairs: int) -> None:
