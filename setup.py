@@ -31,6 +31,7 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6.0",
         "rich>=13",
+        "xxhash>=3.4",
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7", "liger-kernel>=0.8"],

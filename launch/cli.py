@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr_dist import __version__
-from lbr_dist.errors import LbrError
+from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LbrError
 
 if TYPE_CHECKING:
-    from lbr_dist.config import RunConfig
+    from lbr_dist.config import RunConfig, Stage
 
 
 def _say(message: str) -> None:
@@ -33,12 +33,12 @@ def _read_run(args: argparse.Namespace) -> RunConfig:
     return read_config(args.config, overrides)
 
 
-def _finished(config: RunConfig, stage: str) -> bool:
+def _finished(config: RunConfig, stage: Stage) -> bool:
     export = config.learn_export if stage == "learn" else config.model_path
     return (config.run_path / stage / "summary.json").exists() and (export / "lbr.json").exists()
 
 
-def _train(config: RunConfig, wanted: Sequence[str]) -> bool:
+def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
     """Run the wanted stages that have steps and are not finished. Returns whether this process goes on alone."""
     from lbr_dist.launch import preflight
     from lbr_dist.launch.config_file import write_config
@@ -49,7 +49,7 @@ def _train(config: RunConfig, wanted: Sequence[str]) -> bool:
     preflight.check_offload(config)
     preflight.check_attention(config, preflight.count_gpus())
     preflight.check_data(config)
-    steps = {"learn": config.learn.steps, "represent": config.represent.steps}
+    steps: dict[Stage, int] = {"learn": config.learn.steps, "represent": config.represent.steps}
     stages = [stage for stage in wanted if steps[stage]]
     if stages == ["represent"] and steps["learn"] and not (config.learn_export / "lbr.json").exists():
         from lbr_dist.errors import CheckpointError
@@ -57,31 +57,38 @@ def _train(config: RunConfig, wanted: Sequence[str]) -> bool:
         raise CheckpointError(
             f"{config.learn_export}: not there. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
         )
-    todo = tuple(stage for stage in stages if not _finished(config, stage))
     is_rank = "RANK" in os.environ  # under torchrun: this process is a rank already
     gpus = preflight.count_gpus()
     ranks = int(os.environ["WORLD_SIZE"]) if is_rank else preflight.check_ranks(config, gpus)
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    todo: tuple[Stage, ...] = tuple(stage for stage in stages if not _finished(config, stage))
     if "represent" in todo and first_here:
         preflight.check_plan(config, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), gpus)
-    if "learn" in todo and first_here:
-        preflight.check_text(config, _say)
+    if todo and first_here:
+        preflight.check_disk(config, todo, _say)
     resolved = config.run_path / "config.yaml"
     if is_rank:
         from lbr_dist.launch.worker import run_stages
 
+        if "learn" in todo and first_here:
+            preflight.check_text(config, _say)
         if os.environ["RANK"] == "0":
             write_config(config, resolved)
         return run_stages(config, todo)
-    write_config(config, resolved)
     from lbr_dist.launch.ranks import run_stage
+    from lbr_dist.run_lock import run_lock
 
-    for stage in stages:
-        if stage not in todo:
-            _say(f"{stage}: finished before, nothing to do")
-            continue
-        _say(f"{stage}: {steps[stage]} steps on {ranks} rank{'s' if ranks > 1 else ''}")
-        run_stage(stage, resolved, ranks, config.run_path / stage / "logs")
+    with run_lock(config.run_path) as lock:
+        preflight.check_run_folder(config)
+        if "learn" in todo:
+            preflight.check_text(config, _say)
+        write_config(config, resolved)
+        for stage in stages:
+            if _finished(config, stage):
+                _say(f"{stage}: finished before, nothing to do")
+                continue
+            _say(f"{stage}: {steps[stage]} steps on {ranks} rank{'s' if ranks > 1 else ''}")
+            run_stage(stage, resolved, ranks, config.run_path / stage / "logs", lock)
     return True
 
 
@@ -283,7 +290,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 1 for a user's error, 2 for a wrong command line."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 1 for a user's error; 2 for a wrong command line; 75 for a run that was told to stop and did,
+        with a checkpoint; 130 for a second Ctrl-C.
+    """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):
@@ -291,6 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = rest
     try:
         args.run(args)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except LbrError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

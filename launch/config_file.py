@@ -13,6 +13,7 @@ import yaml
 
 from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.errors import ConfigError
+from lbr_dist.files import make_private, write_atomic
 
 
 def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
@@ -113,11 +114,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def write_config(config: RunConfig, path: Path) -> None:
     """The resolved config, every field written out."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    make_private(path.parent)
+    write_atomic(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def describe() -> str:

@@ -8,22 +8,23 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import json
+import math
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lbr_dist.config import RunConfig, differences, to_dict
+from lbr_dist.config import CHANGES_NO_RESULT, RunConfig, Stage, forbidden_changes, to_dict
 from lbr_dist.data.records import check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
+from lbr_dist.manifest import Checkpoints, free_bytes
 from lbr_dist.mining_work import MiningSettings
 
-# what may change between two starts in one run folder, since it changes no result
-FREE_SECTIONS = ("checkpoint", "cluster", "evaluate")
 RANK_BYTES = 900 * 2**20  # interpreter, torch and buffers of one rank, measured on a CPU
+STATE_BYTES = 12  # of a parameter in a checkpoint: fp32 master weight and two moments
 OPTIMIZER_BYTES = 18  # bf16 weight and gradient, fp32 gradient, master weight and two moments
 
 
@@ -168,13 +169,39 @@ def check_run_folder(config: RunConfig) -> None:
     if not path.exists():
         return
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = differences(found, to_dict(config)) if isinstance(found, dict) else ["all of it"]
-    names = [name for name in names if name.split(".")[0] not in FREE_SECTIONS]
+    names = forbidden_changes(found, to_dict(config)) if isinstance(found, dict) else ["all of it"]
     if names:
         raise ConfigError(
             f"{path}: this run folder holds another config; it differs in {', '.join(names)}. "
-            "Name another run_dir, or delete the folder to start again."
+            f"Name another run_dir, or set them back. What may differ: {', '.join(CHANGES_NO_RESULT)}."
         )
+
+
+def check_disk(config: RunConfig, stages: Sequence[Stage], say: Callable[[str], None]) -> None:
+    """Refuse a run folder without room for one checkpoint, and say where there is not room for all that are to stay.
+
+    Raises:
+        LaunchError: names the bytes.
+    """
+    if config.model.lora.rank or config.engine.offload_optimizer == "nvme":
+        return  # small, or none
+    one = STATE_BYTES * sum(_elements(file) for file in Path(config.model.base).glob("*.safetensors"))
+    folders = [Checkpoints(config.stage_path(stage) / "checkpoints") for stage in stages]
+    there = sum(len(folder.complete()) for folder in folders)
+    wanted = len(stages) * config.checkpoint.keep + 1 - there
+    free = free_bytes(config.run_path)
+    room = f"{config.run_path}: has {free / 2**30:.1f} GiB free; a checkpoint takes {one / 2**30:.1f} GiB"
+    if free < one:
+        raise LaunchError(f"{room}. Make room, or name a run_dir elsewhere.")
+    if free < one * wanted:
+        say(f"warning: {room}, and {wanted} more may be there at a time (checkpoint.keep {config.checkpoint.keep})")
+
+
+def _elements(file: Path) -> int:
+    """Elements of all tensors of a safetensors file, out of its header."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def _available_bytes() -> int:

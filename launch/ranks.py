@@ -9,12 +9,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
-from lbr_dist.errors import LaunchError
+from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LaunchError
+from lbr_dist.interrupt import STOPS
 from lbr_dist.launch.preflight import count_gpus
+from lbr_dist.run_lock import HELD
+from lbr_dist.watchdog import EXIT_HUNG, STACKS_SIGNAL
 
 USER_ERROR = 2  # a rank's exit code for an `LbrError`, whose message it has printed
 GRACE_SECONDS = 10.0
@@ -54,42 +61,88 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def run_stage(stage: str, config_path: Path, ranks: int, log_folder: Path) -> None:
+class _Stops:
+    """Passes the first signal that asks to stop on to the ranks, which save and end; a second Ctrl-C ends them now."""
+
+    def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        self.processes = processes
+        self.name: str | None = None
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.name = signal.Signals(number).name
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._take) for number in STOPS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_stage(
+    stage: str,
+    config_path: Path,
+    ranks: int,
+    log_folder: Path,
+    lock: int | None = None,
+    worker: str = "lbr_dist.launch.worker",
+) -> None:
     """Run one stage on `ranks` processes; the first one has our terminal, the others a log file each.
 
+    Args:
+        stage: what the worker is told to run.
+        config_path: the resolved config.
+        ranks: how many processes.
+        log_folder: for the logs of all but the first one.
+        lock: the open file of the run's lock, which the ranks then hold as well.
+        worker: the module that each process runs.
+
     Raises:
-        LaunchError: a rank died; the others have been stopped, and the message shows its last lines.
+        LaunchError: a rank died or hung; the others have been stopped, and the message shows its last lines.
+        Interrupted: this process, or a rank, was told to stop, and all have.
     """
     log_folder.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
-    allocator = _allocator()
+    common = os.environ | _allocator()
+    if lock is not None:
+        common |= {HELD: str(config_path.parent.absolute())}
     processes: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="lbr-") as folder:
+    stops = _Stops(processes)
+    with tempfile.TemporaryDirectory(prefix="lbr-") as folder, stops.listening():
         try:
             for rank in range(ranks):
-                environment = (
-                    os.environ
-                    | allocator
-                    | {
-                        "RANK": str(rank),
-                        "LOCAL_RANK": str(rank),
-                        "WORLD_SIZE": str(ranks),
-                        "LOCAL_WORLD_SIZE": str(ranks),
-                        "LBR_RENDEZVOUS": f"file://{folder}/rendezvous",
-                        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))),
-                    }
-                )
+                environment = common | {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "LBR_RENDEZVOUS": f"file://{folder}/rendezvous",
+                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))),
+                }
                 log = None if rank == 0 else (log_folder / f"rank-{rank}.log").open("wb")
                 if log is not None:
                     logs.append(log)
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "lbr_dist.launch.worker", stage, str(config_path)],
+                        [sys.executable, "-m", worker, stage, str(config_path)],
                         env=environment,
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log and subprocess.STDOUT,
+                        pass_fds=() if lock is None else (lock,),
                         preexec_fn=_die_with_parent,
                     )
                 )
@@ -97,18 +150,35 @@ def run_stage(stage: str, config_path: Path, ranks: int, log_folder: Path) -> No
                 if any(process.poll() for process in processes):
                     break
                 time.sleep(0.05)
-            failed = [(i, p.returncode) for i, p in enumerate(processes) if p.returncode]
+            failed = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode}
             if failed:
                 time.sleep(0.5)  # the other ranks' own words about the same fault
-                failed = [(i, p.returncode) for i, p in enumerate(processes) if p.poll()]
+                failed |= {rank: code for rank, process in enumerate(processes) if (code := process.poll())}
+                if any(code < 0 or code == EXIT_HUNG for code in failed.values()) and stops.name is None:
+                    _ask_for_stacks(processes)
         finally:
             _stop(processes)
             for file in logs:
                 file.close()
     if not failed:
         return
-    rank, code = failed[0]
+    if stops.name is not None or EXIT_INTERRUPTED in failed.values():
+        raise Interrupted(f"{stage}: all ranks have stopped{f', as {stops.name} asked' if stops.name else ''}")
+    # the others' faults follow from that of the one that was killed, or hung
+    rank, code = min(failed.items(), key=lambda item: (item[1] > 0, item[1] != EXIT_HUNG, item[0]))
     how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    if code == EXIT_HUNG:
+        how = "made no progress and ended itself"
+    stacks = f"stacks are in {log_folder}/rank-*.stacks; " if code < 0 or code == EXIT_HUNG else ""
     where = "its message is above" if rank == 0 else f"the end of {log_folder / f'rank-{rank}.log'}:\n"
     tail = "" if rank == 0 else _tail(log_folder / f"rank-{rank}.log")
-    raise LaunchError(f"{stage}: rank {rank} {how}; all ranks were stopped; {where}{tail}")
+    raise LaunchError(f"{stage}: rank {rank} {how}; all ranks were stopped; {stacks}{where}{tail}")
+
+
+def _ask_for_stacks(processes: list[subprocess.Popen[bytes]]) -> None:
+    living = [process for process in processes if process.poll() is None]
+    for process in living:
+        process.send_signal(STACKS_SIGNAL)
+        process.send_signal(signal.SIGCONT)  # one that was stopped hangs too
+    if living:
+        time.sleep(1.0)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
-from lbr_dist.config import RunConfig
-from lbr_dist.errors import LbrError
+from lbr_dist.config import RunConfig, Stage
+from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LbrError
 from lbr_dist.launch.config_file import read_config
 from lbr_dist.launch.ranks import USER_ERROR
+from lbr_dist.run_lock import run_lock
 
 
 def quiet_libraries() -> None:
@@ -24,22 +27,27 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def run_stages(config: RunConfig, stages: tuple[str, ...]) -> bool:
+def run_stages(config: RunConfig, stages: tuple[Stage, ...]) -> bool:
     """Run stages in this process, one rank of many. Returns whether this is the first rank."""
     from lbr_dist import distributed
 
-    ranks = distributed.start(config.cluster.timeout_minutes)
+    minutes = config.cluster.timeout_minutes
+    ranks = distributed.start(minutes)
     quiet_libraries()
+    name = f"rank {ranks.rank} of {ranks.world_size}"
     try:
-        for stage in stages:
-            if stage == "learn":
-                from lbr_dist.learn import learn
+        with run_lock(config.run_path) if ranks.is_first else nullcontext():
+            for stage in stages:
+                stacks = config.stage_path(stage) / "logs" / f"rank-{ranks.rank}.stacks"
+                with ranks.watchdog.watching(60 * minutes, name, f"the start of {stage}", stacks):
+                    if stage == "learn":
+                        from lbr_dist.learn import learn
 
-                learn(config, ranks)
-            else:
-                from lbr_dist.represent import represent
+                        learn(config, ranks)
+                    else:
+                        from lbr_dist.represent import represent
 
-                represent(config, ranks)
+                        represent(config, ranks)
     finally:
         distributed.stop()
     return ranks.is_first
@@ -71,7 +79,11 @@ def main() -> int:
         if stage == "evaluate":
             evaluate(config)
         else:
-            run_stages(config, (stage,))
+            run_stages(config, ("learn" if stage == "learn" else "represent",))
+    except Interrupted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except LbrError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

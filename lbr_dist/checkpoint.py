@@ -1,117 +1,263 @@
-"""Sharded checkpoints of a stage: saved by all ranks, then published by one atomic rename.
+"""Checkpoints of a stage, saved while it trains: sharded, verified, published as a whole or not at all.
 
-`checkpoints/step-000200/` holds DeepSpeed's shards; `checkpoints/latest.json` names the newest complete one. A
-folder that the pointer does not name was never finished, or is older.
+    copy       every rank copies its share to the host's memory; training goes on       the only time it waits
+    write      every rank writes its file and flushes it to the disk                    in the background
+    agree      all ranks report size and checksum, or what went wrong
+    publish    rank 0 writes the manifest, renames the folder, moves the pointer
+
+A process that dies anywhere leaves the last checkpoint as it was. A save that fails is said loudly; training goes on,
+and the next one tries again.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from lbr_dist.config import CheckpointConfig
+from lbr_dist import __version__, manifest, shards
+from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.distributed import Ranks
 from lbr_dist.engine import Engine
-from lbr_dist.errors import CheckpointError
+from lbr_dist.files import checksum, sync_folder
+from lbr_dist.manifest import Checkpoints, Manifest
 
-POINTER = "latest.json"
+_SPARE = 1.02  # manifest, file system's own
+_PATIENCE = timedelta(days=1)  # of a background thread for the slowest rank's disk; what hangs is the watchdog's
 
-
-def _tag(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old or the new one, never a part; it is on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+Say = Callable[[str], None]
 
 
-def _random_state(ranks: Ranks) -> dict[str, Any]:
-    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return state
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a rank tells the others of its part of a save."""
+
+    problem: str = ""
+    num_bytes: int = 0
+    free_bytes: int = 0
+    written: shards.Written | None = None
 
 
-def _restore_random_state(state: dict[str, Any], ranks: Ranks) -> None:
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], ranks.device)
+def base_identity(folder: Path) -> dict[str, str]:
+    """What tells a model folder from another one: checksums of its small files, sizes of its weights."""
+    names = [name for name in ("config.json", "tokenizer.json") if (folder / name).exists()]
+    sizes = {path.name: f"{path.stat().st_size} bytes" for path in sorted(folder.glob("*.safetensors"))}
+    return {name: checksum(folder / name) for name in names} | sizes
 
 
-def save(engine: Engine, folder: Path, state: dict[str, Any], ranks: Ranks, settings: CheckpointConfig) -> None:
-    """Save after ``state["step"]`` steps; the pointer moves when every rank's shards are written."""
-    step = state["step"]
-    if ranks.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    engine.save(folder, _tag(step), state | {"random": _random_state(ranks)})
-    dist.barrier()  # DeepSpeed's own save does not wait for the other ranks' shards
-    if ranks.is_first:
-        content = {"tag": _tag(step), "step": step, "world_size": ranks.world_size}
-        write_atomic(folder / POINTER, json.dumps(content) + "\n")
-        for old in sorted(folder.glob("step-*"))[: -settings.keep]:
-            if old.name != _tag(step):
-                shutil.rmtree(old)
-    dist.barrier()
+class Saver:
+    """Saves a stage's checkpoints; all ranks make one alike. Use it as a context manager.
 
-
-def latest(folder: Path) -> dict[str, Any] | None:
-    """What the pointer says: ``tag``, ``step`` and ``world_size``; None where nothing was saved.
-
-    Raises:
-        CheckpointError: the pointer is damaged, or names a folder that is gone.
+    Args:
+        engine: what is saved.
+        checkpoints: where.
+        ranks: this process among its peers.
+        config: the run.
+        stage: `learn` or `represent`.
+        base: `base_identity` of the folder that the stage's model came from.
+        say: prints a line, on the first rank.
     """
-    path = folder / POINTER
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found: dict[str, Any] = {
-            "tag": str(content["tag"]),
-            "step": int(content["step"]),
-            "world_size": int(content["world_size"]),
+
+    def __init__(
+        self,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        ranks: Ranks,
+        config: RunConfig,
+        stage: str,
+        base: dict[str, str],
+        say: Say,
+    ) -> None:
+        self.engine, self.checkpoints, self.ranks, self.say = engine, checkpoints, ranks, say
+        self.settings = config.checkpoint
+        versions = {name: version(name) for name in ("torch", "deepspeed")}
+        self._blank = Manifest(
+            stage=stage,
+            step=0,
+            world_size=ranks.world_size,
+            saved_at="",
+            versions={"lbr-dist": __version__} | versions,
+            config=to_dict(config),
+            base=base,
+            parameters=engine.shapes(),
+            state={},
+            values={},
+            score=None,
+            files={},
+        )
+        # of its own, so that the ranks can agree in the background while training uses the others
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+        self._buffer: Tensor | None = None
+        self.stall = 0.0
+        """Seconds that training waited for the last save."""
+        self.failure: str | None = None
+        """Why the last save failed; None where it did not."""
+        if not engine.can_save:
+            say("note: the state of an optimizer that is offloaded to nvme is not saved: no checkpoints")
+        elif self.settings.background:
+            self._copy(self._tensors())  # the first touch of the buffer takes longer than any copy
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._thread.shutdown()
+        if dist.is_initialized():
+            dist.destroy_process_group(self._group)
+
+    def save(self, state: dict[str, Any], values: dict[str, Any], score: float | None) -> None:
+        """Save after ``state["step"]`` steps; in the background, where the settings say so.
+
+        Args:
+            state: what the loop goes on with; the same on every rank.
+            values: what was logged at this step.
+            score: the held-out loss at this step, if it was measured.
+        """
+        if not self.engine.can_save:
+            return
+        began = time.perf_counter()
+        self.wait()
+        tensors, (notes, numbers) = self._tensors(), _random_state(self.ranks)
+        problem = self._prepare(state["step"], shards.file_bytes(tensors | numbers, notes))
+        if problem:
+            self._fail(state["step"], problem)
+            return
+        if self.settings.background:
+            tensors = self._copy(tensors)
+        state = state | {"optimizer_steps": self.engine.optimizer_steps}
+        blank = replace(self._blank, step=state["step"], state=state, values=values, score=score)
+        self._running = self._thread.submit(self._write, blank, tensors | numbers, notes)
+        if not self.settings.background:
+            self.wait()
+        self.stall = time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Return when the last save is published, or has failed."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    # ---- the parts of a save ---------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """This rank's file, as views of what the optimizer works on."""
+        return {
+            f"{kind}/{part.name}": view
+            for part in self.engine.slices()
+            if part.stop > part.start
+            for kind, view in part.tensors.items()
         }
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error!r}). Delete it to start the stage again.") from None
-    if not (folder / found["tag"]).is_dir():
-        raise CheckpointError(
-            f"{path}: names {found['tag']}, which is gone. Delete {POINTER} to start the stage again."
-        )
-    return found
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they are now, in one buffer of the host's memory."""
+        if self._buffer is None:
+            elements = sum(tensor.numel() for tensor in tensors.values())
+            self._buffer = torch.empty(elements, dtype=torch.float32, pin_memory=self.ranks.device.type == "cuda")
+        copies, offset = {}, 0
+        for name, tensor in tensors.items():
+            copies[name] = self._buffer[offset : offset + len(tensor)].copy_(tensor, non_blocking=True)
+            offset += len(tensor)
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)
+        return copies
+
+    def _prepare(self, step: int, num_bytes: int) -> str:
+        """Make the folder, and look whether there is room. Returns what is wrong, the same on every rank."""
+        problem, free = "", 0
+        if self.ranks.is_first:
+            try:
+                self.checkpoints.begin(step)
+                free = manifest.free_bytes(self.checkpoints.path)
+            except OSError as error:
+                problem = f"{error.filename}: {error.strerror}"
+        reports = self._gather(Report(problem, num_bytes, free))
+        needed, free = int(sum(report.num_bytes for report in reports) * _SPARE), reports[0].free_bytes
+        if not reports[0].problem and needed > free:
+            return f"{self.checkpoints.path}: needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+        return reports[0].problem
+
+    def _write(self, blank: Manifest, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+        """Write this rank's file, agree with the others, and publish."""
+        folder = self.checkpoints.saving(blank.step)
+        path = folder / shards.file_name(self.ranks.rank)
+        try:
+            report = Report(written=shards.write(path, tensors, notes))
+            sync_folder(folder)
+        except OSError as error:
+            report = Report(f"rank {self.ranks.rank}: {error.filename or path}: {error.strerror}")
+        try:
+            reports = self._gather(report)
+            problem = "; ".join(report.problem for report in reports if report.problem)
+            if not problem and self.ranks.is_first:
+                problem = self._publish(blank, [report.written for report in reports if report.written])
+            problem = self._gather(Report(problem))[0].problem or problem
+        except RuntimeError as error:  # another rank is gone, and with it the run
+            problem = f"the ranks could not agree ({str(error).splitlines()[0]})"
+        if problem:
+            self._fail(blank.step, problem)
+        else:
+            self.failure = None
+
+    def _publish(self, blank: Manifest, written: list[shards.Written]) -> str:
+        files = {one.name: {"bytes": one.num_bytes, "xxh3_128": one.xxh3_128} for one in written}
+        try:
+            self.checkpoints.publish(replace(blank, saved_at=manifest.now(), files=files))
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}"
+        try:
+            self.checkpoints.retain(self.settings)
+        except OSError as error:  # the new one is good
+            self.say(f"note: an old checkpoint could not be deleted: {error.filename}: {error.strerror}")
+        return ""
+
+    def _fail(self, step: int, problem: str) -> None:
+        self.failure = problem
+        if self.ranks.is_first:
+            # what it takes of a full disk
+            shutil.rmtree(self.checkpoints.saving(step), ignore_errors=True)
+            steps = [found.step for found in self.checkpoints.complete()]
+            last = f"the last one is {self.checkpoints.folder(steps[-1])}" if steps else "there is none yet"
+            self.say(
+                f"warning: no checkpoint of step {step}: {problem}. Training goes on, and the next one is tried again; "
+                f"{last}."
+            )
+
+    def _gather(self, report: Report) -> list[Report]:
+        reports: list[Report] = [report] * self.ranks.world_size
+        dist.all_gather_object(reports, report, group=self._group)
+        return reports
 
 
-def resume(engine: Engine, folder: Path, ranks: Ranks, settings: CheckpointConfig) -> dict[str, Any] | None:
-    """Go on from the newest checkpoint, where there is one and `settings` allows it. Returns the state it was saved
-    with.
+def _random_state(ranks: Ranks) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The state of this rank's generators, as a file's notes and tensors."""
+    tensors = {"random/torch": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return {"random": json.dumps(random.getstate())}, tensors
 
-    Raises:
-        CheckpointError: the checkpoint was written by another number of ranks, or cannot be read.
-    """
-    found = latest(folder) if settings.resume == "auto" else None
-    if found is None:
-        return None
-    if found["world_size"] != ranks.world_size:
-        raise CheckpointError(
-            f"{folder / found['tag']}: written by {found['world_size']} ranks, this run has {ranks.world_size}. "
-            f"Run with --ranks {found['world_size']}, or start again with --checkpoint.resume never."
-        )
-    state = engine.load(folder, found["tag"])
-    _restore_random_state(state["random"], ranks)
-    if ranks.is_first:
-        print(f"resumed after step {state['step']} from {folder / found['tag']}", file=sys.stderr, flush=True)
-    return state
+
+def restore_random_state(notes: dict[str, str], tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Set this rank's generators to what was saved."""
+    version_, numbers, gauss = json.loads(notes["random"])
+    random.setstate((version_, tuple(numbers), gauss))
+    torch.set_rng_state(tensors["random/torch"])
+    if "random/cuda" in tensors and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random/cuda"], ranks.device)

@@ -23,7 +23,10 @@ from lbr_dist.config_stages import (
 )
 from lbr_dist.errors import ConfigError
 
+Stage = Literal["learn", "represent"]
+
 __all__ = [
+    "CHANGES_NO_RESULT",
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
@@ -36,8 +39,10 @@ __all__ = [
     "Pooling",
     "RepresentConfig",
     "RunConfig",
+    "Stage",
     "TargetsConfig",
     "differences",
+    "forbidden_changes",
     "to_dict",
 ]
 
@@ -184,15 +189,40 @@ class CheckpointConfig:
     every_steps: int = 200
     """A checkpoint after each so many steps, and one at the end of a stage."""
 
+    every_minutes: float | None = 30.0
+    """And one where so many minutes have passed since the last; null: by steps alone."""
+
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
 
-    resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest complete checkpoint of the run folder, where there is one."""
+    keep_every: int | None = None
+    """Checkpoints of a step that is a multiple of this stay as well."""
+
+    keep_best: int = 0
+    """So many of those with the lowest held-out loss stay as well."""
+
+    resume: Literal["auto", "required", "never"] | int = "auto"
+    """`auto` goes on from the newest checkpoint that is what was written, where there is one; `required` refuses to
+    begin anew; `never` begins anew, and sets aside what is there; a step goes on from that one."""
+
+    background: bool = True
+    """Write while training goes on, from a copy in the host's memory: 12 bytes for each parameter of a rank's share.
+    `false` writes straight from the optimizer's tensors, and training waits."""
+
+    trust_group: bool = False
+    """Resume from folders that other members of their group can write. Who can write them can change the model."""
 
     def __post_init__(self) -> None:
         require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "a positive number")
+        minutes = self.every_minutes
+        require(minutes is None or minutes > 0, "checkpoint.every_minutes", minutes, "a positive number, or null")
         require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
+        every = self.keep_every
+        require(every is None or every > 0, "checkpoint.keep_every", every, "a positive number of steps, or null")
+        require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "zero or more")
+        resume = self.resume
+        named = isinstance(resume, str) or resume > 0
+        require(named, "checkpoint.resume", resume, "auto, required, never, or the step of a checkpoint")
 
 
 @dataclass(frozen=True)
@@ -226,8 +256,9 @@ class ClusterConfig:
     ranks: int | None = None
     """Ranks that `lbr` starts on this machine. Default: one a GPU, or 2 on a CPU. Under torchrun it is torchrun's."""
 
-    timeout_minutes: int = 30
-    """A collective that takes longer than this ends the run."""
+    timeout_minutes: float = 30.0
+    """A rank that makes no progress for so long, since it or one that it waits for hangs, ends the run: no step, save,
+    measurement, load or export may take longer. Every rank writes its stacks to its log first."""
 
     def __post_init__(self) -> None:
         if self.ranks is not None:
@@ -275,9 +306,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.engine.offload_optimizer == "nvme" and self.checkpoint.resume != "never":
             raise ConfigError(
-                f"engine.offload_optimizer: found 'nvme' with checkpoint.resume {self.checkpoint.resume!r}. DeepSpeed "
-                "does not restore an optimizer that is offloaded to nvme: the run would go on with wrong states, and "
-                "say nothing. Use `cpu`, or set checkpoint.resume to `never`."
+                f"engine.offload_optimizer: found 'nvme' with checkpoint.resume {self.checkpoint.resume!r}. "
+                "The state of an optimizer that is offloaded to nvme is not saved: a run that stops begins anew. Use `cpu`, "
+                "or set checkpoint.resume to `never`."
             )
         k = self.model.bottleneck_tokens
         if self.represent.steps and self.represent.pooling.startswith("bottleneck") and k == 0:
@@ -312,9 +343,13 @@ class RunConfig:
     def run_path(self) -> Path:
         return Path(self.run_dir)
 
-    def stage_path(self, stage: Literal["learn", "represent"]) -> Path:
+    def stage_path(self, stage: Stage) -> Path:
         """`runs/NAME/learn` or `runs/NAME/represent`."""
         return self.run_path / stage
+
+    def stage_base(self, stage: Stage) -> Path:
+        """The model that a stage starts from."""
+        return self.learn_export if stage == "represent" and self.learn.steps else Path(self.model.base)
 
     @property
     def learn_export(self) -> Path:
@@ -329,6 +364,35 @@ class RunConfig:
     @property
     def report_path(self) -> Path:
         return self.run_path / "report"
+
+
+CHANGES_NO_RESULT = (
+    "run_dir",
+    "checkpoint",
+    "cluster",
+    "engine",
+    "evaluate",
+    "data.cache_dir",
+    "data.dev",
+    "data.test",
+    "data.test_documents",
+    "model.activation_checkpointing",
+    "model.attention",
+    "learn.diagnose_every",
+    "learn.row_tokens",
+    "represent.chunk_tokens",
+    "represent.diagnose_every",
+    "represent.exchange",
+    "represent.keep_graphs",
+    "represent.separate_sides",
+)
+"""Sections and fields that may change when a run goes on: they change its results by rounding at most."""
+
+
+def forbidden_changes(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Dotted names of the fields in which a run's plain config differs now, though the run could not go on then."""
+    below = tuple(f"{name}." for name in CHANGES_NO_RESULT)
+    return [n for n in differences(found, now) if n not in CHANGES_NO_RESULT and not n.startswith(below)]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lbr_dist.traffic import Traffic
+from lbr_dist.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,15 @@ class Ranks:
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
     """What this rank exchanges with the others."""
 
+    watchdog: Watchdog = field(default_factory=Watchdog, compare=False, repr=False)
+    """Ends this process when it makes no progress; the one who starts a stage switches it on."""
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
 
-def start(timeout_minutes: int = 30) -> Ranks:
+def start(timeout_minutes: float = 30.0) -> Ranks:
     """Join the process group that the launcher's environment describes; a lone process is its own group.
 
     Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` as torchrun sets them. The
@@ -56,7 +60,8 @@ def start(timeout_minutes: int = 30) -> Ranks:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, cores // local_world_size))))
     if not dist.is_initialized():
         url = os.environ.get("LBR_RENDEZVOUS") or ("env://" if "MASTER_ADDR" in os.environ else None)
-        timeout = timedelta(minutes=timeout_minutes)
+        # the watchdog comes first: it says more
+        timeout = timedelta(minutes=timeout_minutes) + timedelta(minutes=1)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if url is None:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lbr_dist.config import EngineConfig, OptimizerConfig
-from lbr_dist.errors import CheckpointError
+from lbr_dist.shards import extent
 from lbr_dist.traffic import Traffic
 
 HOLDER = -1
@@ -125,6 +124,17 @@ class Update:
     """False where the step was skipped: no weight and no optimizer state has changed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A rank's part of the state of one trained parameter, flattened: elements `start` to `stop`."""
+
+    name: str
+    start: int
+    stop: int
+    tensors: dict[str, Tensor]
+    """``[stop - start]`` float32 each, by the kinds of `shards.KINDS`."""
+
+
 class Engine:
     """A model under ZeRO-3, and its optimizer.
 
@@ -160,6 +170,9 @@ class Engine:
             config=deepspeed_config(engine, dtype, optimizer.max_grad_norm),
         )
         self.world_size: int = self._engine.world_size
+        self.can_save: bool = engine.offload_optimizer != "nvme"
+        """Whether `slices` and `restore` work: states that are on nvme are no tensors of this process."""
+        self._rank: int = self._engine.global_rank
         kept = self._engine.optimizer.persistent_parameters
         for parameter in resident:
             if not parameter.ds_persist:  # type: ignore[attr-defined]
@@ -242,17 +255,64 @@ class Engine:
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
-        """Write this rank's shards of parameters and optimizer below ``folder/tag``; `state` is kept with them."""
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state={"lbr": dict(state)}, save_latest=False)
+    @property
+    def optimizer_steps(self) -> float:
+        """AdamW's own count, which its bias correction needs; the same for every parameter and rank."""
+        self._begin_moments()
+        zero = self._engine.optimizer
+        counts = {float(zero.optimizer.state[flat]["step"]) for flat in zero.fp32_partitioned_groups_flat}
+        assert len(counts) == 1, counts
+        return counts.pop()
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Load what `save` wrote, on the same number of ranks, and return its `state`."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise CheckpointError(f"{folder / tag}: DeepSpeed found no checkpoint of this number of ranks in it.")
-        loaded: dict[str, Any] = state["lbr"]
-        return loaded
+    def _begin_moments(self) -> None:
+        """What AdamW itself begins with at its first step."""
+        zero = self._engine.optimizer
+        for flat in zero.fp32_partitioned_groups_flat:
+            state = zero.optimizer.state[flat]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(flat, requires_grad=False) for _ in range(2))
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the trained parameters, by name."""
+        return {name: list(full_shape(p)) for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def slices(self) -> list[Slice]:
+        """This rank's part of the state of every trained parameter: views of what the optimizer works on."""
+        self._begin_moments()
+        zero = self._engine.optimizer
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        found = []
+        for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            state = zero.optimizer.state[flat]
+            kinds = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            offset = 0
+            for parameter in group:
+                start, stop = extent(parameter.ds_numel, self._rank, self.world_size)
+                views = {kind: tensor.narrow(0, offset, stop - start) for kind, tensor in kinds.items()}
+                found.append(Slice(names[id(parameter)], start, stop, views))
+                offset += parameter.partition_numel()  # the last rank's part may end in padding
+        return found
+
+    def restore(self, pieces: Callable[[str, str, int, int], Iterable[tuple[int, Tensor]]], steps: float) -> None:
+        """Set master weights and moments of all trained parameters, and the weights that follow from them.
+
+        Args:
+            pieces: of a kind of state, a parameter's name and the elements from, to, as `ShardReader.pieces`.
+            steps: `optimizer_steps` as it was.
+        """
+        zero = self._engine.optimizer
+        zero.checkpoint_event_prologue()
+        for part in self.slices():
+            for kind, view in part.tensors.items():
+                for at, piece in pieces(kind, part.name, part.start, part.stop):
+                    view[at - part.start : at - part.start + len(piece)].copy_(piece)
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.optimizer.state[flat]["step"].fill_(steps)
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+        zero.checkpoint_event_epilogue()
 
     def close(self) -> None:
         """Drop hooks and buffers, so that another engine can follow in the same process."""

@@ -5,6 +5,9 @@ Each message names the field or file (and line), what was found, what was expect
 
 from __future__ import annotations
 
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL
+"""The exit code of a command whose run was told to stop, saved its state, and is to be started again."""
+
 
 class LbrError(Exception):
     """Base of every error that is the user's to mend; the command line prints it without a traceback."""
@@ -36,3 +39,7 @@ class TrainingError(LbrError):
 
 class RefusedStep(TrainingError):
     """One step cannot be taken, on any rank: nothing of it has been applied, and the next one may be."""
+
+
+class Interrupted(LbrError):
+    """The run was told to stop, and did, with a checkpoint; it goes on when it is started again."""

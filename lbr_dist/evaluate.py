@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lbr_dist.checkpoint import write_atomic
 from lbr_dist.config import EvaluateConfig, RunConfig
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
+from lbr_dist.files import write_atomic
 from lbr_dist.model.tokens import EmbeddingSettings
 from lbr_dist.report import LABELS
 from lbr_dist.retrieval import (

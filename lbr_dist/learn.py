@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from lbr_dist.config import LearnConfig, Pooling, RunConfig
 from lbr_dist.data.build_tokens import token_cache
-from lbr_dist.data.packing import PackedRow, Sequence, rank_rows
+from lbr_dist.data.packing import PackedRow, Sequence, digest, rank_rows
 from lbr_dist.data.records import read_corpus, read_pairs
 from lbr_dist.data.targets import LearnData
 from lbr_dist.data.token_cache import Tokens, learn_texts
@@ -120,17 +119,22 @@ def learn(config: RunConfig, ranks: Ranks) -> None:
         DataError, ModelError, CheckpointError, TrainingError: see the messages.
     """
     began = time.perf_counter()
-    base = Path(config.model.base)
+    base = config.stage_base("learn")
     tokenizer = TextTokenizer(base)
     data = load_data(config, tokenizer, ranks)
     engine, model = load_engine(config, base, tokenizer, "learn", ranks)
     diagnostics = Diagnostics(engine, data, config, tokenizer.sink_id, ranks)
 
-    def run_step(step: int) -> dict[str, float]:
-        sequences = data.batch(config.learn, config.model.bottleneck_tokens, step, config.seed)
-        return accumulate_step(engine, sequences, config.learn, tokenizer.sink_id, ranks, f"{config.seed}/{step}")
+    def batch(step: int) -> list[Sequence]:
+        return data.batch(config.learn, config.model.bottleneck_tokens, step, config.seed)
 
-    train("learn", config, ranks, engine, run_step, diagnostics.measure if diagnostics else None)
+    def run_step(step: int) -> dict[str, float]:
+        return accumulate_step(engine, batch(step), config.learn, tokenizer.sink_id, ranks, f"{config.seed}/{step}")
+
+    def batch_digest(step: int) -> str:
+        return digest(batch(step))
+
+    train("learn", config, ranks, engine, run_step, batch_digest, diagnostics.measure if diagnostics else None)
     pooling: Pooling = "bottleneck_mean" if config.model.bottleneck_tokens else "mean"
     settings = EmbeddingSettings.of(config.data, pooling)
     export(model, tokenizer, settings, config, config.learn_export, ranks)

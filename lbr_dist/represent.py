@@ -16,7 +16,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
@@ -153,7 +152,7 @@ def represent(config: RunConfig, ranks: Ranks) -> None:
         DataError, ModelError, CheckpointError, TrainingError: see the messages.
     """
     began = time.perf_counter()
-    base = config.learn_export if config.learn.steps else Path(config.model.base)
+    base = config.stage_base("represent")
     tokenizer = TextTokenizer(base)
     pairs = load_pairs(config, tokenizer)
     if pairs.dropped_negatives and ranks.is_first:
@@ -163,11 +162,16 @@ def represent(config: RunConfig, ranks: Ranks) -> None:
     contrastive = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
     accum = config.represent.grad_accum
 
-    def run_step(step: int) -> dict[str, float]:
-        batches = [pairs.batch(config.represent, step * accum + i, config.seed) for i in range(accum)]
-        return contrastive.accumulate(batches, f"{config.seed}/{step}")
+    def batches(step: int) -> list[PairBatch]:
+        return [pairs.batch(config.represent, step * accum + i, config.seed) for i in range(accum)]
 
-    train("represent", config, ranks, engine, run_step)
+    def run_step(step: int) -> dict[str, float]:
+        return contrastive.accumulate(batches(step), f"{config.seed}/{step}")
+
+    def batch_digest(step: int) -> str:
+        return "-".join(f"{batch.digest:016x}" for batch in batches(step))
+
+    train("represent", config, ranks, engine, run_step, batch_digest)
     settings = EmbeddingSettings.of(config.data, config.represent.pooling)
     export(model, tokenizer, settings, config, config.model_path, ranks)
     write_summary(config.stage_path("represent"), config, ranks, time.perf_counter() - began)

@@ -10,22 +10,26 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from lbr_dist import checkpoint
-from lbr_dist.config import OptimizerConfig, RunConfig
-from lbr_dist.distributed import Ranks, total
+from lbr_dist.checkpoint import Saver, base_identity
+from lbr_dist.config import OptimizerConfig, RunConfig, Stage
+from lbr_dist.distributed import Ranks, largest, total
 from lbr_dist.engine import Engine, Update, sharded_init
-from lbr_dist.errors import RefusedStep, TrainingError
+from lbr_dist.errors import CheckpointError, Interrupted, RefusedStep, TrainingError
+from lbr_dist.files import write_atomic
+from lbr_dist.interrupt import StopRequest
+from lbr_dist.manifest import Checkpoints
 from lbr_dist.metrics import MetricsLog
 from lbr_dist.model.bottleneck import LBRModel, load_model
 from lbr_dist.model.tokens import TextTokenizer
+from lbr_dist.resume import resume
 from lbr_dist.traffic import Count
 
 SUMMARY = "summary.json"
-Stage = Literal["learn", "represent"]
+SCORES = ("heldout_target_loss", "heldout_loss", "heldout_perplexity")
+"""The measurement that tells which checkpoint is better: the first of these that there is; lower is better."""
 
 
 def load_engine(
@@ -64,10 +68,11 @@ class SpikeGuard:
 
     HISTORY, ENOUGH = 64, 16
 
-    def __init__(self, optimizer: OptimizerConfig, norms: Sequence[float] = ()) -> None:
+    def __init__(self, optimizer: OptimizerConfig, norms: Sequence[float] = (), skipped: int = 0) -> None:
         self.optimizer = optimizer
         self.norms = deque(norms, maxlen=self.HISTORY)
-        self.skipped = 0
+        self.skipped = skipped
+        """Steps in a row."""
 
     @property
     def largest_norm(self) -> float:
@@ -76,7 +81,7 @@ class SpikeGuard:
             return math.inf
         return self.optimizer.spike_factor * statistics.median(self.norms)
 
-    def observe(self, update: Update, stage: Stage, step: int, checkpoints: Path) -> None:
+    def observe(self, update: Update, stage: Stage, step: int, checkpoints: Checkpoints) -> None:
         """Take note of a step.
 
         Raises:
@@ -88,8 +93,9 @@ class SpikeGuard:
             return
         self.skipped += 1
         if self.skipped >= self.optimizer.most_skipped:
-            found = checkpoint.latest(checkpoints)
-            last = f"The last checkpoint is {checkpoints / found['tag']}" if found else "There is no checkpoint yet"
+            found = checkpoints.complete()
+            folder = checkpoints.folder(found[-1].step) if found else None
+            last = f"The last good checkpoint is {folder}" if folder else "There is no checkpoint yet"
             raise TrainingError(
                 f"{stage}: {self.skipped} steps in a row were skipped, up to step {step}; the last gradient norm is "
                 f"{update.grad_norm:.3g}, expected a finite one of at most {self.largest_norm:.3g}. {last}. Lower "
@@ -103,6 +109,7 @@ def train(
     ranks: Ranks,
     engine: Engine,
     run_step: Callable[[int], dict[str, float]],
+    batch_digest: Callable[[int], str],
     diagnose: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Run a stage's steps, from its newest checkpoint on.
@@ -114,64 +121,128 @@ def train(
         engine: the model and its optimizer.
         run_step: accumulates the gradients of the step of this number (from 0) and returns what to log; the
             same on every rank.
-        diagnose: measures the model on held-out data, every `learn.diagnose_every` steps.
+        batch_digest: tells the global batch of a step from any other one: a run goes on with the very next batch.
+        diagnose: measures the model on held-out data, every `diagnose_every` steps.
 
     Raises:
         TrainingError: too many steps in a row were skipped.
+        CheckpointError: the run cannot go on from its checkpoints, or the last one cannot be saved.
+        Interrupted: a rank was told to stop; the state is saved.
     """
     settings = config.learn if stage == "learn" else config.represent
     folder = config.stage_path(stage)
-    checkpoints = folder / "checkpoints"
-    # what dropout draws; a resumed run goes on with the states that were saved
-    torch.manual_seed(config.seed * ranks.world_size + ranks.rank)
-    state = checkpoint.resume(engine, checkpoints, ranks, config.checkpoint) or {"step": 0, "norms": []}
+    checkpoints, base = Checkpoints(folder / "checkpoints"), base_identity(config.stage_base(stage))
+    state = resume(engine, checkpoints, ranks, config, base) or {"step": 0, "norms": [], "skipped": 0}
     first: int = state["step"]
-    guard = SpikeGuard(settings.optimizer, state["norms"])
+    if first and state["next_batch"] != batch_digest(first):
+        raise CheckpointError(
+            f"{checkpoints.folder(first)}: the batch of step {first + 1} is not the one it was when this was saved: "
+            "the data has changed. Put back the files that the run began with, or begin another run_dir."
+        )
+    guard = SpikeGuard(settings.optimizer, state["norms"], state["skipped"])
     engine.train()
 
-    def diagnosed(done: int) -> dict[str, float]:
-        wanted = done == settings.steps or done % max(1, config.learn.diagnose_every) == 0
-        if diagnose is None or not wanted:
+    def diagnosed(done: int, wanted: bool) -> dict[str, float]:
+        if diagnose is None or not (wanted or done % max(1, settings.diagnose_every) == 0):
             return {}
+        ranks.watchdog.beat(f"the measurements of step {done} of {stage}")
         engine.train(False)
         values = diagnose()
         engine.train()
         return values
 
-    with MetricsLog(folder, stage, settings.steps, start_step=first) if ranks.is_first else nullcontext() as log:
+    log_or_not = MetricsLog(folder, stage, settings.steps, start_step=first) if ranks.is_first else nullcontext()
+    stop = StopRequest()
+    with log_or_not as log, stop.listening():
+        say = log.say if log is not None else lambda message: None
         if first == 0 and settings.steps:
-            values = diagnosed(0)
+            values = diagnosed(0, wanted=True)
             if log is not None and values:
                 log.log(0, **values)
-        for step in range(first, settings.steps):
-            began = time.perf_counter()
-            rate = learning_rate(settings.optimizer, step, settings.steps)
-            ranks.traffic.take()
-            try:
-                values = run_step(step)
-                update = engine.step(rate, guard.largest_norm)
-            except RefusedStep as refused:  # on every rank alike
-                engine.discard()
-                values, update = {}, Update(math.nan, applied=False)
+        with Saver(engine, checkpoints, ranks, config, stage, base, say) as saver:
+            saved = time.monotonic()
+            for step in range(first, settings.steps):
+                ranks.watchdog.beat(f"step {step + 1} of {stage}")
+                values, update = _take(step, config, stage, ranks, engine, run_step, guard, say)
+                done = step + 1
+                told, late = _agree(stop, saved, config.checkpoint.every_minutes, ranks)
+                last = done == settings.steps
+                due = last or told or late or done % config.checkpoint.every_steps == 0
+                values |= diagnosed(done, wanted=last or (due and not told and config.checkpoint.keep_best > 0))
+                if saver.stall:
+                    values["save_stall_seconds"], saver.stall = saver.stall, 0.0
                 if log is not None:
-                    log.say(f"step {step + 1} is skipped. {refused}")
-            seconds = time.perf_counter() - began
-            done = step + 1
-            throughput = {
-                name.replace("num_", "") + "_per_second": values.pop(name) / seconds
-                for name in ("num_tokens", "num_pairs")
-                if name in values
-            }
-            values |= {"lr": rate, "grad_norm": update.grad_norm, "seconds": seconds} | throughput
-            values |= {} if update.applied else {"skipped": 1}
-            values |= exchanged(ranks) | {"peak_memory_bytes": peak_memory(ranks.device)}
-            values |= diagnosed(done)
-            if log is not None:
-                log.log(done, **values)
-            guard.observe(update, stage, done, checkpoints)
-            if done % config.checkpoint.every_steps == 0 or done == settings.steps:
-                state = {"step": done, "norms": list(guard.norms)}
-                checkpoint.save(engine, checkpoints, state, ranks, config.checkpoint)
+                    log.log(done, **values)
+                guard.observe(update, stage, done, checkpoints)
+                if due:
+                    ranks.watchdog.beat(f"the checkpoint of step {done} of {stage}")
+                    state = {"step": done, "norms": list(guard.norms), "skipped": guard.skipped}
+                    score = next((values[name] for name in SCORES if name in values), None)
+                    saver.save(state | {"next_batch": batch_digest(done)}, values, score)
+                    saved = time.monotonic()
+                if last or told:
+                    saver.wait()
+                    _end(stage, done, last, stop, saver, checkpoints)
+
+
+def _take(
+    step: int,
+    config: RunConfig,
+    stage: Stage,
+    ranks: Ranks,
+    engine: Engine,
+    run_step: Callable[[int], dict[str, float]],
+    guard: SpikeGuard,
+    say: Callable[[str], None],
+) -> tuple[dict[str, float], Update]:
+    """One optimizer step: what to log of it, and what it did."""
+    settings = config.learn if stage == "learn" else config.represent
+    began = time.perf_counter()
+    rate = learning_rate(settings.optimizer, step, settings.steps)
+    ranks.traffic.take()
+    # what dropout draws depends on nothing that came before
+    torch.manual_seed((config.seed * settings.steps + step) * ranks.world_size + ranks.rank)
+    try:
+        values = run_step(step)
+        update = engine.step(rate, guard.largest_norm)
+    except RefusedStep as refused:  # on every rank alike
+        engine.discard()
+        values, update = {}, Update(math.nan, applied=False)
+        say(f"step {step + 1} is skipped. {refused}")
+    seconds = time.perf_counter() - began
+    throughput = {
+        name.replace("num_", "") + "_per_second": values.pop(name) / seconds
+        for name in ("num_tokens", "num_pairs")
+        if name in values
+    }
+    values |= {"lr": rate, "grad_norm": update.grad_norm, "seconds": seconds} | throughput
+    values |= {} if update.applied else {"skipped": 1}
+    return values | exchanged(ranks) | {"peak_memory_bytes": peak_memory(ranks.device)}, update
+
+
+def _agree(stop: StopRequest, saved: float, minutes: float | None, ranks: Ranks) -> tuple[bool, bool]:
+    """Whether a rank was told to stop, and whether the last save is too long ago for one: the same on every rank."""
+    late = minutes is not None and time.monotonic() - saved > 60 * minutes
+    told, overdue = largest([bool(stop), late], ranks)
+    return bool(told), bool(overdue)
+
+
+def _end(stage: Stage, done: int, last: bool, stop: StopRequest, saver: Saver, checkpoints: Checkpoints) -> None:
+    """The end of the loop, when the state is saved.
+
+    Raises:
+        CheckpointError: it is not, though this was the last step.
+        Interrupted: a rank was told to stop.
+    """
+    if last and saver.failure:
+        raise CheckpointError(
+            f"{stage}: all {done} steps are done, but the last checkpoint cannot be saved: {saver.failure}. Make room "
+            "and start again: the run goes on from its last checkpoint."
+        )
+    if not last:
+        by = f" by {stop.name}" if stop else ""
+        found = f"but not saved: {saver.failure}" if saver.failure else f"saved in {checkpoints.folder(done)}"
+        raise Interrupted(f"{stage}: stopped{by} after step {done}, {found}. Started again, the run goes on.")
 
 
 def exchanged(ranks: Ranks) -> dict[str, float]:
@@ -207,4 +278,4 @@ def write_summary(folder: Path, config: RunConfig, ranks: Ranks, seconds: float)
             "seconds": round(seconds, 1),
             "peak_memory_bytes": int(peak),
         }
-        checkpoint.write_atomic(folder / SUMMARY, json.dumps(content, indent=2) + "\n")
+        write_atomic(folder / SUMMARY, json.dumps(content, indent=2) + "\n")

@@ -7,7 +7,9 @@ This is the one place that lays tokens out. Everything after it (attention, posi
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import heapq
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -45,6 +47,15 @@ class Sequence:
     @property
     def length(self) -> int:
         return 1 + len(self.context) + self.bottleneck + self.inputs
+
+
+def digest(sequences: Iterable[Sequence]) -> str:
+    """16 hexadecimal digits that two different lists of sequences share only by chance."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for sequence in sequences:
+        for part in (sequence.context, sequence.target, sequence.target_inputs or ()):
+            hashed.update(array("q", [len(part), *part]))
+    return hashed.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lbr_dist.files import sync_folder
+
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _SAY_EVERY = 10.0
 _IDLE = 24 * 3600.0
@@ -30,14 +32,14 @@ def building_folder(folder: Path) -> Path:
 
 def publish(building: Path, folder: Path) -> bool:
     """Give a complete folder, its files flushed, its name; False where another job was faster."""
-    _sync(building)
+    sync_folder(building)
     try:
         os.rename(building, folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         return False
-    _sync(folder.parent)
+    sync_folder(folder.parent)
     return True
 
 
@@ -94,11 +96,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _sync(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -1,0 +1,158 @@
+"""The tensors of a checkpoint: written as plain safetensors, one file a rank, and read on any number of ranks.
+
+A rank's file holds its slice of each trained parameter's master weights and of AdamW's two moments, flat and in
+float32, as ``master/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``. ZeRO-3 cuts a parameter of n elements into W parts
+of ``ceil(n / W)``, so where a slice stands follows from n, W and the rank, and a rank of another world reads the
+pieces it needs. Nothing is converted, and nothing here is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+_NAMES = {torch.float32: "F32", torch.uint8: "U8"}
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file as it was written."""
+
+    name: str
+    num_bytes: int
+    xxh3_128: str
+
+
+def file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def extent(elements: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The elements of a flattened parameter that a rank holds under ZeRO-3: from, to."""
+    part = math.ceil(elements / world_size)
+    return min(rank * part, elements), min((rank + 1) * part, elements)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def file_bytes(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> int:
+    """The size of the file that `write` would write."""
+    return len(_header(tensors, notes)) + sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Written:
+    """Write a safetensors file; it is on disk when this returns.
+
+    The checksum is of what was in memory, so it also finds what goes wrong on the way to the disk.
+
+    Args:
+        path: the file, made or replaced.
+        tensors: contiguous, float32 or uint8; copied to the CPU one by one where they are elsewhere.
+        notes: the file's ``__metadata__``.
+    """
+    hashed = xxhash.xxh3_128()
+    size = 0
+    with path.open("wb", buffering=0) as stream:
+        header = memoryview(_header(tensors, notes))
+        for piece in (header, *(_bytes(tensor) for tensor in tensors.values())):
+            for start in range(0, len(piece), _CHUNK):
+                chunk = piece[start : start + _CHUNK]
+                hashed.update(chunk)
+                write_chunk(stream, chunk)
+            size += len(piece)
+        os.fsync(stream.fileno())
+    return Written(path.name, size, hashed.hexdigest())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = tensor.cpu().numpy()
+    return memoryview(array).cast("B")
+
+
+def write_chunk(stream: BinaryIO, chunk: memoryview) -> None:
+    """Write all of a chunk to an unbuffered file, which may take it in parts."""
+    while chunk:
+        chunk = chunk[stream.write(chunk) :]
+
+
+def _header(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(notes)}
+    offset = 0
+    for name, tensor in tensors.items():
+        assert tensor.is_contiguous(), name
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+class ShardReader:
+    """Slices of the parameters, out of the files of all ranks that saved. Use it as a context manager.
+
+    Args:
+        folder: of the checkpoint.
+        shapes: of the parameters, by name.
+        world_size: the number of ranks that saved.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]], world_size: int) -> None:
+        self.folder, self.world_size = folder, world_size
+        self.elements = {name: math.prod(shape) for name, shape in shapes.items()}
+        self._files: dict[int, Any] = {}
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+
+    def _file(self, rank: int) -> Any:
+        if rank not in self._files:
+            self._files[rank] = safe_open(self.folder / file_name(rank), framework="pt")
+        return self._files[rank]
+
+    def pieces(self, kind: str, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Elements `start` to `stop` of a parameter's state, as pieces with the place where each begins.
+
+        Args:
+            kind: one of `KINDS`.
+        """
+        part = math.ceil(self.elements[name] / self.world_size)
+        while start < stop:
+            rank = start // part
+            end = min(stop, (rank + 1) * part)
+            piece = self._file(rank).get_slice(f"{kind}/{name}")[start - rank * part : end - rank * part]
+            yield start, piece
+            start = end
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """All of a parameter's state, flat, in float32."""
+        elements = self.elements[name]
+        found = torch.empty(elements, dtype=torch.float32)
+        for start, piece in self.pieces(kind, name, 0, elements):
+            found[start : start + len(piece)] = piece
+        return found
+
+    def of_rank(self, rank: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """What a rank saved beside the parameters: its notes, and its ``random/...`` tensors."""
+        file = self._file(rank)
+        names = [name for name in file.keys() if name.startswith("random/")]  # noqa: SIM118  # no mapping
+        return dict(file.metadata()), {name: file.get_tensor(name) for name in names}
