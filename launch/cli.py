@@ -201,6 +201,12 @@ def plan(args: argparse.Namespace) -> None:
     planning.run(args, read_config(args.config, args.overrides), _say)
 
 
+def checkpoints(args: argparse.Namespace) -> None:
+    from lbr_dist.launch import checkpoints as commands
+
+    commands.run(args, _say)
+
+
 def config(args: argparse.Namespace) -> None:
     from lbr_dist.launch.config_file import describe
 
@@ -212,6 +218,7 @@ def config(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from lbr_dist.config import DataConfig
+    from lbr_dist.launch import checkpoints as checkpoint_commands
     from lbr_dist.launch import negatives
     from lbr_dist.launch import plan as planning
 
@@ -242,6 +249,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plan", plan, "What a step of stage 2 costs on a cluster: memory, traffic, time.")
     planning.add_arguments(sub)
     sub.set_defaults(takes_overrides=True)
+    sub = command("checkpoints", checkpoints, "List, verify, export or prune the checkpoints of a run.")
+    checkpoint_commands.add_arguments(sub)
     command("config", config, "Print every key of a config with its default and meaning.")
 
     def encoding(sub: argparse.ArgumentParser) -> None:

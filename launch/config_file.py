@@ -112,6 +112,27 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{place}{message}") from None
 
 
+def from_plain(content: Mapping[str, Any], where: Path) -> RunConfig:
+    """The config that `to_dict` made plain.
+
+    Args:
+        content: sections and fields.
+        where: the file that it stands in, for messages.
+
+    Raises:
+        ConfigError: it is of another version, or not a config.
+    """
+    import jsonargparse
+
+    parser = _parser()
+    try:
+        config = parser.instantiate_classes(parser.parse_object(dict(content)))
+        return RunConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)})
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{where}: its config is none that this version of lbr-dist reads: {message}") from None
+
+
 def write_config(config: RunConfig, path: Path) -> None:
     """The resolved config, every field written out."""
     make_private(path.parent)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from lbr_dist.config import CHANGES_NO_RESULT, RunConfig, Stage, forbidden_changes, to_dict
-from lbr_dist.data.records import check_enough, read_corpus, read_pairs
+from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
 from lbr_dist.manifest import Checkpoints, free_bytes
 from lbr_dist.mining_work import MiningSettings
@@ -103,6 +103,8 @@ def check_data(config: RunConfig) -> None:
     pairs = read_pairs(data.train, corpus)
     if config.represent.steps:
         check_enough(pairs.pairs, config.represent, data.train)
+    if data.dev is not None:
+        check_apart(read_pairs(data.dev, corpus).pairs, pairs.pairs, data.dev, data.train)
     if data.test is not None:
         read_pairs(data.test, read_corpus(data.test_documents) if data.test_documents else corpus)
 

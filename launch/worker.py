@@ -16,6 +16,9 @@ from lbr_dist.launch.config_file import read_config
 from lbr_dist.launch.ranks import USER_ERROR
 from lbr_dist.run_lock import run_lock
 
+PEER_GONE = "by peer"
+"""In gloo's message for a connection that the other rank's end has closed."""
+
 
 def quiet_libraries() -> None:
     """Libraries' notes about themselves are no news to the user; their warnings about the run stay."""
@@ -87,6 +90,17 @@ def main() -> int:
     except LbrError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except RuntimeError as error:
+        if PEER_GONE not in str(error):
+            raise
+        # whose fault it was is in that rank's log, and the launcher names it
+        print(f"error: rank {os.environ.get('RANK', '0')}: another rank is gone", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

@@ -155,15 +155,18 @@ class Line:
     """0 for the line that the picture is about; 1 and 2 for what it is held against."""
 
 
-def measured_lines(lines: Sequence[Line], title: str, size: tuple[int, int], label_width: int, prefix: str) -> str:
+def measured_lines(
+    lines: Sequence[Line], title: str, size: tuple[int, int], label_width: int, prefix: str, system: str = "learn"
+) -> str:
     """Lines through what was measured, unsmoothed, each labelled at its end.
 
     Args:
-        lines: at least one, each with at least one point; the first has the colour of the learn stage.
+        lines: at least one, each with at least one point.
         title: what is read out in place of the picture, before each line's name and values.
         size: drawn width and height, in CSS pixels.
         label_width: room for the labels, right of the lines, in CSS pixels.
         prefix: put before every id inside the picture, to keep ids unique in the page.
+        system: whose colour the line has that the picture is about.
     """
     width, height = size
     left, bottom, top = 46, 28, 10
@@ -177,7 +180,8 @@ def measured_lines(lines: Sequence[Line], title: str, size: tuple[int, int], lab
         drawn = [_thinned_between_its_ends(line) for line in lines]
         _dress(axes, first, last, [value for _, values in drawn for value in values])
         for line, (steps, values) in zip(lines, drawn, strict=True):
-            colour, thickness, dashes = _EMPHASIS[line.emphasis]
+            other_colour, thickness, dashes = _EMPHASIS[line.emphasis]
+            colour = other_colour or _COLOUR[system_variable(system)]
             marker = "o" if len(values) <= _MOST_DOTS else ""
             (drawn_line,) = axes.plot(steps, values, color=colour, linewidth=thickness, linestyle=dashes, clip_on=False)
             drawn_line.set(marker=marker, markersize=3.5 if line.emphasis else 6)
@@ -205,8 +209,8 @@ def measured_lines(lines: Sequence[Line], title: str, size: tuple[int, int], lab
         return _svg(figure, f"{title}, from step {first} to step {last}: {said}.", prefix)
 
 
-_EMPHASIS: Any = (  # colour, thickness, dashes: told apart without colour too
-    (_COLOUR["--learn"], 2.4, "-"),
+_EMPHASIS: Any = (  # colour, or the system's own, thickness, dashes: told apart without colour too
+    (None, 2.4, "-"),
     (_INK, 1.5, (0, (4, 2))),
     (_MUTED, 1.5, (0, (1.2, 1.6))),
 )

@@ -50,11 +50,16 @@ class Report:
     written: shards.Written | None = None
 
 
-def base_identity(folder: Path) -> dict[str, str]:
-    """What tells a model folder from another one: checksums of its small files, sizes of its weights."""
-    names = [name for name in ("config.json", "tokenizer.json") if (folder / name).exists()]
-    sizes = {path.name: f"{path.stat().st_size} bytes" for path in sorted(folder.glob("*.safetensors"))}
-    return {name: checksum(folder / name) for name in names} | sizes
+def base_identity(folder: Path, weights: bool) -> dict[str, str]:
+    """Checksums of what tells a model folder from another one.
+
+    Args:
+        folder: in Hugging Face's format.
+        weights: of the weights as well, all of which are read.
+    """
+    files = [folder / name for name in ("config.json", "tokenizer.json") if (folder / name).exists()]
+    files += sorted(folder.glob("*.safetensors")) if weights else []
+    return {file.name: checksum(file) for file in files}
 
 
 class Saver:
@@ -209,8 +214,9 @@ class Saver:
             if not problem and self.ranks.is_first:
                 problem = self._publish(blank, [report.written for report in reports if report.written])
             problem = self._gather(Report(problem))[0].problem or problem
-        except RuntimeError as error:  # another rank is gone, and with it the run
-            problem = f"the ranks could not agree ({str(error).splitlines()[0]})"
+        except RuntimeError:  # another rank is gone, and with it the run
+            self.failure = "another rank is gone"
+            return
         if problem:
             self._fail(blank.step, problem)
         else:

@@ -111,6 +111,10 @@ class DataConfig:
     longest_document: int = 10_000_000
     """Stage 1 skips documents of more characters than this, and says so."""
 
+    dev: str | None = None
+    """Development pairs, in the formats of `train`: never trained on, measured during stage 2 to tell its checkpoints
+    apart."""
+
     test: str | None = None
     """Held-out pairs for the evaluation; without them the run ends with the export."""
 
@@ -307,8 +311,8 @@ class RunConfig:
         if self.engine.offload_optimizer == "nvme" and self.checkpoint.resume != "never":
             raise ConfigError(
                 f"engine.offload_optimizer: found 'nvme' with checkpoint.resume {self.checkpoint.resume!r}. "
-                "The state of an optimizer that is offloaded to nvme is not saved: a run that stops begins anew. Use `cpu`, "
-                "or set checkpoint.resume to `never`."
+                "The state of an optimizer on nvme is not saved: a run that stops begins anew. Use `cpu`, or set "
+                " checkpoint.resume to `never`."
             )
         k = self.model.bottleneck_tokens
         if self.represent.steps and self.represent.pooling.startswith("bottleneck") and k == 0:

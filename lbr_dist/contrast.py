@@ -7,14 +7,17 @@ reduce-scatter. So the gradient of a representation is that of the global loss, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lbr_dist.config import RepresentConfig
+from lbr_dist.config_stages import MIN_TEMPERATURE
 from lbr_dist.data.pairs import PairBatch, padded
 from lbr_dist.distributed import Ranks, largest, together, total
-from lbr_dist.errors import RefusedStep
+from lbr_dist.errors import RefusedStep, TrainingError
 from lbr_dist.exchange import Exchange
 from lbr_dist.kernels.infonce import InfoNCE, info_nce
 
@@ -43,6 +46,43 @@ class Side:
     def columns(self, numbers: list[tuple[int, ...]]) -> Tensor:
         """``[rows, longest]`` int64: places of some of this side, -1 where a row has ended."""
         return padded([tuple(self.places[number] for number in row) for row in numbers]).to(self.device)
+
+
+class Scored(NamedTuple):
+    """A batch's representations where they meet, and what its loss is over this rank's queries."""
+
+    queries: Tensor
+    """``[queries of this rank, d]`` float32."""
+
+    documents: Tensor
+    """``[documents of the batch, d]`` float32, in the order in which they are gathered."""
+
+    everyone: Tensor | None
+    """``[queries of the batch, d]`` float32, where the documents look for them too."""
+
+    positives: Tensor
+    """``[queries of this rank, p]`` int64: rows of `documents` that answer each, the scored one first, then -1."""
+
+    found: InfoNCE
+    """Of the queries' search for their documents."""
+
+    loss: Tensor
+    """Scalar float32: the sum over this rank's queries, of both directions where the loss has both."""
+
+
+def temperature_of(logarithm: Tensor) -> Tensor:
+    """The temperature whose logarithm is learned, without its gradient."""
+    return logarithm.detach().exp().clamp(min=MIN_TEMPERATURE)
+
+
+def check_agreement(digests: list[int], ranks: Ranks, what: str = "the global batch") -> None:
+    """Raises TrainingError where the ranks have different digests, which are as many on every rank."""
+    found = largest([*digests, *(-digest for digest in digests)], ranks)
+    if found != [*digests, *(-digest for digest in digests)]:
+        raise TrainingError(
+            f"represent: the ranks disagree on {what}; rank {ranks.rank} of {ranks.world_size} has {digests}, the "
+            f"largest is {found[: len(digests)]}. Give every node the same files, config and versions."
+        )
 
 
 class Contrast:
@@ -88,23 +128,12 @@ class Contrast:
             RefusedStep: on every rank, where one rank's representation is not finite or of no length.
         """
         self._refuse_unusable(representations)
-        exchange, batch = self.exchange, self.batch
-        queries = representations[self.queries.mine].requires_grad_()
-        documents = exchange.gather(representations[self.documents.mine], self.documents.counts).requires_grad_()
-        temperature = self.temperature
+        exchange, temperature = self.exchange, self.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature.detach().requires_grad_()
-
-        rows = self.queries.numbers
-        positives = self.documents.columns([batch.positives[row] for row in rows])
-        found = self._loss(queries, documents, positives, temperature)
-        loss, everyone = found.loss, None
-        if self.settings.symmetric:
-            everyone = exchange.gather(queries.detach(), self.queries.counts).requires_grad_()
-            of_rows = batch.anchors
-            anchors = self.queries.columns([of_rows[row] for row in rows])
-            loss = 0.5 * (loss + self._loss(documents[positives[:, 0]], everyone, anchors, temperature).loss)
-        (loss * (self.weight / len(batch.queries))).backward()  # type: ignore[no-untyped-call]
+        scored = self._scored(representations, temperature, differentiable=True)
+        queries, documents, everyone = scored.queries, scored.documents, scored.everyone
+        (scored.loss * (self.weight / len(self.batch.queries))).backward()  # type: ignore[no-untyped-call]
 
         assert queries.grad is not None and documents.grad is not None
         gradient = torch.empty_like(representations)
@@ -116,8 +145,28 @@ class Contrast:
         if isinstance(temperature, Tensor):
             assert temperature.grad is not None
             self.temperature_gradient = temperature.grad
-        self._measure(loss.detach(), found, queries.detach(), documents.detach(), positives)
+        self._measure(scored)
         return gradient
+
+    @torch.no_grad()
+    def score(self, representations: Tensor) -> Scored:
+        """The loss alone, without a gradient; arguments as of `build_cache`. Nothing is refused: it may be nan."""
+        return self._scored(representations, self.temperature, differentiable=False)
+
+    def _scored(self, representations: Tensor, temperature: float | Tensor, differentiable: bool) -> Scored:
+        exchange, batch, rows = self.exchange, self.batch, self.queries.numbers
+        queries = representations[self.queries.mine].requires_grad_(differentiable)
+        documents = exchange.gather(representations[self.documents.mine], self.documents.counts)
+        documents.requires_grad_(differentiable)
+        positives = self.documents.columns([batch.positives[row] for row in rows])
+        found = self._loss(queries, documents, positives, temperature)
+        loss, everyone = found.loss, None
+        if self.settings.symmetric:
+            everyone = exchange.gather(queries.detach(), self.queries.counts).requires_grad_(differentiable)
+            of_rows = batch.anchors
+            anchors = self.queries.columns([of_rows[row] for row in rows])
+            loss = 0.5 * (loss + self._loss(documents[positives[:, 0]], everyone, anchors, temperature).loss)
+        return Scored(queries, documents, everyone, positives, found, loss)
 
     def _loss(self, queries: Tensor, documents: Tensor, positives: Tensor, temperature: float | Tensor) -> InfoNCE:
         prefixes, margin = self.settings.prefixes or None, self.settings.margin
@@ -138,14 +187,15 @@ class Contrast:
             f"{', '.join(named)}{more}; expected finite vectors. Look at these texts, or lower represent.optimizer.lr."
         )
 
-    def _measure(self, loss: Tensor, found: InfoNCE, queries: Tensor, documents: Tensor, positives: Tensor) -> None:
+    def _measure(self, scored: Scored) -> None:
         """The batch's figures, the same on every rank: sums over the queries, in one all-reduce.
 
         Alignment is the mean squared distance of a query and its document, uniformity the logarithm of the mean
         Gaussian potential of two documents, on at most `UNIFORMITY_DOCUMENTS` of them; both on the unit sphere.
         Source: Wang and Isola 2020 (arXiv 2005.10242), section 4.
         """
-        count = len(self.batch.queries)
+        count, found, positives = len(self.batch.queries), scored.found, scored.positives
+        loss, queries, documents = (x.detach() for x in (scored.loss, scored.queries, scored.documents))
         nearness = F.cosine_similarity(queries, documents[positives[:, 0]], dim=1).sum()
         sums = torch.stack([x.double() for x in (loss, found.correct, found.masked, nearness)]).tolist()
         loss_sum, correct, masked, near = total(sums, self.exchange.ranks)

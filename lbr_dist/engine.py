@@ -75,9 +75,18 @@ def sharded_init(engine: EngineConfig, dtype: str) -> AbstractContextManager[Non
     return context
 
 
+def read_from(parameter: nn.Parameter, read: Callable[[], Tensor]) -> None:
+    """Let `whole` take the value of a parameter on the meta device from `read`, anew each time."""
+    parameter.read_whole = read  # type: ignore[attr-defined]
+
+
 @contextmanager
 def whole(parameter: nn.Parameter, write: bool = False) -> Iterator[Tensor]:
     """A parameter's full value on every rank; with `write`, what rank 0 leaves in it is everyone's afterwards."""
+    if hasattr(parameter, "read_whole"):
+        assert not write
+        yield parameter.read_whole()
+        return
     if not hasattr(parameter, "ds_id"):
         yield parameter.data
         return

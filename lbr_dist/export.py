@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lbr_dist import __version__
-from lbr_dist.config import RunConfig, to_dict
+from lbr_dist.config import Pooling, RunConfig, to_dict
 from lbr_dist.distributed import Ranks
 from lbr_dist.engine import full_shape, whole
 from lbr_dist.model import span_mean
@@ -83,6 +83,7 @@ def _write_weights(model: LBRModel, ids: tuple[int, ...], folder: Path, writes: 
             save_file(part, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o644)
             total += sum(tensor.nbytes for tensor in part.values())
+        part.clear()  # or it would stay in memory until the next one is gathered
     if writes and len(shards) > 1:
         weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -181,6 +182,18 @@ scores = model.similarity(queries, documents)
 """
 
 
+def stage_settings(config: RunConfig, stage: str) -> EmbeddingSettings:
+    """How the model after a stage turns a text into a vector, its bottleneck's ids left open."""
+    between: Pooling = "bottleneck_mean" if config.model.bottleneck_tokens else "mean"
+    return EmbeddingSettings.of(config.data, between if stage == "learn" else config.represent.pooling)
+
+
+def _meet() -> None:
+    """Return when all ranks are here; a process without a group is alone."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def export(
     model: LBRModel,
     tokenizer: TextTokenizer,
@@ -201,7 +214,7 @@ def export(
     if ranks.is_first:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-    dist.barrier()
+    _meet()
     _write_weights(model, ids, building, ranks.is_first)
     if ranks.is_first:
         hf_config = type(model.backbone.config).from_dict(model.backbone.config.to_dict())
@@ -218,4 +231,4 @@ def export(
         (building / "README.md").write_text(_card(settings, config, dimension), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         building.replace(folder)
-    dist.barrier()
+    _meet()

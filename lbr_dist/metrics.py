@@ -35,6 +35,7 @@ _SHOWN = (  # key, name on the screen, format
 )
 _HELDOUT = "heldout_target_loss"
 _HELDOUT_AGAINST = ("shuffled", "without")  # endings of the losses that it is held against
+_DEV_BESIDE = ("accuracy", "mrr")  # endings of what stage 2 measures on the dev pairs beside the loss
 _SIZES = (("peak_memory_bytes", "memory"), ("bytes_within_node", "from ranks"), ("bytes_between_nodes", "from nodes"))
 _RATES = (("tokens_per_second", "tok/s"), ("pairs_per_second", "pairs/s"))
 
@@ -220,6 +221,10 @@ def _diagnosed(numbers: dict[str, int | float]) -> list[str]:
         others = {name: numbers.get(f"{_HELDOUT}_{name}") for name in _HELDOUT_AGAINST}
         against = ", ".join(f"{name} {value:.2f}" for name, value in others.items() if value is not None)
         parts.append(f"held-out {numbers[_HELDOUT]:.2f}" + (f" ({against})" if against else ""))
+    if "heldout_loss" in numbers:
+        others = {name: numbers.get(f"heldout_{name}") for name in _DEV_BESIDE}
+        beside = ", ".join(f"{name} {value:.2f}" for name, value in others.items() if value is not None)
+        parts.append(f"held-out {numbers['heldout_loss']:.3f}" + (f" ({beside})" if beside else ""))
     if "heldout_perplexity" in numbers:
         perplexity = numbers["heldout_perplexity"]
         parts.append(f"ppl {perplexity:,.1f}" if perplexity < 1e7 else f"ppl {perplexity:.1e}")

@@ -19,6 +19,19 @@ _CURVES = (  # stage, key in metrics.jsonl, title, whose colour
     ("represent", "alignment", "Represent: distance of a query and its document, squared", "lbr"),
     ("represent", "uniformity", "Represent: uniformity of the documents; lower is more spread out", "lbr"),
 )
+_ON_DEV = {  # key in represent's metrics.jsonl: title, key, name and label of each line; drawn after the key's curve
+    "loss": (
+        "Represent: contrastive loss of the development pairs",
+        (("heldout_loss", "mean over the queries", ""),),
+    ),
+    "accuracy": (
+        "Represent: how the development pairs are ranked",
+        (
+            ("heldout_accuracy", "share whose document comes first", "first"),
+            ("heldout_mrr", "mean reciprocal rank at 10", "MRR"),
+        ),
+    ),
+}
 _TARGET_LOSSES = (  # key in learn's metrics.jsonl, read out, drawn at the line's end
     ("heldout_target_loss", "through its own bottleneck", "own bottleneck", "own"),
     ("heldout_target_loss_shuffled", "through another text's bottleneck", "another text's", "another's"),
@@ -43,11 +56,15 @@ def training_section(run_dir: Path) -> str:
         if steps:
             chart = training_curve(steps, values, title, system, f"curve{number}", skipped[stage])
             figures.append(f"<figure><figcaption>{dot(system)}{as_text(title)}</figcaption>{chart}</figure>")
+        if stage == "represent" and key in _ON_DEV:
+            figures += _on_dev(logs[stage], key)
     curves = ""
     if figures:
+        measured = any(_points(logs["represent"], measure)[0] for _, lines in _ON_DEV.values() for measure, *_ in lines)
+        on_dev = " Of the development pairs: as measured." if measured else ""
         curves = (
             f'<div class="curves">{"".join(figures)}</div>'
-            '<p class="quiet">Over the optimizer steps. Faint: as measured. Strong: running mean.</p>'
+            f'<p class="quiet">Over the optimizer steps. Faint: as measured. Strong: running mean.{on_dev}</p>'
         )
     parts = [curves, *(_skips(stage, steps) for stage, steps in skipped.items()), _bottleneck(logs["learn"])]
     return f"<section><h2>How training went</h2>{''.join(parts)}</section>" if any(parts) else ""
@@ -101,6 +118,27 @@ def _skips(stage: str, steps: Sequence[int]) -> str:
     why = f"because {'its' if one else 'their'} loss or gradient was not finite or jumped"
     leave = "The curves leave it out, and mark it" if one else "The curves leave them out, and mark them"
     return f'<p class="skips">{what} skipped, {why}: {which}. {leave} along the bottom.</p>'
+
+
+# ---- development pairs ----------------------------------------------------------------------------------------
+
+
+def _on_dev(entries: Sequence[_Entry], key: str) -> list[str]:
+    """The figure that stands after the curve of a key, where the development pairs were measured."""
+    title, measures = _ON_DEV[key]
+    lines = []
+    for emphasis, (measure, name, label) in enumerate(measures):
+        steps, values = _points(entries, measure)
+        if steps:
+            lines.append(Line(steps, values, name, label, emphasis))
+    if not lines:
+        return []
+    chart = measured_lines(lines, title, (350, 190), 78, f"dev-{key}", "lbr")
+    below = ""
+    if key == "loss":
+        best, step = min(zip(lines[0].values, lines[0].steps, strict=True))
+        below = f'<p class="quiet">Lowest at step {step:,}: {shown(best)}.</p>'
+    return [f"<figure><figcaption>{dot('lbr')}{as_text(title)}</figcaption>{chart}{below}</figure>"]
 
 
 # ---- held-out diagnostics -------------------------------------------------------------------------------------

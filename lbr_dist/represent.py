@@ -15,55 +15,22 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 
 from torch import Tensor
 
+from lbr_dist.chunks import RankChunks
 from lbr_dist.config import RepresentConfig, RunConfig
-from lbr_dist.config_stages import MIN_TEMPERATURE
-from lbr_dist.contrast import Contrast
-from lbr_dist.data.packing import PackedRow, Sequence, assign_rows, filler, pack_row
-from lbr_dist.data.pairs import PairBatch, load_pairs
-from lbr_dist.distributed import Ranks, largest
+from lbr_dist.contrast import Contrast, check_agreement, temperature_of
+from lbr_dist.data.pairs import PairBatch, load_with_dev
+from lbr_dist.dev_pairs import DevPairs
+from lbr_dist.distributed import Ranks
 from lbr_dist.engine import Engine
-from lbr_dist.errors import TrainingError
 from lbr_dist.exchange import Exchange
 from lbr_dist.export import export
 from lbr_dist.grad_cache import forward_backward, surrogate
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 from lbr_dist.plan import StepPlanner
 from lbr_dist.trainer import load_engine, train, write_summary
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """How the texts of a global batch are shared out: every rank knows every rank's chunks."""
-
-    rows: list[list[list[int]]]
-    """Rank, chunk, numbers of its texts; as many chunks on every rank, some perhaps empty."""
-
-    tokens: list[int]
-    """Tokens of each chunk on the rank where it has the most."""
-
-    def members(self, rank: int) -> list[int]:
-        """The texts of a rank, in the order in which it embeds them."""
-        return [text for row in self.rows[rank] for text in row]
-
-
-def share_out(batch: PairBatch, bottleneck: int, chunk_tokens: int, separate: bool, world_size: int) -> Chunks:
-    """Chunks of up to `chunk_tokens` tokens, evenly filled: a function of its arguments alone."""
-    lengths = [1 + len(text) + bottleneck for text in batch.texts]
-    everything = range(len(lengths))
-    sides = [everything[: len(batch.queries)], everything[len(batch.queries) :]] if separate else [everything]
-    rows: list[list[int]] = []
-    for side in sides:
-        assigned = assign_rows([lengths[text] for text in side], chunk_tokens, multiple=world_size)
-        rows += [[side[i] for i in row] for row in assigned]
-    tokens = [sum(lengths[text] for text in row) for row in rows]
-    return Chunks(
-        [rows[rank::world_size] for rank in range(world_size)],
-        [max(tokens[i : i + world_size]) for i in range(0, len(tokens), world_size)],
-    )
 
 
 class ContrastiveStep:
@@ -96,7 +63,7 @@ class ContrastiveStep:
             TrainingError: the ranks have different batches.
             RefusedStep: a representation is not finite, or of no length. Nothing may be applied.
         """
-        self._check_agreement(batches)
+        check_agreement([batch.digest for batch in batches], self.ranks)
         measured = []
         with self.engine.accumulate(hold=self.planner.resident):
             for number, batch in enumerate(batches):
@@ -108,41 +75,21 @@ class ContrastiveStep:
 
     def _accumulate_batch(self, batch: PairBatch, weight: float, key: str) -> dict[str, float]:
         settings, ranks = self.settings, self.ranks
-        k, chunk_tokens = self.config.model.bottleneck_tokens, self.planner.chunk_tokens
-        plan = share_out(batch, k, chunk_tokens, settings.separate_sides, ranks.world_size)
-        kept = self.planner.kept(plan.tokens)
-        texts, rows = batch.texts, plan.rows[ranks.rank]
-        members = [plan.members(rank) for rank in range(ranks.world_size)]
-        contrast = Contrast(batch, members, settings, self.exchange, weight)
-
-        def chunk(number: int) -> PackedRow:
-            if not rows[number]:
-                return filler(k, self.sink_id).to(ranks.device)
-            return pack_row([Sequence(texts[i], k) for i in rows[number]], self.sink_id).to(ranks.device)
-
+        chunks = RankChunks(batch, self.config, self.planner.chunk_tokens, self.sink_id, ranks)
+        kept = self.planner.kept(chunks.tokens)
+        contrast = Contrast(batch, chunks.members, settings, self.exchange, weight)
         scale: Tensor | None = None
         if settings.learn_temperature:
             scale = self.engine(None, task="temperature")
-            contrast.temperature = scale.detach().exp().clamp(min=MIN_TEMPERATURE)
-        forward_backward(
-            self.engine, chunk, len(rows), kept, contrast.build_cache, f"{key}/{ranks.rank}", pooling=settings.pooling
-        )
-        values = contrast.measured | {"kept_graphs": float(kept), "chunks": float(len(rows))}
+            contrast.temperature = temperature_of(scale)
+        key, build_cache, pooling = f"{key}/{ranks.rank}", contrast.build_cache, settings.pooling
+        forward_backward(self.engine, chunks.row, len(chunks), kept, build_cache, key, pooling=pooling)
+        values = contrast.measured | {"kept_graphs": float(kept), "chunks": float(len(chunks))}
         if scale is not None:
             # d loss / d log t = t * d loss / d t, of this rank's queries; reduced with all other gradients
             self.engine.backward(surrogate(scale, contrast.temperature_gradient * contrast.temperature))
             values["temperature"] = float(contrast.temperature)
         return values
-
-    def _check_agreement(self, batches: list[PairBatch]) -> None:
-        digests = [batch.digest for batch in batches]
-        found = largest([*digests, *(-digest for digest in digests)], self.ranks)
-        if found != [*digests, *(-digest for digest in digests)]:
-            raise TrainingError(
-                f"represent: the ranks disagree on the global batch; rank {self.ranks.rank} of {self.ranks.world_size} "
-                f"has {digests}, the largest is {found[: len(digests)]}. Give every node the same files, config and "
-                "versions."
-            )
 
 
 def represent(config: RunConfig, ranks: Ranks) -> None:
@@ -154,12 +101,14 @@ def represent(config: RunConfig, ranks: Ranks) -> None:
     began = time.perf_counter()
     base = config.stage_base("represent")
     tokenizer = TextTokenizer(base)
-    pairs = load_pairs(config, tokenizer)
+    pairs, held_out = load_with_dev(config, tokenizer)
     if pairs.dropped_negatives and ranks.is_first:
         message = f"represent: {pairs.dropped_negatives:,} listed negatives answer their own query and were left out"
         print(message, file=sys.stderr, flush=True)
     engine, model = load_engine(config, base, tokenizer, "represent", ranks)
     contrastive = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
+    exchange, chunk_tokens = contrastive.exchange, contrastive.planner.chunk_tokens
+    dev = DevPairs(engine, held_out, config, tokenizer.sink_id, exchange, chunk_tokens)
     accum = config.represent.grad_accum
 
     def batches(step: int) -> list[PairBatch]:
@@ -171,7 +120,7 @@ def represent(config: RunConfig, ranks: Ranks) -> None:
     def batch_digest(step: int) -> str:
         return "-".join(f"{batch.digest:016x}" for batch in batches(step))
 
-    train("represent", config, ranks, engine, run_step, batch_digest)
+    train("represent", config, ranks, engine, run_step, batch_digest, dev.measure if dev else None)
     settings = EmbeddingSettings.of(config.data, config.represent.pooling)
     export(model, tokenizer, settings, config, config.model_path, ranks)
     write_summary(config.stage_path("represent"), config, ranks, time.perf_counter() - began)

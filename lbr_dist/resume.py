@@ -34,7 +34,7 @@ def resume(
     """
     say = _say if ranks.is_first else (lambda message: None)
     wanted = config.checkpoint.resume
-    left, steps = _on_first(lambda: (checkpoints.clean(), checkpoints.steps()), ranks)
+    left, steps = on_first(lambda: (checkpoints.clean(), checkpoints.steps()), ranks)
     for name in left:
         say(f"note: {checkpoints.path / name} was never completed, and is removed")
     if wanted == "never":
@@ -53,7 +53,7 @@ def resume(
                 f"checkpoint.resume: found 'required', but {checkpoints.path} has no checkpoint. Use `auto` to begin."
             )
         return None
-    _on_first(lambda: _refuse_writable(config, checkpoints, steps), ranks)
+    on_first(lambda: _refuse_writable(config, checkpoints, steps), ranks)
     for step in [wanted] if isinstance(wanted, int) else reversed(steps):
         manifest, problem = _verify(checkpoints, step, ranks)
         if manifest is None:
@@ -89,7 +89,7 @@ def _list(steps: list[int]) -> str:
     return ", ".join(tag(step) for step in steps) or "no checkpoint"
 
 
-def _on_first(work: Callable[[], Any], ranks: Ranks) -> Any:
+def on_first(work: Callable[[], Any], ranks: Ranks) -> Any:
     """What `work` returns on the first rank, or the error of a user's mistake that it raises, on every rank."""
     answer: list[Any] = [None, None]
     if ranks.is_first:
@@ -106,7 +106,7 @@ def _on_first(work: Callable[[], Any], ranks: Ranks) -> Any:
 
 
 def _set_aside(checkpoints: Checkpoints, steps: list[int], why: str, ranks: Ranks) -> list[Path]:
-    places: list[Path] = _on_first(lambda: [checkpoints.set_aside(step, why) for step in steps], ranks)
+    places: list[Path] = on_first(lambda: [checkpoints.set_aside(step, why) for step in steps], ranks)
     return places
 
 
@@ -119,7 +119,7 @@ def _verify(checkpoints: Checkpoints, step: int, ranks: Ranks) -> tuple[Manifest
         except CheckpointError as error:
             return None, str(error)
 
-    manifest, problem = _on_first(look, ranks)
+    manifest, problem = on_first(look, ranks)
     if manifest is None:
         return None, problem
     names = sorted(manifest.files)
@@ -171,9 +171,7 @@ def _refuse_other(manifest: Manifest, config: RunConfig, base: dict[str, str], f
             f"{folder}: was saved with another config; it differs in {', '.join(names)}. Its state means nothing with "
             f"these. Set them back, or begin another run_dir. What may differ: {', '.join(CHANGES_NO_RESULT)}."
         )
-    # a full state replaces the weights; adapters are nothing without theirs
-    compared = [name for name in manifest.base if config.model.lora.rank or name == "tokenizer.json"]
-    changed = [name for name in compared if base.get(name) != manifest.base[name]]
+    changed = [name for name in manifest.base if base.get(name) != manifest.base[name]]
     if changed:
         raise CheckpointError(
             f"{folder}: was saved with another {', '.join(changed)} in the folder that the model came from. Put back "

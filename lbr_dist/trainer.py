@@ -24,7 +24,7 @@ from lbr_dist.manifest import Checkpoints
 from lbr_dist.metrics import MetricsLog
 from lbr_dist.model.bottleneck import LBRModel, load_model
 from lbr_dist.model.tokens import TextTokenizer
-from lbr_dist.resume import resume
+from lbr_dist.resume import on_first, resume
 from lbr_dist.traffic import Count
 
 SUMMARY = "summary.json"
@@ -131,7 +131,9 @@ def train(
     """
     settings = config.learn if stage == "learn" else config.represent
     folder = config.stage_path(stage)
-    checkpoints, base = Checkpoints(folder / "checkpoints"), base_identity(config.stage_base(stage))
+    checkpoints = Checkpoints(folder / "checkpoints")
+    # all weights replace the base's; adapters are nothing without theirs
+    base = on_first(lambda: base_identity(config.stage_base(stage), weights=config.model.lora.rank > 0), ranks)
     state = resume(engine, checkpoints, ranks, config, base) or {"step": 0, "norms": [], "skipped": 0}
     first: int = state["step"]
     if first and state["next_batch"] != batch_digest(first):

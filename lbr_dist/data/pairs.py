@@ -11,14 +11,15 @@ import itertools
 import random
 from array import array
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lbr_dist.config import RepresentConfig, RunConfig
+from lbr_dist.config import DataConfig, RepresentConfig, RunConfig
 from lbr_dist.data import sampler
-from lbr_dist.data.records import Pair, PairSet, by_source, check_enough, read_corpus, read_pairs
+from lbr_dist.data.records import Pair, PairSet, by_source, check_apart, check_enough, read_corpus, read_pairs
 from lbr_dist.model.tokens import TextTokenizer
 
 Tokens = tuple[int, ...]
@@ -81,7 +82,7 @@ def padded(columns: list[tuple[int, ...]]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TrainingPairs:
-    """Tokenised pairs; built by `load_pairs`."""
+    """Tokenised pairs; built by `load_pairs` or, those of development too, by `load_with_dev`."""
 
     pairs: list[Pair]
     queries: dict[str, Tokens]
@@ -101,9 +102,22 @@ class TrainingPairs:
 
     def batch(self, settings: RepresentConfig, number: int, seed: int) -> PairBatch:
         """The global batch of this number: a function of settings, number and seed alone."""
+        return self._made_of(self._draw(settings, number, seed), settings, seed)
+
+    def once(self, settings: RepresentConfig, seed: int) -> list[PairBatch]:
+        """Batches of all pairs, each once, whatever its source: a function of settings and seed alone.
+
+        They have `settings.batch_pairs` pairs each, the last one what is left.
+        """
+        size, count = settings.batch_pairs, len(self.pairs)
+        drawn = [(epoch, self.pairs[item]) for epoch, item in sampler.batch(count, count, 0, seed)]
+        return [self._made_of(drawn[start : start + size], settings, seed) for start in range(0, count, size)]
+
+    def _made_of(self, drawn: list[tuple[int, Pair]], settings: RepresentConfig, seed: int) -> PairBatch:
+        """The batch of these pairs of these epochs."""
         chosen: list[tuple[Pair, Tokens, list[Tokens]]] = []
         names: dict[Tokens, str] = {}
-        for epoch, pair in self._draw(settings, number, seed):
+        for epoch, pair in drawn:
             rng = random.Random(f"{seed}/{epoch}/{pair.id}")
             positive = rng.choice(pair.positives)
             candidates = [self.documents[name] for name in pair.negatives]
@@ -142,9 +156,33 @@ def load_pairs(config: RunConfig, tokenizer: TextTokenizer) -> TrainingPairs:
     Raises:
         DataError: fewer pairs than a batch, or a record that cannot be used.
     """
+    return _tokenised(_read_training(config, read_corpus(config.data.corpus)), config.data, tokenizer)
+
+
+def load_with_dev(config: RunConfig, tokenizer: TextTokenizer) -> tuple[TrainingPairs, TrainingPairs | None]:
+    """The training pairs, and the development pairs where stage 2 measures some; the corpus is read once.
+
+    Raises:
+        DataError: as `load_pairs` does, or a development query is trained on.
+    """
     data = config.data
-    found = read_pairs(data.train, read_corpus(data.corpus))
-    check_enough(found.pairs, config.represent, data.train)
+    corpus = read_corpus(data.corpus)
+    found = _read_training(config, corpus)
+    dev = None
+    if data.dev is not None and config.represent.diagnose_every:
+        held_out = read_pairs(data.dev, corpus)
+        check_apart(held_out.pairs, found.pairs, data.dev, data.train)
+        dev = _tokenised(held_out, data, tokenizer)
+    return _tokenised(found, data, tokenizer), dev
+
+
+def _read_training(config: RunConfig, corpus: Mapping[str, str]) -> PairSet:
+    found = read_pairs(config.data.train, corpus)
+    check_enough(found.pairs, config.represent, config.data.train)
+    return found
+
+
+def _tokenised(found: PairSet, data: DataConfig, tokenizer: TextTokenizer) -> TrainingPairs:
     texts = [data.query_prompt + pair.query for pair in found.pairs]
     queries = dict(zip([p.id for p in found.pairs], tokenizer.encode(texts, data.max_query_tokens), strict=True))
     texts = [data.document_prompt + text for text in found.documents.values()]

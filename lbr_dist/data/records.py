@@ -140,6 +140,22 @@ def check_enough(pairs: list[Pair], settings: RepresentConfig, path: str) -> Non
             )
 
 
+def check_apart(dev: list[Pair], train: list[Pair], dev_path: str, train_path: str) -> None:
+    """Raises DataError where a development query is trained on too, be it in other white space."""
+    trained: dict[str, str] = {}
+    for pair in train:
+        trained.setdefault(" ".join(pair.query.split()), pair.id)
+    both = [(pair, trained[query]) for pair in dev if (query := " ".join(pair.query.split())) in trained]
+    if both:
+        pair, other = both[0]
+        more = f", and {len(both) - 1} more of its pairs are so" if len(both) > 1 else ""
+        raise DataError(
+            f"{dev_path}: pair {pair.id!r} has the query {pair.query[:60]!r} of pair {other!r} in {train_path}{more}. "
+            "Expected queries that are never trained on: on others their loss says nothing. Remove such pairs from one "
+            "of the two files."
+        )
+
+
 class _PairReader:
     """Collects pairs and the documents that they name, and refuses what is at odds with itself."""
 

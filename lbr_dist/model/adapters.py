@@ -73,14 +73,22 @@ def merged_weights(backbone: nn.Module, keep: bool) -> Iterator[tuple[str, nn.Pa
         keep: whether this rank wants the values; the others get None.
     """
     for name, parameter, owner in _owners(backbone):
-        adapted = ADAPTER in getattr(owner, "lora_A", {}) and name.endswith(".weight")
-        parts = [parameter]
-        if adapted:
+        parts, scale = [parameter], 0.0
+        if ADAPTER in getattr(owner, "lora_A", {}) and name.endswith(".weight"):
             parts += [owner.lora_A[ADAPTER].weight, owner.lora_B[ADAPTER].weight]  # type: ignore[index,union-attr]
-        with ExitStack() as gathered:
-            values = [gathered.enter_context(whole(part)) for part in parts]
-            tensor = values[0].detach().cpu().clone() if keep else None
-            if tensor is not None and adapted:
-                low, high = (value.detach().cpu().float() for value in values[1:])
-                tensor = (tensor.float() + owner.scaling[ADAPTER] * (high @ low)).to(tensor.dtype)  # type: ignore[index,operator]
-        yield name, parameter, tensor
+            scale = owner.scaling[ADAPTER]  # type: ignore[index,assignment]
+        # no name for the value here: it would stay in memory until the next one is there
+        yield name, parameter, _merged(parts, scale, keep)
+
+
+def _merged(parts: list[nn.Parameter], scale: float, keep: bool) -> Tensor | None:
+    """A weight of its own, with the product of the other two parts, an adapter's, added; all ranks gather it."""
+    with ExitStack() as gathered:
+        values = [gathered.enter_context(whole(part)).detach() for part in parts]
+        if not keep:
+            return None
+        tensor = values[0].to("cpu", copy=True)
+        if len(values) > 1:
+            low, high = (value.cpu().float() for value in values[1:])
+            tensor = (tensor.float() + scale * (high @ low)).to(tensor.dtype)
+        return tensor

@@ -151,6 +151,30 @@ def _copy_weights(model: PreTrainedModel, files: WeightFiles) -> None:
                 value.copy_(files.read(source))
 
 
+def build_backbone(folder: Path, dtype: torch.dtype, inside: AbstractContextManager[Any]) -> PreTrainedModel:
+    """The model of `folder` with our attention, tied as its config says, without its weights.
+
+    Args:
+        folder: a Hugging Face causal LM folder; only its config is read.
+        dtype: type of the weights.
+        inside: what it is built in: a sharding context, or the meta device.
+
+    Raises:
+        ModelError: not a causal LM.
+    """
+    read_json(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with inside, no_init_weights():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+            )
+    except ValueError as error:
+        raise ModelError(f"{folder}: not a causal LM that transformers can build ({error}).") from None
+    model.tie_weights()
+    return model
+
+
 def load_backbone(
     folder: Path, dtype: torch.dtype, sharding: AbstractContextManager[None] | None = None
 ) -> PreTrainedModel:
@@ -164,16 +188,8 @@ def load_backbone(
     Raises:
         ModelError: not a causal LM, or weights that don't fit the config.
     """
-    read_json(folder / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with _exact_buffers(sharding or nullcontext(), sharding is not None), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
-            )
-    except ValueError as error:
-        raise ModelError(f"{folder}: not a causal LM that transformers can build ({error}).") from None
-    model.tie_weights()
+    with_buffers = _exact_buffers(sharding or nullcontext(), sharding is not None)
+    model = build_backbone(folder, dtype, with_buffers)
     _copy_weights(model, WeightFiles(folder))
     return model
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbr_dist.chunks import share_out
 from lbr_dist.config import RunConfig
 from lbr_dist.data.packing import PackedRow, Sequence, pack_row
 from lbr_dist.data.pairs import load_pairs
@@ -15,7 +16,7 @@ from lbr_dist.distributed import Ranks
 from lbr_dist.engine import Engine
 from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.plan_step import Batch
-from lbr_dist.represent import ContrastiveStep, share_out
+from lbr_dist.represent import ContrastiveStep
 from tests.distributed.on_ranks import open_engine
 
 

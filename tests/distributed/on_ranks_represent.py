@@ -11,15 +11,20 @@ import torch
 
 from lbr_dist import represent
 from lbr_dist.config import RunConfig
-from lbr_dist.data.pairs import PairBatch
+from lbr_dist.data.pairs import PairBatch, load_with_dev
+from lbr_dist.dev_pairs import DevPairs
 from lbr_dist.distributed import Ranks
-from lbr_dist.engine import Engine
+from lbr_dist.engine import Engine, whole
 from lbr_dist.errors import RefusedStep, TrainingError
 from lbr_dist.exchange import Exchange, Route
+from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.represent import ContrastiveStep
 from lbr_dist.traffic import Traffic
 from tests.distributed import single
 from tests.distributed.on_ranks import count_reductions, gradients, open_engine
+
+LEARNED = 0.3
+"""By how much a temperature's logarithm has moved."""
 
 Break = Callable[[], Callable[[], None]]
 """Breaks a rule of exactness, and returns what mends it."""
@@ -89,6 +94,60 @@ def disagree(ranks: Ranks, config: RunConfig, batch: PairBatch) -> str:
         batch = replace(batch, queries=batch.queries[::-1])
     try:
         step.accumulate([batch], "key")
+    except TrainingError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return ""
+
+
+def _dev_pairs(ranks: Ranks, config: RunConfig, engine: Engine, tokenizer: TextTokenizer, other: bool) -> DevPairs:
+    step = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
+    dev = load_with_dev(config, tokenizer)[1]
+    if other:
+        assert dev is not None
+        dev = replace(dev, pairs=dev.pairs[1:])
+    return DevPairs(engine, dev, config, tokenizer.sink_id, step.exchange, step.planner.chunk_tokens)
+
+
+def measure_dev(ranks: Ranks, config: RunConfig) -> dict[str, float] | None:
+    """Stage 2's measurements on the dev pairs, the same twice; None where there are none.
+
+    The model is untrained, but for a temperature that has moved by `LEARNED`.
+    """
+    engine, tokenizer = open_engine(ranks, config, "represent")
+    engine.train(False)
+    if config.represent.learn_temperature:
+        with whole(engine.model.log_temperature, write=True) as value:  # type: ignore[arg-type]
+            value.add_(LEARNED)
+    dev = _dev_pairs(ranks, config, engine, tokenizer, other=False)
+    values = dev.measure() if dev else None
+    assert values is None or dev.measure() == values
+    engine.close()
+    return values
+
+
+def modes_when_measured(ranks: Ranks, config: RunConfig) -> list[bool]:
+    """Run the whole stage; whether the model was in training mode each time that the dev pairs were measured."""
+    original, modes = DevPairs.measure, []
+
+    def measure(self: DevPairs) -> dict[str, float]:
+        modes.append(self.engine.model.training)
+        return original(self)
+
+    DevPairs.measure = measure  # type: ignore[method-assign]
+    try:
+        represent.represent(config, ranks)
+    finally:
+        DevPairs.measure = original  # type: ignore[method-assign]
+    return modes
+
+
+def disagree_on_dev(ranks: Ranks, config: RunConfig) -> str:
+    """The message for dev pairs of which one rank lacks one."""
+    engine, tokenizer = open_engine(ranks, config, "represent")
+    try:
+        _dev_pairs(ranks, config, engine, tokenizer, other=ranks.rank == 1)
     except TrainingError as error:
         return str(error)
     finally:

@@ -84,6 +84,10 @@ KEYS = {
         r"represent.prefixes: found \(16, 8\), expected widths that rise",
     ),
     "out of range": ("represent.temperature: 0", r"represent.temperature: found 0.*expected a finite number above 0"),
+    "measured how often": (
+        "represent.diagnose_every: -1",
+        r"represent.diagnose_every: found -1, expected zero or more",
+    ),
     "at odds": (
         "model.bottleneck_tokens: 0",
         r"represent.pooling: found 'bottleneck_last' with model.bottleneck_tokens 0",
@@ -181,6 +185,26 @@ def test_bad_files(name: str, run: tuple[Path, RunConfig], capsys: pytest.Captur
     spoil(config)
     assert re.search(expected, message(capsys, "run", str(path)))
     assert not (config.run_path / "learn").exists()
+
+
+def test_bad_development_pairs(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is refused with the file's name before a rank starts; without a fault they are read and pass."""
+    path, config = run
+    dev = Path(config.data.corpus).with_name("dev.jsonl")
+    chosen = f"--data.dev={dev}"
+    assert f"{dev}: " in message(capsys, "run", str(path), chosen)
+    good = Path(str(config.data.test)).read_text()
+    trained = Path(config.data.train).read_text().splitlines()[4]
+    for line, expected in (
+        ('{"query": "a", ', f"{dev}:17"),
+        ('{"query": "a", "positive_ids": ["nope"], "id": "z"}', f"{dev}:17: found document id 'nope'"),
+        (trained, f"{dev}: pair {json.loads(trained)['id']!r} has the query {json.loads(trained)['query']!r} of pair"),
+    ):
+        dev.write_text(f"{good}{line}\n")
+        assert expected in message(capsys, "run", str(path), chosen)
+    assert not config.run_path.exists()
+    dev.write_text(good)
+    preflight.check_data(config_file.read_config(path, [chosen]))
 
 
 def test_a_path_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:

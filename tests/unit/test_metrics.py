@@ -137,6 +137,20 @@ def test_diagnostics_and_skipped_steps_are_said_at_once(tmp_path: Path, monkeypa
     ]
 
 
+def test_what_the_dev_pairs_say_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbr_dist.metrics.time.monotonic", lambda: 0.0)
+    stream = io.StringIO()
+    with MetricsLog(tmp_path, "represent", 8, stream=stream) as log:
+        log.log(0, heldout_loss=2.3456, heldout_accuracy=0.25, heldout_mrr=0.417)
+        log.log(1, loss=2.5)
+        log.log(2, loss=2.25, accuracy=0.5, heldout_loss=math.nan)
+    assert stream.getvalue().splitlines() == [
+        "represent 0/8  held-out 2.346 (accuracy 0.25, mrr 0.42)",
+        "represent 1/8  loss 2.500  left 0:00",
+        "represent 2/8  loss 2.250  accuracy 0.50  held-out nan  left 0:00",
+    ]
+
+
 def test_the_time_left_counts_steps_and_not_what_is_measured_before_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

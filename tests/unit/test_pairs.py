@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbr_dist.config import LearnConfig, RepresentConfig
+from lbr_dist.config import LearnConfig, RepresentConfig, RunConfig
 from lbr_dist.data import sampler
-from lbr_dist.data.pairs import PairBatch, TrainingPairs, load_pairs, padded
+from lbr_dist.data.pairs import PairBatch, TrainingPairs, load_pairs, load_with_dev, padded
 from lbr_dist.errors import DataError
 from lbr_dist.model.tokens import TextTokenizer
 from tests.configs import tiny_run
@@ -22,13 +23,16 @@ def write(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def load(folder: Path, base: Path, pairs: list[dict[str, object]], **represent: object) -> TrainingPairs:
-    """Pairs over documents d0 to d9; d9 has the text of d0 once more."""
+def run_of(folder: Path, base: Path, pairs: list[dict[str, object]], **represent: object) -> RunConfig:
+    """A run with pairs over documents d0 to d9; d9 has the text of d0 once more."""
     write(folder / "corpus.jsonl", [{"id": f"d{i}", "text": f"Document number {i % 9} of all."} for i in range(10)])
     write(folder / "train.jsonl", pairs)
     section = RepresentConfig(**({"batch_pairs": 4} | represent))  # type: ignore[arg-type]
-    config = tiny_run(folder / "run", base, folder, represent=section, learn=LearnConfig(steps=0))
-    return load_pairs(config, TextTokenizer(base))
+    return tiny_run(folder / "run", base, folder, represent=section, learn=LearnConfig(steps=0))
+
+
+def load(folder: Path, base: Path, pairs: list[dict[str, object]], **represent: object) -> TrainingPairs:
+    return load_pairs(run_of(folder, base, pairs, **represent), TextTokenizer(base))
 
 
 def row(name: str, query: str, positives: list[str], negatives: tuple[str, ...] = (), source: str = "a") -> dict:  # type: ignore[type-arg]
@@ -101,6 +105,47 @@ def test_batches_of_one_source(tmp_path: Path, tiny_model: Path) -> None:
     assert drawn == Counter(row["id"] for row in rows), "each pair once a round"
     assert pairs.batch(section, 5, seed=3) == pairs.batch(section, 5, seed=3)
     assert [pairs.batch(section, n, seed=3) for n in range(7)] != [pairs.batch(section, n, seed=4) for n in range(7)]
+
+
+def test_batches_of_all_pairs_once(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [row(f"q{i}", f"query {i}", [f"d{i % 9}"], (f"d{(i + 1) % 9}",), "ab"[i % 2]) for i in range(11)]
+    pairs = load(tmp_path, tiny_model, rows)
+    section = RepresentConfig(batch_pairs=4, hard_negatives=1, batches="by_source")
+    batches = pairs.once(section, seed=3)
+    assert [len(batch.queries) for batch in batches] == [4, 4, 3]
+    names = [name for batch in batches for name in batch.query_names]
+    assert sorted(names) == sorted(str(row["id"]) for row in rows) and names != [row["id"] for row in rows]
+    for batch in batches:
+        for query, columns in zip(batch.queries, batch.positives, strict=True):
+            assert {batch.documents[column] for column in columns} == pairs.known[query]
+    assert any(len(batch.documents) > len({columns[0] for columns in batch.positives}) for batch in batches)
+    # another number of steps, or batches of one source in training, change nothing
+    assert pairs.once(RepresentConfig(batch_pairs=4, hard_negatives=1, steps=7), seed=3) == batches
+    assert pairs.once(section, seed=4) != batches
+
+
+def test_development_pairs(tmp_path: Path, tiny_model: Path) -> None:
+    config, tokenizer = run_of(tmp_path, tiny_model, CROWD), TextTokenizer(tiny_model)
+    train, dev = load_with_dev(config, tokenizer)
+    assert train == load_pairs(config, tokenizer) and dev is None
+    path = tmp_path / "dev.jsonl"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, dev=str(path)))
+    write(path, [row("new", "stiff jaw", ["d5"]), row("other", "pale liver", ["d6", "d0"])])
+    train, dev = load_with_dev(config, tokenizer)
+    assert train == load_pairs(config, tokenizer)
+    assert dev is not None and [pair.id for pair in dev.pairs] == ["new", "other"]
+    assert dev.queries["new"] == tokenizer.encode(["find: stiff jaw"])[0] and set(dev.documents) == {"d0", "d5", "d6"}
+    # two pairs are fewer than a batch, which only training needs
+    assert [len(batch.queries) for batch in dev.once(config.represent, seed=0)] == [2]
+
+    write(path, [row("new", "stiff jaw", ["d5"]), row("mine", "small  eye ", ["d6"]), row("too", "pale skin", ["d6"])])
+    with pytest.raises(DataError) as raised:
+        load_with_dev(config, tokenizer)
+    said = str(raised.value)
+    assert said.startswith(f"{path}: pair 'mine' has the query 'small  eye ' of pair 'three' in {config.data.train}, ")
+    assert "and 1 more of its pairs are so" in said and "never trained on" in said and "Remove such pairs" in said
+    unmeasured = dataclasses.replace(config.represent, diagnose_every=0)
+    assert load_with_dev(dataclasses.replace(config, represent=unmeasured), tokenizer)[1] is None
 
 
 @settings(max_examples=60, deadline=None)

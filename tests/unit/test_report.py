@@ -302,6 +302,33 @@ def test_perplexity_and_rank_are_shown_where_they_are_measured(tmp_path: Path) -
     assert len(page.labels()) == 1 and "7.00: in about so many" in page.text and "at most" not in page.text
 
 
+def test_dev_pairs_are_drawn_after_the_curves_they_belong_to(tmp_path: Path) -> None:
+    (tmp_path / "represent").mkdir()
+    entries: list[dict[str, Any]] = [{"step": step, "loss": 3.0, "accuracy": 0.5} for step in range(10)]
+    measured = {0: (2.5, 0.1, 0.3), 4: (1.25, 0.6, 0.71), 9: (1.5, 0.55, 0.7)}
+    for step, values in measured.items():
+        entries[step] |= dict(zip(("heldout_loss", "heldout_accuracy", "heldout_mrr"), values, strict=True))
+    path = tmp_path / "represent" / "metrics.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    page = Page(write_report(tmp_path, {}, []).read_text(encoding="utf-8"))
+    assert page.labels() == [
+        "Represent: contrastive loss: from 3 at step 0 to 3 at step 9.",
+        "Represent: contrastive loss of the development pairs, from step 0 to step 9: "
+        "mean over the queries from 2.50 to 1.50.",
+        "Represent: accuracy within the batch: from 0.5 at step 0 to 0.5 at step 9.",
+        "Represent: how the development pairs are ranked, from step 0 to step 9: "
+        "share whose document comes first from 0.10 to 0.55; mean reciprocal rank at 10 from 0.30 to 0.70.",
+    ]
+    assert "Lowest at step 4: 1.25." in page.text and "Of the development pairs: as measured." in page.text
+    assert "first 0.55" in page.text and "MRR 0.70" in page.text
+    drawn = "".join(re.findall(r"<svg.*?</svg>", (tmp_path / "report" / "index.html").read_text(), flags=re.S))
+    assert "var(--lbr)" in drawn and "var(--learn)" not in drawn
+
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 1, "heldout_loss": null}\n')
+    page = Page(write_report(tmp_path, {}, []).read_text(encoding="utf-8"))
+    assert len(page.labels()) == 1 and "development" not in page.text
+
+
 def test_skipped_steps_are_named_marked_and_left_out_of_the_curves(tmp_path: Path) -> None:
     entries: list[dict[str, Any]] = [{"step": step, "target_loss": 3.0, "skipped": 0} for step in range(1, 2000)]
     for step in (12, 13, 14, 15, 1500, 1700, 1999):

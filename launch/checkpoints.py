@@ -1,0 +1,189 @@
+"""`lbr checkpoints`: list, verify and export those of a run; `prune.py` deletes them. Only `export` imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lbr_dist.config import Stage
+from lbr_dist.errors import CheckpointError, ConfigError
+from lbr_dist.inventory import (
+    STAGES,
+    best_step,
+    check_run,
+    checkpoints_of,
+    inventory,
+    latest_step,
+    name,
+    size_text,
+    table,
+)
+from lbr_dist.manifest import MANIFEST, Checkpoints, tag
+
+if TYPE_CHECKING:
+    from lbr_dist.manifest import Manifest
+
+Say = Callable[[str], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lbr checkpoints`."""
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder: the run_dir of a config")
+    parser.add_argument("--json", action="store_true", help="the list as JSON")
+    parser.add_argument("--stage", choices=STAGES, help="of this stage alone")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", help="without one, the checkpoints are listed")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=text, description=text)
+        # without a default, so that what was said before the action stays
+        sub.add_argument("--stage", choices=STAGES, default=argparse.SUPPRESS, help="of this stage alone")
+        return sub
+
+    step = "step of a checkpoint, latest, or best: of the lowest held-out loss"
+    sub = action("verify", "Read checkpoints, and hold them against their checksums.")
+    sub.add_argument("--step", help=f"{step} (default: all)")
+    sub = action("export", "Write the model of a checkpoint as a Hugging Face and sentence-transformers folder.")
+    sub.add_argument("--step", required=True, help=step)
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--base", type=Path, help="where the model is now that the stage began with, if it was moved")
+    sub = action("prune", "Delete checkpoints that need not stay, when the newest one is known to be whole.")
+    sub.add_argument("--keep", type=int, help="keep so many of the newest (default: as in the run's config)")
+    sub.add_argument("--keep-every", type=int, help="and those of a step that is a multiple of this")
+    sub.add_argument("--keep-best", type=int, help="and so many of the lowest held-out loss")
+    sub.add_argument("--set-aside", action="store_true", help="delete what was set aside as well")
+    sub.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+
+
+def run(args: argparse.Namespace, say: Say) -> None:
+    """Do what the action says.
+
+    Raises:
+        CheckpointError, ConfigError, LaunchError, ModelError: see the messages.
+    """
+    check_run(args.folder)
+    if args.json and args.action:
+        raise ConfigError(f"--json: found with {args.action}, expected with the list alone. Leave it out.")
+    stages: Sequence[Stage] = [args.stage] if args.stage else STAGES
+    if args.action == "verify":
+        verify(args.folder, stages, args.step, say)
+    elif args.action == "export":
+        export(args.folder, stages, args.step, args.out, args.base, say)
+    elif args.action == "prune":
+        from lbr_dist.launch.prune import prune
+
+        prune(args, stages, say)
+    else:
+        rows = inventory(args.folder, stages)
+        if args.json:
+            say(json.dumps({"run": str(args.folder), "checkpoints": [row.plain() for row in rows]}, indent=1))
+        else:
+            say(table(rows) if rows else f"{args.folder}: no checkpoints of {' and '.join(stages)}")
+
+
+def chosen(run: Path, stages: Sequence[Stage], wanted: str | None) -> list[tuple[Stage, Checkpoints, int]]:
+    """What `--step` means in each stage that has it; all checkpoints for None.
+
+    Raises:
+        CheckpointError: it means none; names those that there are.
+    """
+    found: list[tuple[Stage, Checkpoints, int]] = []
+    for stage in stages:
+        checkpoints = checkpoints_of(run, stage)
+        named = {"best": best_step(checkpoints.complete()), "latest": latest_step(checkpoints)}
+        meant = [step for step in checkpoints.steps() if wanted in (None, str(step)) or step == named.get(str(wanted))]
+        found += [(stage, checkpoints, step) for step in meant]
+    if not found:
+        there = [name(stage, step) for stage in stages for step in checkpoints_of(run, stage).steps()]
+        has = f"{run} has {', '.join(there) or 'no checkpoint of ' + ' or '.join(stages)}"
+        if wanted is None:
+            raise CheckpointError(f"{has}.")
+        unscored = ", none of them complete and with a held-out loss" if wanted == "best" and there else ""
+        raise CheckpointError(f"--step: found {wanted}, but {has}{unscored}. Name the step of one that is there.")
+    return found
+
+
+def read_whole(stage: Stage, checkpoints: Checkpoints, step: int, say: Say) -> Manifest:
+    """Read a checkpoint and say so.
+
+    Raises:
+        CheckpointError: it is not what was written.
+    """
+    expected = checkpoints.read(step).num_bytes
+    say(f"{name(stage, step)}: reading {size_text(expected)}")
+    began = time.perf_counter()
+    manifest = checkpoints.verify(step)
+    seconds = max(time.perf_counter() - began, 1e-9)
+    say(f"{name(stage, step)}: ok, {expected:,} bytes in {seconds:.2f} s, {expected / seconds / 1e9:.2f} GB/s")
+    return manifest
+
+
+# ---- verify --------------------------------------------------------------------------------------------------------
+
+
+def verify(run: Path, stages: Sequence[Stage], wanted: str | None, say: Say) -> None:
+    """Read checkpoints, all of them even where one is damaged.
+
+    Raises:
+        CheckpointError: names those that are damaged; or there is none.
+    """
+    found, damaged = chosen(run, stages, wanted), []
+    for stage, checkpoints, step in found:
+        try:
+            read_whole(stage, checkpoints, step, say)
+        except CheckpointError as error:
+            say(f"{name(stage, step)}: damaged: {error}")
+            damaged.append(name(stage, step))
+    if damaged:
+        raise CheckpointError(
+            f"{len(damaged)} of {len(found)} checkpoints read {'is' if len(damaged) == 1 else 'are'} damaged: "
+            f"{', '.join(damaged)}. A run that resumes takes the newest one that is whole."
+        )
+
+
+# ---- export --------------------------------------------------------------------------------------------------------
+
+
+def export(run: Path, stages: Sequence[Stage], wanted: str, out: Path, base: Path | None, say: Say) -> None:
+    """Write the model of a checkpoint, which is read as a whole before.
+
+    Raises:
+        CheckpointError, ConfigError, ModelError: see the messages; nothing is written then.
+    """
+    out = out.resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        there = "a folder with files in it" if out.is_dir() else "a file"
+        raise ConfigError(f"--out: found {str(out)!r}, {there}. Name a folder that is empty or not there.")
+    found = chosen(run, stages, wanted)
+    if len(found) > 1:
+        raise ConfigError(f"--stage: not given, and both stages have {wanted}. Say `--stage learn` or `represent`.")
+    stage, checkpoints, step = found[0]
+    folder = checkpoints.folder(step)
+    try:
+        manifest = read_whole(stage, checkpoints, step, say)
+    except CheckpointError as error:
+        others = ", ".join(tag(other) for other in checkpoints.steps() if other != step) or "no other"
+        raise CheckpointError(f"{str(error).rstrip('.')}. {checkpoints.path} also has {others}.") from None
+
+    from lbr_dist.launch.config_file import from_plain
+    from lbr_dist.launch.worker import quiet_libraries
+    from lbr_dist.stored import export_checkpoint
+
+    quiet_libraries()
+    # a run folder that was moved is where it is now
+    config = replace(from_plain(manifest.config, folder / MANIFEST), run_dir=str(run))
+    say(f"{name(stage, step)}: writing its model")
+    try:
+        export_checkpoint(folder, manifest, config, base or config.stage_base(stage), out)
+    except FileNotFoundError:
+        if folder.is_dir():
+            raise
+        raise CheckpointError(
+            f"{folder}: was deleted while it was read, by the job that trains there. Export a newer one, or raise "
+            "checkpoint.keep."
+        ) from None
+    say(f"written to {out}")

@@ -1,0 +1,111 @@
+"""`lbr checkpoints RUN prune`: delete what no rule keeps, and never the only one that is good. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lbr_dist.config import CheckpointConfig, Stage
+from lbr_dist.errors import CheckpointError, ConfigError
+from lbr_dist.inventory import checkpoints_of, name, num_bytes, set_aside, size_text
+from lbr_dist.launch.checkpoints import read_whole
+from lbr_dist.manifest import Checkpoints, superfluous
+from lbr_dist.run_lock import run_lock
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class _Pruning:
+    """What goes of a stage."""
+
+    stage: Stage
+    checkpoints: Checkpoints
+    newest: int | None
+    """Of those that stay; None where there is none."""
+
+    steps: list[int]
+    others: list[Path]
+    """Those that were set aside."""
+
+
+def prune(args: argparse.Namespace, stages: Sequence[Stage], say: Say) -> None:
+    """Delete what no rule keeps, when the newest that stays in each stage was read and is whole.
+
+    Raises:
+        CheckpointError: it is not, and nothing is deleted.
+        ConfigError: the rule is out of range, or not known.
+        LaunchError: a job trains in the run folder.
+    """
+    run: Path = args.folder
+    settings = _settings(args)
+    with nullcontext() if args.dry_run else run_lock(run):
+        found = [_planned(stage, checkpoints_of(run, stage), settings, args.set_aside) for stage in stages]
+        todo = [one for one in found if one.steps or one.others]
+        for one in todo:
+            _refuse_without_good(one, say)
+        freed = sum(_delete(one, args.dry_run, say) for one in todo)
+    if not todo:
+        say(f"{run}: nothing to delete")
+    else:
+        say(f"{'would free' if args.dry_run else 'freed'} {freed:,} bytes ({size_text(freed)})")
+
+
+def _settings(args: argparse.Namespace) -> CheckpointConfig:
+    path = args.folder / "config.yaml"
+    if path.is_file():
+        from lbr_dist.launch.config_file import read_config
+
+        settings = read_config(path).checkpoint
+    elif args.keep is None:
+        raise ConfigError(f"{path}: not there, so how many are to stay is not known. Say it with --keep.")
+    else:
+        settings = CheckpointConfig()
+    given = {key: getattr(args, key) for key in ("keep", "keep_every", "keep_best")}
+    return replace(settings, **{key: value for key, value in given.items() if value is not None})
+
+
+def _planned(stage: Stage, checkpoints: Checkpoints, settings: CheckpointConfig, others: bool) -> _Pruning:
+    complete = checkpoints.complete()
+    gone = superfluous(complete, settings)
+    kept = [manifest.step for manifest in complete if manifest.step not in gone]
+    aside = [path for _, path in set_aside(checkpoints)] if others else []
+    return _Pruning(stage, checkpoints, kept[-1] if kept else None, gone, aside)
+
+
+def _refuse_without_good(pruning: _Pruning, say: Say) -> None:
+    where = pruning.checkpoints.path
+    if pruning.newest is None:
+        raise CheckpointError(
+            f"{where}: has no complete checkpoint, so what was set aside may be all there is of {pruning.stage}. "
+            "Nothing is deleted; look at it, and delete by hand what is of no use."
+        )
+    try:
+        read_whole(pruning.stage, pruning.checkpoints, pruning.newest, say)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{str(error).rstrip('.')}. It is the newest of {pruning.stage} that would stay, so nothing is deleted. "
+            f"Move {pruning.checkpoints.folder(pruning.newest)} out of the way, and try again."
+        ) from None
+
+
+def _delete(pruning: _Pruning, dry: bool, say: Say) -> int:
+    """Returns the bytes freed."""
+    verb, freed = "would be deleted" if dry else "deleted", 0
+    for step in pruning.steps:
+        size = num_bytes(pruning.checkpoints.folder(step))
+        if not dry:
+            pruning.checkpoints.remove(step)
+        say(f"{name(pruning.stage, step)}: {verb}, {size_text(size)}")
+        freed += size
+    for path in pruning.others:
+        size = num_bytes(path)
+        if not dry:
+            shutil.rmtree(path)
+        say(f"{pruning.stage} {path.parent.name}/{path.name}: {verb}, {size_text(size)}")
+        freed += size
+    return freed

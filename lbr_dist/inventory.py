@@ -1,0 +1,241 @@
+"""What lies in the checkpoint folders of a run, for people and scripts: reads manifests and sizes, and no tensors.
+
+A run may write, publish and delete while this looks. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from lbr_dist.config import Stage
+from lbr_dist.errors import CheckpointError
+from lbr_dist.manifest import MANIFEST, REASON, SET_ASIDE, Checkpoints, Manifest, tag
+
+STAGES: tuple[Stage, ...] = ("learn", "represent")
+State = Literal["complete", "damaged", "being written", "being deleted", "set aside"]
+
+_OTHERS: tuple[tuple[re.Pattern[str], State], ...] = (
+    (re.compile(r"\.saving-step-(\d+)"), "being written"),
+    (re.compile(r"\.deleting-step-(\d+)"), "being deleted"),
+)
+_SET_ASIDE = re.compile(r"step-(\d+)-\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A checkpoint, or what is left or will be of one."""
+
+    stage: Stage
+    step: int
+    path: Path
+    state: State
+    reason: str | None
+    """What is damaged, or why it was set aside."""
+
+    num_bytes: int
+    """Of the files that are there."""
+
+    age: float | None
+    """Seconds since it was saved, or was last changed where it has no readable manifest; never negative."""
+
+    manifest: Manifest | None
+    latest: bool = False
+    """The one that `latest_step` gives."""
+
+    best: bool = False
+    """Of the lowest held-out loss among the complete ones of its stage."""
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        found = self.manifest
+        return {
+            "stage": self.stage,
+            "step": self.step,
+            "path": str(self.path),
+            "state": self.state,
+            "reason": self.reason,
+            "latest": self.latest,
+            "best": self.best,
+            "bytes": self.num_bytes,
+            "age_seconds": None if self.age is None else round(self.age),
+            "saved_at": found.saved_at if found else None,
+            "ranks": found.world_size if found else None,
+            "loss": found.values.get("loss") if found else None,
+            "score": found.score if found else None,
+        }
+
+
+def checkpoints_of(run: Path, stage: Stage) -> Checkpoints:
+    return Checkpoints(run / stage / "checkpoints")
+
+
+def check_run(run: Path) -> None:
+    """Refuse what is no run folder.
+
+    Raises:
+        CheckpointError: says what was found.
+    """
+    if (run / "config.yaml").is_file() or any(checkpoints_of(run, stage).path.is_dir() for stage in STAGES):
+        return
+    if not run.is_dir():
+        found = "a file" if run.exists() else "nothing there"
+    else:
+        found = "a folder with neither config.yaml nor learn/checkpoints nor represent/checkpoints"
+    raise CheckpointError(f"{run}: found {found}, expected a run folder. Name the run_dir of a config.")
+
+
+def inventory(run: Path, stages: Sequence[Stage]) -> list[Row]:
+    """All that lies in the stages' checkpoint folders: published ones by their steps, then the others."""
+    return [row for stage in stages for row in _stage(stage, checkpoints_of(run, stage))]
+
+
+def latest_step(checkpoints: Checkpoints) -> int | None:
+    """The step that the pointer names; that of the newest published one where it names none."""
+    steps, pointer = checkpoints.steps(), checkpoints.pointer()
+    return pointer if pointer in steps else max(steps, default=None)
+
+
+def best_step(complete: Sequence[Manifest]) -> int | None:
+    """The step of the lowest held-out loss; the first of equal ones, None where none was measured."""
+    scored = [(found.score, found.step) for found in complete if found.score is not None]
+    return min(scored)[1] if scored else None
+
+
+def _stage(stage: Stage, checkpoints: Checkpoints) -> Iterator[Row]:
+    states: dict[int, str | None] = {}
+    complete = []
+    for step in checkpoints.steps():
+        try:
+            complete.append(checkpoints.read(step))
+            states[step] = None
+        except CheckpointError as error:
+            states[step] = str(error)
+    latest, best = latest_step(checkpoints), best_step(complete)
+    for step, problem in states.items():
+        path = checkpoints.folder(step)
+        if not path.is_dir():
+            continue  # deleted since it was listed
+        state: State = "complete" if problem is None else "damaged"
+        reason = problem and problem.replace(f"{path}/", "").replace(f"{path}: ", "").rstrip(".")
+        yield _row(stage, step, path, state, reason, step == latest, step == best)
+    for path in _folders(checkpoints.path):
+        for pattern, state in _OTHERS:
+            if match := pattern.fullmatch(path.name):
+                yield _row(stage, int(match[1]), path, state)
+    for step, path in set_aside(checkpoints):
+        yield _row(stage, step, path, "set aside", _reason(path))
+
+
+def set_aside(checkpoints: Checkpoints) -> list[tuple[int, Path]]:
+    """Steps and folders of those that were set aside."""
+    found = ((_SET_ASIDE.fullmatch(path.name), path) for path in _folders(checkpoints.path / SET_ASIDE))
+    return [(int(match[1]), path) for match, path in found if match]
+
+
+def _row(
+    stage: Stage,
+    step: int,
+    path: Path,
+    state: State,
+    reason: str | None = None,
+    latest: bool = False,
+    best: bool = False,
+) -> Row:
+    manifest = None
+    with contextlib.suppress(OSError, CheckpointError):
+        text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
+        manifest = Manifest.parse(text, path / MANIFEST)
+    return Row(stage, step, path, state, reason, num_bytes(path), _age(path, manifest), manifest, latest, best)
+
+
+def _folders(path: Path) -> list[Path]:
+    try:
+        return sorted(one for one in path.iterdir() if one.is_dir() and not one.is_symlink())
+    except OSError:
+        return []
+
+
+def num_bytes(folder: Path) -> int:
+    """Of the files in a folder that may be changing."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
+    return total
+
+
+def _age(path: Path, manifest: Manifest | None) -> float | None:
+    """A clock that was set back since, or another machine's that is ahead, makes it zero."""
+    now = datetime.now(UTC)
+    try:
+        if manifest is not None:
+            return max(0.0, (now - datetime.fromisoformat(manifest.saved_at)).total_seconds())
+        return max(0.0, now.timestamp() - path.stat().st_mtime)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _reason(path: Path) -> str | None:
+    try:
+        return str(json.loads((path / REASON).read_text(encoding="utf-8"))["why"]).rstrip(".")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# ---- as a table ----------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line a checkpoint, under a line of headings."""
+    lines = [("stage", "step", "size", "age", "ranks", "loss", "held-out", "state")]
+    for row in rows:
+        found = row.manifest
+        loss = found.values.get("loss") if found else None
+        ranks, score = (str(found.world_size), found.score) if found else ("-", None)
+        marks = [name for name in ("latest", "best") if getattr(row, name)]
+        state = f"{row.state}: {row.reason}" if row.reason else row.state
+        size, age = size_text(row.num_bytes), _age_text(row.age)
+        cells = (row.stage, str(row.step), size, age, ranks, _number(loss), _number(score))
+        lines.append((*cells, ", ".join([state, *marks])))
+    widths = [max(len(line[i]) for line in lines) for i in range(7)]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:7], widths[1:], strict=True)), line[7]]
+        )
+        for line in lines
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+
+
+def size_text(count: int) -> str:
+    """Bytes, for people."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _age_text(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86_400:.0f} d"
+
+
+def name(stage: Stage, step: int) -> str:
+    return f"{stage} {tag(step)}"

@@ -1,0 +1,35 @@
+"""The uninterrupted run that every interrupted one must end as."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lbr_dist.config import CheckpointConfig, RunConfig
+from tests.configs import tiny_run
+from tests.distributed import on_ranks
+from tests.ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def whole(
+    two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> RunConfig:
+    """Stage 1 in six steps, a checkpoint after each second one, all kept; run to its end."""
+    config = tiny_run(tmp_path_factory.mktemp("whole") / "run", tiny_model, tiny_data)
+    config = dataclasses.replace(
+        config,
+        learn=dataclasses.replace(config.learn, steps=6),
+        checkpoint=CheckpointConfig(every_steps=2, keep=3),
+        cluster=dataclasses.replace(config.cluster, timeout_minutes=0.25),
+    )
+    two_ranks.run(on_ranks.stage, config=config, name="learn")
+    return config
+
+
+@pytest.fixture
+def broken(whole: RunConfig, tmp_path: Path) -> RunConfig:
+    """The same run, not begun, in a folder of its own."""
+    return dataclasses.replace(whole, run_dir=str(tmp_path / "run"))

@@ -1,0 +1,71 @@
+"""A rank that hangs, dies or computes nonsense: a clean end within the deadline, or the same skip on every rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import pytest
+
+from lbr_dist.config import RunConfig
+from lbr_dist.errors import LaunchError
+from tests.distributed import on_ranks
+from tests.faults.runs import assert_same_end, checkpoints, losses, run, workers
+from tests.ranks import RankPool
+
+SLACK = 30.0  # beyond the deadline: start of the ranks, the launcher's grace for one that does not end
+
+
+@pytest.mark.parametrize(
+    ("point", "seen"), [("hangs", "backward"), ("hangs_in_c", "_held_interpreter"), ("stopped", "")]
+)
+def test_a_rank_hangs(two_ranks: RankPool, whole: RunConfig, broken: RunConfig, point: str, seen: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match=r"rank \d made no progress and ended itself; .*\.stacks"):
+        run(broken, rank=1, point=point, call=5)
+    assert time.monotonic() - began < 60 * broken.cluster.timeout_minutes + SLACK
+    assert not workers(broken.run_path)
+    stacks = [(broken.stage_path("learn") / "logs" / f"rank-{rank}.stacks").read_text() for rank in range(2)]
+    assert all("Thread 0x" in text and "on_ranks" not in text for text in stacks)
+    assert "trainer.py" in stacks[0] and seen in stacks[1]
+    if point == "hangs":
+        two_ranks.run(on_ranks.stage, config=broken, name="learn")
+        assert_same_end(broken, whole)
+
+
+def test_a_rank_dies(broken: RunConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(LaunchError, match="rank 1 was killed by signal SIGKILL"):
+        run(broken, rank=1, point="killed_in_backward", call=5)
+    assert not workers(broken.run_path)
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.out + printed.err, "the other rank's fault is no news"
+
+
+def test_one_rank_has_no_number(whole: RunConfig, broken: RunConfig) -> None:
+    """The step is skipped by all; the run goes on, and learns the rest."""
+    run(broken, rank=1, point="not_a_number", call=3)
+    lines = (broken.stage_path("learn") / "metrics.jsonl").read_text().splitlines()
+    skipped = [row["step"] for row in map(json.loads, lines) if row.get("skipped")]
+    assert len(skipped) == 1
+    before = [row[:2] for row in losses(whole) if row[0] < skipped[0]]
+    assert before == [row[:2] for row in losses(broken) if row[0] < skipped[0]]
+    assert losses(broken)[-1][1] < losses(broken)[0][1]
+
+
+def test_no_number_any_more(
+    two_ranks: RankPool, whole: RunConfig, broken: RunConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """After so many in a row the run ends, and names the last good checkpoint; from there it goes on."""
+    optimizer = dataclasses.replace(broken.learn.optimizer, most_skipped=2)
+    broken = dataclasses.replace(broken, learn=dataclasses.replace(broken.learn, optimizer=optimizer))
+    with pytest.raises(LaunchError):
+        run(broken, rank=1, point="not_a_number_any_more", call=3)  # of step 2
+    printed = capfd.readouterr().err
+    assert "2 steps in a row were skipped" in printed
+    good = checkpoints(broken).complete()[-1]
+    assert f"The last good checkpoint is {checkpoints(broken).folder(good.step)}" in printed
+    lines = (broken.stage_path("learn") / "metrics.jsonl").read_text().splitlines()
+    first_bad = min(row["step"] for row in map(json.loads, lines) if row.get("skipped"))
+    assert first_bad == 2 and good.step == 2
+    assert good.state["skipped"] == 1 and good.state["optimizer_steps"] == 1, "saved amid the bad steps"

@@ -1,0 +1,82 @@
+"""Told to stop: by a signal to any rank, at any moment, as often as it likes. All ranks stop together, and save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lbr_dist.config import RunConfig
+from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted
+from lbr_dist.launch.config_file import write_config
+from tests.distributed import on_ranks
+from tests.faults.runs import assert_same_end, checkpoints, losses, run, workers
+from tests.ranks import RankPool
+
+CASES = [
+    ("signals_in_backward", 1, {"call": 3, "name": "SIGTERM"}),
+    ("signals_in_backward", 0, {"call": 3, "name": "SIGINT"}),
+    ("signals_in_save", 1, {"step": 2, "name": "SIGUSR2"}),
+]
+
+
+@pytest.mark.parametrize(("point", "rank", "more"), CASES, ids=[f"{p}-rank{r}" for p, r, _ in CASES])
+def test_one_rank_is_told_twice(
+    two_ranks: RankPool, whole: RunConfig, broken: RunConfig, point: str, rank: int, more: dict[str, object]
+) -> None:
+    with pytest.raises(Interrupted):
+        run(broken, rank=rank, point=point, **more)
+    done = losses(broken)[-1][0]
+    assert 0 < done < 6
+    assert checkpoints(broken).verify(done).state["step"] == done
+    assert not (broken.learn_export / "lbr.json").exists()
+    two_ranks.run(on_ranks.stage, config=broken, name="learn")
+    assert_same_end(broken, whole)
+
+
+def test_the_launcher_is_told(whole: RunConfig, broken: RunConfig) -> None:
+    """`lbr` passes it on, waits for the save, and ends with a code that says: start me again."""
+    path = broken.run_path.parent / "config.yaml"
+    write_config(broken, path)
+    command = [sys.executable, "-m", "lbr_dist.launch.cli", "learn", str(path), "--ranks=2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _wait_for(lambda: 2 in checkpoints(broken).steps(), process)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, printed
+    assert "learn: stopped by SIGTERM after step" in printed and "Traceback" not in printed
+    assert not workers(broken.run_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resumed after step {printed.split('after step ')[1].split(',')[0]} from" in done.stderr
+    assert_same_end(broken, whole)
+
+
+def test_ctrl_c_twice_ends_at_once(broken: RunConfig) -> None:
+    path = broken.run_path.parent / "config.yaml"
+    write_config(broken, path)
+    command = [sys.executable, "-m", "lbr_dist.launch.cli", "learn", str(path), "--ranks=2", "--learn.steps=100000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    _wait_for(lambda: 2 in checkpoints(broken).steps(), process)
+    for rank in workers(broken.run_path):
+        os.kill(rank, signal.SIGSTOP)  # so that they cannot stop politely
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert not workers(broken.run_path)
+
+
+def _wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
