@@ -221,7 +221,7 @@ class RepresentConfig:
         require(self.batch_pairs > 1, "represent.batch_pairs", self.batch_pairs, "two or more")
         require(self.grad_accum > 0, "represent.grad_accum", self.grad_accum, "a positive number")
         require(self.hard_negatives >= 0, "represent.hard_negatives", self.hard_negatives, "zero or more")
-        require(True, "represent.diagnose_every", self.diagnose_every, "zero or more")
+        require(self.diagnose_every >= 0, "represent.diagnose_every", self.diagnose_every, "zero or more")
         chunk = self.chunk_tokens
         require(chunk is None or chunk > 0, "represent.chunk_tokens", chunk, "a positive number, or null to plan it")
         kept = self.keep_graphs
