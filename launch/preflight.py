@@ -20,11 +20,10 @@ import yaml
 from lbr_dist.config import CHANGES_NO_RESULT, RunConfig, Stage, forbidden_changes, to_dict
 from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
-from lbr_dist.manifest import Checkpoints, free_bytes
+from lbr_dist.manifest import STATE_BYTES, Checkpoints, free_bytes
 from lbr_dist.mining_work import MiningSettings
 
 RANK_BYTES = 900 * 2**20  # interpreter, torch and buffers of one rank, measured on a CPU
-STATE_BYTES = 12  # of a parameter in a checkpoint: fp32 master weight and two moments
 OPTIMIZER_BYTES = 18  # bf16 weight and gradient, fp32 gradient, master weight and two moments
 
 
@@ -229,7 +228,8 @@ def check_ranks(config: RunConfig, gpus: int) -> int:
     if ranks > 4 * cores:
         raise LaunchError(f"--ranks: found {ranks}, this machine has {cores} cores. Give at most {4 * cores}.")
     weights = sum(file.stat().st_size for file in Path(config.model.base).glob("*.safetensors"))
-    needed = ranks * RANK_BYTES + weights // 2 * OPTIMIZER_BYTES
+    copy = STATE_BYTES if config.checkpoint.background and not config.model.lora.rank else 0
+    needed = ranks * RANK_BYTES + weights // 2 * (OPTIMIZER_BYTES + copy)
     available = _available_bytes()
     if needed > available:
         raise LaunchError(

@@ -29,6 +29,8 @@ from lbr_dist.files import checksum, make_private, sync_folder, text_checksum, w
 
 MANIFEST, POINTER, SET_ASIDE, REASON = "manifest.json", "latest.json", "set-aside", "reason.json"
 FORMAT = 1
+STATE_BYTES = 12
+"""Of a trained parameter in a checkpoint: float32 master weight and two moments."""
 _STEP = re.compile(r"step-(\d{6,})")
 _UNFINISHED = (".saving-", ".deleting-")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -72,6 +73,7 @@ class MetricsLog:
         path = stage_dir / "metrics.jsonl"
         _drop_lines_after(path, start_step)
         self._file = path.open("a", encoding="utf-8")
+        self._failed = False
         self._writer = _tensorboard_writer(stage_dir / "tensorboard", start_step)
         # the speed of the last steps, not of all: the first ones compile and warm up
         self._times = deque([(start_step, time.monotonic())], maxlen=50)
@@ -95,9 +97,10 @@ class MetricsLog:
         """Take the bar off the terminal's live area and close the files; a second call does nothing."""
         if self._progress is not None:
             self._progress.stop()
-        if self._writer is not None:
-            self._writer.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is not on the disk yet; said when it was written
+            if self._writer is not None:
+                self._writer.close()
+            self._file.close()
 
     def log(self, step: int, **values: Any) -> None:
         """Report one step, counted from 1, or what was measured before the first one, as step 0.
@@ -108,11 +111,16 @@ class MetricsLog:
         plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
         numbers = {key: value for key, value in plain.items() if isinstance(value, int | float)}
         bad = {key: None for key, value in numbers.items() if not math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **plain, **bad}) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for key, value in numbers.items():
-                self._writer.add_scalar(f"{self.stage}/{key}", value, step)
+        try:
+            self._file.write(json.dumps({"step": step, **plain, **bad}) + "\n")
+            self._file.flush()
+            if self._writer is not None:
+                for key, value in numbers.items():
+                    self._writer.add_scalar(f"{self.stage}/{key}", value, step)
+        except OSError as error:  # a full disk costs the log, not the training
+            if not self._failed:
+                self.say(f"warning: {self._file.name}: {error.strerror}. Training goes on; steps may be missing there.")
+            self._failed = True
         now = time.monotonic()
         trained = step > self._times[-1][0]
         if trained:

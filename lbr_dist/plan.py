@@ -20,6 +20,7 @@ import torch
 from lbr_dist.config import RunConfig
 from lbr_dist.distributed import Ranks, largest
 from lbr_dist.errors import ConfigError
+from lbr_dist.manifest import STATE_BYTES
 from lbr_dist.plan_machine import Cluster, Machine, available_memory
 from lbr_dist.plan_model import GraphBytes, ModelSizes, Parameter, graph_bytes, model_sizes
 from lbr_dist.plan_step import Batch, Bytes, StepPlan
@@ -86,6 +87,9 @@ class StepPlanner:
         memory = available_memory(ranks.device, ranks.local_world_size)
         if not on_gpu:  # what is free, and what the engine has taken already
             memory += sum(StepPlanner.standing(config, sizes, ranks.world_size)[0].values())
+            if config.checkpoint.background:  # the copy that is written from is made later
+                trained = (p.elements for p in sizes.parameters if p.trained)
+                memory -= STATE_BYTES * sum(math.ceil(elements / ranks.world_size) for elements in trained)
         least = -largest([-memory], ranks)[0]
         cluster = Cluster(Machine.of(ranks.device), ranks.world_size, ranks.local_world_size)
         return StepPlanner(config, sizes, graph, cluster, HEADROOM * least)
@@ -98,7 +102,7 @@ class StepPlanner:
         engine, item = config.engine, int(getattr(torch, config.model.dtype).itemsize)
         shards = item * sum(math.ceil(p.elements / ranks) for p in sizes.parameters)
         trained = sum(math.ceil(p.elements / ranks) for p in sizes.parameters if p.trained)
-        optimizer, gradients = 12 * trained, item * trained
+        optimizer, gradients = STATE_BYTES * trained, item * trained
         whole = item * sum(p.elements for p in sizes.parameters if _stays(p, config))
         host = shards if engine.offload_parameters != "none" else 0
         on_device = {

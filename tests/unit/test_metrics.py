@@ -237,3 +237,16 @@ def test_tensorboard_gets_the_scalars_and_a_resumed_run_replaces_its_steps(
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("learn/loss")] == [(0, 6.0)]
+
+
+def test_a_full_disk_costs_the_log_and_not_the_training(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with MetricsLog(tmp_path, "learn", 3, stream=stream) as log:
+        log.log(1, loss=1.0)
+        log._file.close()
+        log._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+        log.log(2, loss=2.0)
+        log.log(3, loss=3.0)
+    assert stream.getvalue().count("warning: /dev/full: No space left on device. Training goes on") == 1
+    assert "3/3" in stream.getvalue()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
