@@ -58,7 +58,11 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+    for process in processes:
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"warning: process {process.pid} does not die: the kernel waits for a device", file=sys.stderr)
 
 
 class _Stops:

@@ -12,6 +12,7 @@ and the next one tries again.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -31,7 +32,7 @@ from lbr_dist import __version__, manifest, shards
 from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.distributed import Ranks
 from lbr_dist.engine import Engine
-from lbr_dist.files import checksum, sync_folder
+from lbr_dist.files import checksum, sync_folder, text_checksum
 from lbr_dist.manifest import Checkpoints, Manifest
 
 _SPARE = 1.02  # manifest, file system's own
@@ -62,6 +63,16 @@ def base_identity(folder: Path, weights: bool) -> dict[str, str]:
     return {file.name: checksum(file) for file in files}
 
 
+def versions() -> dict[str, str]:
+    """Of this program, of its sources as they are, and of what its numbers depend on."""
+    root = Path(__file__).parent
+    sources = sorted(
+        Path(top) / n for top, _, names in os.walk(root, followlinks=True) for n in names if n[-3:] == ".py"
+    )
+    code = text_checksum("".join(f"{path.relative_to(root)} {checksum(path)}\n" for path in sources))
+    return {"lbr-dist": __version__, "code": code} | {name: version(name) for name in ("torch", "deepspeed")}
+
+
 class Saver:
     """Saves a stage's checkpoints; all ranks make one alike. Use it as a context manager.
 
@@ -87,13 +98,12 @@ class Saver:
     ) -> None:
         self.engine, self.checkpoints, self.ranks, self.say = engine, checkpoints, ranks, say
         self.settings = config.checkpoint
-        versions = {name: version(name) for name in ("torch", "deepspeed")}
         self._blank = Manifest(
             stage=stage,
             step=0,
             world_size=ranks.world_size,
             saved_at="",
-            versions={"lbr-dist": __version__} | versions,
+            versions=versions(),
             config=to_dict(config),
             base=base,
             parameters=engine.shapes(),

@@ -53,7 +53,7 @@ class Manifest:
     world_size: int
     saved_at: str
     versions: dict[str, str]
-    """Of lbr-dist, torch and deepspeed."""
+    """Of lbr-dist, its sources, torch and deepspeed."""
 
     config: dict[str, Any]
     """The run's, resolved."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lbr_dist import shards
-from lbr_dist.checkpoint import restore_random_state
+from lbr_dist.checkpoint import restore_random_state, versions
 from lbr_dist.config import CHANGES_NO_RESULT, RunConfig, forbidden_changes, to_dict
 from lbr_dist.distributed import Ranks, together
 from lbr_dist.engine import Engine
@@ -63,6 +63,10 @@ def resume(
             _set_damaged_aside(checkpoints, step, problem, ranks, say)
             continue
         _refuse_other(manifest, config, base, checkpoints.folder(step))
+        here = versions()
+        other = [f"{name} {found}" for name, found in manifest.versions.items() if here.get(name) != found]
+        if other:
+            say(f"note: {checkpoints.folder(step)} was saved with {', '.join(other)}: roundings may differ from now on")
         began = time.perf_counter()
         _load(engine, manifest, checkpoints.folder(step), ranks)
         newer = [other for other in steps if other > step] if step == wanted else []

@@ -117,13 +117,12 @@ def _check_base(base: Path, manifest: Manifest, config: RunConfig) -> None:
     Raises:
         CheckpointError: it is not there, or its files differ.
     """
-    needed = "config, tokenizer and weights" if config.model.lora.rank else "config and tokenizer"
+    adapted = config.model.lora.rank > 0
+    needed = "config, tokenizer and weights" if adapted else "config and tokenizer"
     advice = "Put back what the stage began with, or name the folder where that is now with --base."
     if not base.is_dir():
         raise CheckpointError(f"{base}: not there; {manifest.stage} began with its {needed}. {advice}")
-    found = base_identity(base)
-    # trained weights are in the checkpoint
-    compared = [name for name in manifest.base if config.model.lora.rank or name.endswith(".json")]
-    changed = [name for name in compared if found.get(name) != manifest.base[name]]
+    found = base_identity(base, weights=adapted)
+    changed = [name for name in manifest.base if found.get(name) != manifest.base[name]]
     if changed:
         raise CheckpointError(f"{base}: its {', '.join(changed)} is not what {manifest.stage} began with. {advice}")

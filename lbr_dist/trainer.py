@@ -179,7 +179,7 @@ def train(
                 if due:
                     ranks.watchdog.beat(f"the checkpoint of step {done} of {stage}")
                     state = {"step": done, "norms": list(guard.norms), "skipped": guard.skipped}
-                    score = next((values[name] for name in SCORES if name in values), None)
+                    score = next((values[n] for n in SCORES if math.isfinite(values.get(n, math.nan))), None)
                     saver.save(state | {"next_batch": batch_digest(done)}, values, score)
                     saved = time.monotonic()
                 if last or told:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lbr_dist.config import CheckpointConfig, RunConfig
+from lbr_dist.config import CheckpointConfig, OptimizerConfig, RunConfig
+from lbr_dist.manifest import Checkpoints
 from tests.configs import tiny_run
 from tests.distributed import on_ranks
 from tests.ranks import RankPool
@@ -40,15 +41,6 @@ def test_resume(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_other_world_size_is_refused(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, tiny_model, tiny_data)
-    folder = config.stage_path("learn") / "checkpoints"
-    (folder / "step-000002").mkdir(parents=True)
-    (folder / "latest.json").write_text(json.dumps({"tag": "step-000002", "step": 2, "world_size": 5}))
-    with pytest.raises(AssertionError, match=r"written by 5 ranks, this run has 2.*--ranks 5"):
-        two_ranks.run(on_ranks.stage, config=config, name="learn")
-
-
 def test_old_checkpoints_go(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     keep_one = CheckpointConfig(every_steps=1, keep=1)
     config = tiny_run(tmp_path, tiny_model, tiny_data, checkpoint=keep_one)
@@ -56,3 +48,28 @@ def test_old_checkpoints_go(two_ranks: RankPool, tiny_model: Path, tiny_data: Pa
     folder = config.stage_path("learn") / "checkpoints"
     assert [path.name for path in folder.glob("step-*")] == ["step-000004"]
     assert json.loads((folder / "latest.json").read_text())["step"] == 4
+
+
+def test_by_the_clock(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """A checkpoint where so much time has passed since the last, whatever the steps."""
+    for minutes, steps in ((1e-6, [1, 2, 3, 4]), (None, [4])):
+        settings = CheckpointConfig(every_steps=1000, every_minutes=minutes, keep=9)
+        config = tiny_run(tmp_path / str(minutes), tiny_model, tiny_data, checkpoint=settings)
+        two_ranks.run(on_ranks.stage, config=config, name="learn")
+        assert Checkpoints(config.stage_path("learn") / "checkpoints").steps() == steps
+
+
+def test_the_best_stay(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Those with the lowest held-out loss, which is then measured with every checkpoint."""
+    optimizer = OptimizerConfig(lr=0.5, schedule="constant", warmup_fraction=0.0)  # worse with every step
+    settings = CheckpointConfig(every_steps=1, keep=1, keep_best=1)
+    config = tiny_run(tmp_path, tiny_model, tiny_data, checkpoint=settings)
+    config = dataclasses.replace(config, learn=dataclasses.replace(config.learn, optimizer=optimizer))
+    two_ranks.run(on_ranks.stage, config=config, name="learn")
+    rows = [json.loads(line) for line in (config.stage_path("learn") / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["heldout_target_loss"] for row in rows if row["step"]}
+    assert len(scores) == 4
+    best = min(scores, key=scores.__getitem__)
+    assert best != 4, "the test wants a best one that is not the last"
+    found = Checkpoints(config.stage_path("learn") / "checkpoints")
+    assert {manifest.step: manifest.score for manifest in found.complete()} == {best: scores[best], 4: scores[4]}
