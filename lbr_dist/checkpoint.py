@@ -119,6 +119,8 @@ class Saver:
         self._buffer: Tensor | None = None
         self.stall = 0.0
         """Seconds that training waited for the last save."""
+        self.seconds = 0.0
+        """Seconds from the beginning of the last save until it was published."""
         self.failure: str | None = None
         """Why the last save failed; None where it did not."""
         if not engine.can_save:
@@ -159,7 +161,7 @@ class Saver:
             tensors = self._copy(tensors)
         state = state | {"optimizer_steps": self.engine.optimizer_steps}
         blank = replace(self._blank, step=state["step"], state=state, values=values, score=score)
-        self._running = self._thread.submit(self._write, blank, tensors | numbers, notes)
+        self._running = self._thread.submit(self._write, blank, tensors | numbers, notes, began)
         if not self.settings.background:
             self.wait()
         self.stall = time.perf_counter() - began
@@ -209,8 +211,8 @@ class Saver:
             return f"{self.checkpoints.path}: needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
         return reports[0].problem
 
-    def _write(self, blank: Manifest, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
-        """Write this rank's file, agree with the others, and publish."""
+    def _write(self, blank: Manifest, tensors: dict[str, Tensor], notes: dict[str, str], began: float) -> None:
+        """Write this rank's file, agree with the others, publish, and delete what need not stay."""
         folder = self.checkpoints.saving(blank.step)
         path = folder / shards.file_name(self.ranks.rank)
         try:
@@ -229,8 +231,10 @@ class Saver:
             return
         if problem:
             self._fail(blank.step, problem)
-        else:
-            self.failure = None
+            return
+        self.failure, self.seconds = None, time.perf_counter() - began
+        if self.ranks.is_first:
+            self._retain()
 
     def _publish(self, blank: Manifest, written: list[shards.Written]) -> str:
         files = {one.name: {"bytes": one.num_bytes, "xxh3_128": one.xxh3_128} for one in written}
@@ -238,11 +242,13 @@ class Saver:
             self.checkpoints.publish(replace(blank, saved_at=manifest.now(), files=files))
         except OSError as error:
             return f"{error.filename}: {error.strerror}"
+        return ""
+
+    def _retain(self) -> None:
         try:
             self.checkpoints.retain(self.settings)
         except OSError as error:  # the new one is good
             self.say(f"note: an old checkpoint could not be deleted: {error.filename}: {error.strerror}")
-        return ""
 
     def _fail(self, step: int, problem: str) -> None:
         self.failure = problem

@@ -18,6 +18,7 @@ from lbr_dist.config import EngineConfig, LearnConfig, LoraConfig, OptimizerConf
 from lbr_dist.data.packing import Sequence
 from lbr_dist.engine import Update, deepspeed_config, parameter_groups
 from lbr_dist.errors import TrainingError
+from lbr_dist.manifest import Checkpoints
 from lbr_dist.trainer import SpikeGuard, learning_rate
 from tests import tiny
 from tests.configs import tiny_run
@@ -132,20 +133,21 @@ def test_the_head_is_gathered_once_a_step(two_ranks: RankPool, tiny_data: Path, 
 
 
 def test_spike_guard(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
     guard = SpikeGuard(OptimizerConfig(spike_factor=4.0, most_skipped=3))
     for step in range(16):
         assert guard.largest_norm == math.inf, "too few norms to tell"
-        guard.observe(Update(1.0 + step % 3, True), "learn", step, tmp_path)
+        guard.observe(Update(1.0 + step % 3, True), "learn", step, checkpoints)
     assert guard.largest_norm == 8.0
     resumed = SpikeGuard(guard.optimizer, list(guard.norms))
     assert resumed.largest_norm == 8.0
-    guard.observe(Update(50.0, False), "learn", 17, tmp_path)
+    guard.observe(Update(50.0, False), "learn", 17, checkpoints)
     assert guard.largest_norm == 8.0, "a skipped step says nothing of the usual"
-    guard.observe(Update(2.0, True), "learn", 18, tmp_path)
-    guard.observe(Update(50.0, False), "learn", 19, tmp_path)
-    guard.observe(Update(math.inf, False), "learn", 20, tmp_path)
+    guard.observe(Update(2.0, True), "learn", 18, checkpoints)
+    guard.observe(Update(50.0, False), "learn", 19, checkpoints)
+    guard.observe(Update(math.inf, False), "learn", 20, checkpoints)
     with pytest.raises(TrainingError, match=r"3 steps in a row were skipped, up to step 21; .* no checkpoint yet"):
-        guard.observe(Update(50.0, False), "learn", 21, tmp_path)
+        guard.observe(Update(50.0, False), "learn", 21, checkpoints)
     assert SpikeGuard(OptimizerConfig(spike_factor=0.0), [1.0] * 30).largest_norm == math.inf
 
 

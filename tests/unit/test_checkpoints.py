@@ -129,6 +129,8 @@ def test_unfinished_and_set_aside(run: Path, capsys: pytest.CaptureFixture[str])
     there.folder(10).rename(there.path / ".deleting-step-000010")
     aside = there.set_aside(20, "left behind by checkpoint.resume 30")
     (there.path / "set-aside" / "step-000020-2").mkdir()  # of no reason, and with nothing in it
+    (there.path / ".saving-step-000060").write_text("no folder")
+    (there.path / "set-aside" / "step-000030-1").symlink_to(there.folder(30))
     found = rows(run)
     assert {name: row.state for name, row in found.items()} == {
         "step-000030": "complete",
