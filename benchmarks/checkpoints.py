@@ -8,7 +8,8 @@ figure is a median over the turns, in each of which all ways come once:
 - *stall*: how long `Saver.save` keeps the training loop, writing in the background and blocking; and DeepSpeed's own
   `save_checkpoint` beside it, which neither flushes to the disk nor computes a checksum.
 - *steps*: the step of stage 1 right after a save that goes on in the background, and one while nothing is written.
-- *bandwidth*: bytes a second of a blocking save until it is published (the stall has the deletion of the old one too), and of a resume (verified, then loaded) whose files the page cache has
+- *bandwidth*: bytes a second of a blocking save until it is published (the stall has the deletion of the old one too),
+  and of a resume (verified, then loaded) whose files the page cache has
   and has not; against `dd` of zeros into as many files at once, with the same flush. Without root the page cache stays.
 - *verify*: `lbr checkpoints verify`'s reading against `sha256sum` of the same files, in turn, both from the page cache.
 """

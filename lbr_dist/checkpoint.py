@@ -32,7 +32,7 @@ from lbr_dist import __version__, manifest, shards
 from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.distributed import Ranks
 from lbr_dist.engine import Engine
-from lbr_dist.files import checksum, sync_folder, text_checksum
+from lbr_dist.files import checksum, sync, text_checksum
 from lbr_dist.manifest import Checkpoints, Manifest
 
 _SPARE = 1.02  # manifest, file system's own
@@ -217,7 +217,7 @@ class Saver:
         path = folder / shards.file_name(self.ranks.rank)
         try:
             report = Report(written=shards.write(path, tensors, notes))
-            sync_folder(folder)
+            sync(folder)
         except OSError as error:
             report = Report(f"rank {self.ranks.rank}: {error.filename or path}: {error.strerror}")
         try:

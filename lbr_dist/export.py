@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ from lbr_dist import __version__
 from lbr_dist.config import Pooling, RunConfig, to_dict
 from lbr_dist.distributed import Ranks
 from lbr_dist.engine import full_shape, whole
+from lbr_dist.errors import CheckpointError
+from lbr_dist.files import sync
 from lbr_dist.model import span_mean
 from lbr_dist.model.adapters import file_parameters, merged_weights
 from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX
@@ -80,7 +83,12 @@ def _write_weights(model: LBRModel, ids: tuple[int, ...], folder: Path, writes: 
     for file, members in zip(names, shards, strict=True):
         part = {name: tensor for name, tensor in (next(tensors) for _ in members) if tensor is not None}
         if writes:
-            save_file(part, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(part, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # of a full disk, which has no error of its own there
+                raise CheckpointError(
+                    f"{folder / file}: cannot be written ({error}). Make room and start again: no step is lost."
+                ) from None
             (folder / file).chmod(0o644)
             total += sum(tensor.nbytes for tensor in part.values())
         part.clear()  # or it would stay in memory until the next one is gathered
@@ -210,6 +218,7 @@ def export(
     longest = max(settings.max_query_tokens, settings.max_document_tokens)
     hf_tokenizer, ids = tokenizer.with_bottleneck(k, longest)
     settings = replace(settings, bottleneck_ids=ids)
+    ranks.watchdog.beat(f"the export to {folder}")
     building = folder.with_name(f".{folder.name}.building")
     if ranks.is_first:
         shutil.rmtree(building, ignore_errors=True)
@@ -229,6 +238,19 @@ def export(
         dimension = int(model.backbone.config.hidden_size)
         _write_sentence_transformers(building, settings, dimension, 1 + longest + k)
         (building / "README.md").write_text(_card(settings, config, dimension), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        building.replace(folder)
+        _replace(building, folder)
     _meet()
+
+
+def _replace(building: Path, folder: Path) -> None:
+    """Give a complete folder its name, when all of it is on disk; an older one goes then."""
+    for path in building.rglob("*"):
+        sync(path)
+    sync(building)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    building.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

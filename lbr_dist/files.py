@@ -13,9 +13,9 @@ import xxhash
 READ_BYTES = 4 << 20
 
 
-def sync_folder(folder: Path) -> None:
-    """Return when the names in `folder` are on disk."""
-    opened = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Return when a file's content, or the names in a folder, are on disk."""
+    opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:
@@ -34,7 +34,7 @@ def write_atomic(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def checksum(path: Path) -> str:

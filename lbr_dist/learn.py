@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbr_dist.config import LearnConfig, Pooling, RunConfig
+from lbr_dist.config import LearnConfig, RunConfig
 from lbr_dist.data.build_tokens import token_cache
 from lbr_dist.data.packing import PackedRow, Sequence, digest, rank_rows
 from lbr_dist.data.records import read_corpus, read_pairs
@@ -27,9 +27,9 @@ from lbr_dist.data.token_cache import Tokens, learn_texts
 from lbr_dist.diagnostics import Diagnostics
 from lbr_dist.distributed import Ranks, total
 from lbr_dist.engine import Engine
-from lbr_dist.export import export
+from lbr_dist.export import export, stage_settings
 from lbr_dist.model.bottleneck import LossWeights
-from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
+from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.trainer import load_engine, train, write_summary
 
 
@@ -135,8 +135,6 @@ def learn(config: RunConfig, ranks: Ranks) -> None:
         return digest(batch(step))
 
     train("learn", config, ranks, engine, run_step, batch_digest, diagnostics.measure if diagnostics else None)
-    pooling: Pooling = "bottleneck_mean" if config.model.bottleneck_tokens else "mean"
-    settings = EmbeddingSettings.of(config.data, pooling)
-    export(model, tokenizer, settings, config, config.learn_export, ranks)
+    export(model, tokenizer, stage_settings(config, "learn"), config, config.learn_export, ranks)
     write_summary(config.stage_path("learn"), config, ranks, time.perf_counter() - began)
     engine.close()

@@ -25,7 +25,7 @@ from typing import Any
 
 from lbr_dist.config import CheckpointConfig
 from lbr_dist.errors import CheckpointError
-from lbr_dist.files import checksum, make_private, sync_folder, text_checksum, write_atomic
+from lbr_dist.files import checksum, make_private, sync, text_checksum, write_atomic
 
 MANIFEST, POINTER, SET_ASIDE, REASON = "manifest.json", "latest.json", "set-aside", "reason.json"
 FORMAT = 1
@@ -231,7 +231,7 @@ class Checkpoints:
         if folder.exists():
             self.set_aside(manifest.step, "saved again, by a run that resumed from an older one")
         building.rename(folder)
-        sync_folder(self.path)
+        sync(self.path)
         move_pointer(self.path, manifest)
 
     def set_aside(self, step: int, why: str) -> Path:
@@ -244,7 +244,7 @@ class Checkpoints:
         place = parent / f"{tag(step)}-{number}"
         self.folder(step).rename(place)
         write_atomic(place / REASON, json.dumps({"why": why, "at": now()}) + "\n")
-        sync_folder(self.path)
+        sync(self.path)
         return place
 
     def remove(self, step: int) -> None:

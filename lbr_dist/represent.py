@@ -26,9 +26,9 @@ from lbr_dist.dev_pairs import DevPairs
 from lbr_dist.distributed import Ranks
 from lbr_dist.engine import Engine
 from lbr_dist.exchange import Exchange
-from lbr_dist.export import export
+from lbr_dist.export import export, stage_settings
 from lbr_dist.grad_cache import forward_backward, surrogate
-from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
+from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.plan import StepPlanner
 from lbr_dist.trainer import load_engine, train, write_summary
 
@@ -121,7 +121,6 @@ def represent(config: RunConfig, ranks: Ranks) -> None:
         return "-".join(f"{batch.digest:016x}" for batch in batches(step))
 
     train("represent", config, ranks, engine, run_step, batch_digest, dev.measure if dev else None)
-    settings = EmbeddingSettings.of(config.data, config.represent.pooling)
-    export(model, tokenizer, settings, config, config.model_path, ranks)
+    export(model, tokenizer, stage_settings(config, "represent"), config, config.model_path, ranks)
     write_summary(config.stage_path("represent"), config, ranks, time.perf_counter() - began)
     engine.close()

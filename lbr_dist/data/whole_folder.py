@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lbr_dist.files import sync_folder
+from lbr_dist.files import sync
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _SAY_EVERY = 10.0
@@ -32,14 +32,14 @@ def building_folder(folder: Path) -> Path:
 
 def publish(building: Path, folder: Path) -> bool:
     """Give a complete folder, its files flushed, its name; False where another job was faster."""
-    sync_folder(building)
+    sync(building)
     try:
         os.rename(building, folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         return False
-    sync_folder(folder.parent)
+    sync(folder.parent)
     return True
 
 
