@@ -88,6 +88,9 @@ def measure(base: Path, folder: Path, turns: int) -> None:
             Path("/proc/sys/vm/drop_caches").write_text("1")
         dist.barrier()
 
+    def size() -> int:
+        return checkpoints.read(checkpoints.steps()[-1]).num_bytes
+
     number = 0
 
     def state() -> dict[str, Any]:
@@ -121,10 +124,12 @@ def measure(base: Path, folder: Path, turns: int) -> None:
                 if name.endswith("disk"):
                     drop_cache()
                 clocked(name, lambda: resume(engine, checkpoints, ranks, config, identity))
+            if ranks.is_first:
+                times["dd"].append(dd(folder / f"dd-{turn}", size(), RANKS))
+                shutil.rmtree(folder / f"dd-{turn - 1}", ignore_errors=True)  # as the saves do: after the new one
             if turn == 0:
                 times.clear()  # it warms up
-    size = checkpoints.read(checkpoints.steps()[-1]).num_bytes
-    print_result(ranks.rank, bytes=size, times=times)
+    print_result(ranks.rank, bytes=size(), times=times)
     engine.close()
     distributed.stop()
 
@@ -141,9 +146,7 @@ def dd(folder: Path, size: int, files: int) -> float:
         for i in range(files)
     ]
     assert not any(process.wait() for process in processes)
-    seconds = time.perf_counter() - began
-    shutil.rmtree(folder)
-    return seconds
+    return time.perf_counter() - began
 
 
 def verify_against_sha256sum(folder: Path, turns: int) -> dict[str, float]:
@@ -183,8 +186,6 @@ def main() -> None:
         found = {way: statistics.median(times) for way, times in ranks[0]["times"].items()}
         size = ranks[0]["bytes"]
         found |= verify_against_sha256sum(folder / "run" / "learn" / "checkpoints", args.turns)
-        dd(folder / "dd", size, RANKS)
-        found["dd"] = statistics.median(dd(folder / "dd", size, RANKS) for _ in range(args.turns))
     ratios = {
         "stall, background / blocking": found["background stall"] / found["blocking stall"],
         "step, beside a save / alone": found["step beside a save"] / found["step alone"],

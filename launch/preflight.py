@@ -20,6 +20,7 @@ import yaml
 from lbr_dist.config import CHANGES_NO_RESULT, RunConfig, Stage, forbidden_changes, to_dict
 from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
+from lbr_dist.files import others_who_write
 from lbr_dist.manifest import STATE_BYTES, Checkpoints, free_bytes
 from lbr_dist.mining_work import MiningSettings
 
@@ -161,12 +162,18 @@ def check_offload(config: RunConfig) -> None:
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """Refuse a folder that holds another run.
+    """Refuse a folder that holds another run, or that others can write, so that no run could go on in it.
 
     Raises:
-        ConfigError: names the fields that differ.
+        ConfigError: names the fields that differ, or who.
     """
     path = config.run_path / "config.yaml"
+    who = others_who_write(config.run_path, config.checkpoint.trust_group) if config.run_path.is_dir() else None
+    if who is not None:
+        raise ConfigError(
+            f"run_dir: {config.run_path} can be changed by {who}, so no run that was stopped could be trusted to go on "
+            f"there. `chmod go-w` it as its owner, name another, or trust its group with --checkpoint.trust_group=true."
+        )
     if not path.exists():
         return
     found = yaml.safe_load(path.read_text(encoding="utf-8"))

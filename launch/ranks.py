@@ -18,6 +18,7 @@ from types import FrameType
 from typing import IO
 
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LaunchError
+from lbr_dist.files import make_private
 from lbr_dist.interrupt import STOPS
 from lbr_dist.launch.preflight import count_gpus
 from lbr_dist.run_lock import HELD
@@ -117,7 +118,8 @@ def run_stage(
         LaunchError: a rank died or hung; the others have been stopped, and the message shows its last lines.
         Interrupted: this process, or a rank, was told to stop, and all have.
     """
-    log_folder.mkdir(parents=True, exist_ok=True)
+    make_private(log_folder.parent)
+    log_folder.mkdir(exist_ok=True)
     cores = len(os.sched_getaffinity(0))
     common = os.environ | _allocator()
     if lock is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lbr_dist.config import RunConfig, Stage
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LbrError
+from lbr_dist.files import make_private
 from lbr_dist.launch.config_file import read_config
 from lbr_dist.launch.ranks import USER_ERROR
 from lbr_dist.run_lock import run_lock
@@ -41,6 +42,7 @@ def run_stages(config: RunConfig, stages: tuple[Stage, ...]) -> bool:
     try:
         with run_lock(config.run_path) if ranks.is_first else nullcontext():
             for stage in stages:
+                make_private(config.stage_path(stage))
                 stacks = config.stage_path(stage) / "logs" / f"rank-{ranks.rank}.stacks"
                 with ranks.watchdog.watching(60 * minutes, name, f"the start of {stage}", stacks):
                     if stage == "learn":

@@ -22,11 +22,16 @@ def sync(path: Path) -> None:
         os.close(opened)
 
 
+def open_private(path: str | os.PathLike[str], flags: int) -> int:
+    """An `opener` of files that nobody else can write, whatever the umask."""
+    return os.open(path, flags, 0o644)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the old or the new one, never a part; it is on disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with open(temporary, "w", encoding="utf-8", opener=open_private) as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

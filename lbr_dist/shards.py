@@ -21,6 +21,8 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from lbr_dist.files import open_private
+
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
 _CHUNK = 8 << 20
@@ -65,7 +67,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -
     """
     hashed = xxhash.xxh3_128()
     size = 0
-    with path.open("wb", buffering=0) as stream:
+    with open(path, "wb", buffering=0, opener=open_private) as stream:
         header = memoryview(_header(tensors, notes))
         for piece in (header, *(_bytes(tensor) for tensor in tensors.values())):
             for start in range(0, len(piece), _CHUNK):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from lbr_dist.config import RunConfig
 from lbr_dist.manifest import MANIFEST, SET_ASIDE, Checkpoints, tag
 from tests.distributed import on_ranks
-from tests.faults.runs import assert_same_end, checkpoints
+from tests.faults.runs import assert_same_end, checkpoints, run
 from tests.ranks import RankPool
 
 SHARD = "rank-00001.safetensors"
@@ -193,3 +194,15 @@ def test_others_can_write(two_ranks: RankPool, stopped: RunConfig, place: str, m
     else:
         with pytest.raises(AssertionError, match="can be changed"):
             resume(two_ranks, stopped, trust_group=True)
+
+
+def test_a_run_under_any_umask_goes_on(two_ranks: RankPool, whole: RunConfig, broken: RunConfig) -> None:
+    """What a run itself makes, others cannot write."""
+    before = os.umask(0)
+    try:
+        run(broken)
+    finally:
+        os.umask(before)
+    checkpoints(broken).remove(6)
+    resume(two_ranks, broken)
+    assert_same_end(broken, whole)
