@@ -32,7 +32,7 @@ from typing import Any
 from measure import print_result, record, run_ranks
 
 RANKS = 2
-STEPS_BESIDE = 3
+STEPS_BESIDE = 2
 
 
 def measure(base: Path, folder: Path, turns: int) -> None:
@@ -108,9 +108,11 @@ def measure(base: Path, folder: Path, turns: int) -> None:
         for turn in range(turns + 1):
             for _ in range(STEPS_BESIDE):
                 clocked("step alone", step)
+            dist.barrier()
             blocking.save(state(), {}, None)
             times["blocking stall"].append(blocking.stall)
             times["blocking save, published"].append(blocking.seconds)
+            dist.barrier()  # the first rank alone has deleted the old one
             behind.save(state(), {}, None)
             times["background stall"].append(behind.stall)
             began = time.perf_counter()

@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from lbr_dist.config import CHANGES_NO_RESULT, RunConfig, Stage, forbidden_changes, to_dict
+from lbr_dist.config import RunConfig, Stage, to_dict
+from lbr_dist.config_changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
 from lbr_dist.files import others_who_write

@@ -9,17 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LaunchError
 from lbr_dist.files import make_private
-from lbr_dist.interrupt import STOPS
+from lbr_dist.interrupt import taking_stops
 from lbr_dist.launch.preflight import count_gpus
 from lbr_dist.run_lock import HELD
 from lbr_dist.watchdog import EXIT_HUNG, STACKS_SIGNAL
@@ -73,7 +70,8 @@ class _Stops:
         self.processes = processes
         self.name: str | None = None
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """A handler for `taking_stops`."""
         if self.name is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -82,18 +80,6 @@ class _Stops:
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._take) for number in STOPS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def run_stage(
@@ -127,7 +113,7 @@ def run_stage(
     processes: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []
     stops = _Stops(processes)
-    with tempfile.TemporaryDirectory(prefix="lbr-") as folder, stops.listening():
+    with tempfile.TemporaryDirectory(prefix="lbr-") as folder, taking_stops(stops.take):
         try:
             for rank in range(ranks):
                 environment = common | {

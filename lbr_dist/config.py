@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,6 @@ from lbr_dist.errors import ConfigError
 Stage = Literal["learn", "represent"]
 
 __all__ = [
-    "CHANGES_NO_RESULT",
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
@@ -41,8 +39,6 @@ __all__ = [
     "RunConfig",
     "Stage",
     "TargetsConfig",
-    "differences",
-    "forbidden_changes",
     "to_dict",
 ]
 
@@ -370,48 +366,7 @@ class RunConfig:
         return self.run_path / "report"
 
 
-CHANGES_NO_RESULT = (
-    "run_dir",
-    "checkpoint",
-    "cluster",
-    "engine",
-    "evaluate",
-    "data.cache_dir",
-    "data.dev",
-    "data.test",
-    "data.test_documents",
-    "model.activation_checkpointing",
-    "model.attention",
-    "learn.diagnose_every",
-    "learn.row_tokens",
-    "represent.chunk_tokens",
-    "represent.diagnose_every",
-    "represent.exchange",
-    "represent.keep_graphs",
-    "represent.separate_sides",
-)
-"""Sections and fields that may change when a run goes on: they change its results by rounding at most."""
-
-
-def forbidden_changes(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the fields in which a run's plain config differs now, though the run could not go on then."""
-    below = tuple(f"{name}." for name in CHANGES_NO_RESULT)
-    return [n for n in differences(found, now) if n not in CHANGES_NO_RESULT and not n.startswith(below)]
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain dicts and lists, ready for YAML or JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
-
-
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the fields in which two plain configs differ."""
-    names: list[str] = []
-    for key in sorted({*found, *expected}):
-        a, b = found.get(key), expected.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            names += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            names.append(f"{prefix}{key}")
-    return names

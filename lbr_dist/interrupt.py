@@ -5,11 +5,25 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """A scheduler's warning ahead of a time limit or a preemption, and Ctrl-C."""
+
+
+@contextlib.contextmanager
+def taking_stops(take: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let `take` handle these signals inside the block. Outside the main thread, where none arrive, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, take) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:
@@ -25,18 +39,6 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.name is not None
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """A handler for `taking_stops`."""
         self.name = self.name or signal.Signals(number).name
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals inside the block. Outside the main thread, where none arrive, this does nothing."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._take) for number in STOPS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

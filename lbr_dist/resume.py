@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from lbr_dist import shards
 from lbr_dist.checkpoint import restore_random_state, versions
-from lbr_dist.config import CHANGES_NO_RESULT, RunConfig, forbidden_changes, to_dict
+from lbr_dist.config import RunConfig, to_dict
+from lbr_dist.config_changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.distributed import Ranks, together
 from lbr_dist.engine import Engine
 from lbr_dist.errors import CheckpointError

@@ -19,7 +19,7 @@ from lbr_dist.distributed import Ranks, largest, total
 from lbr_dist.engine import Engine, Update, sharded_init
 from lbr_dist.errors import CheckpointError, Interrupted, RefusedStep, TrainingError
 from lbr_dist.files import write_atomic
-from lbr_dist.interrupt import StopRequest
+from lbr_dist.interrupt import StopRequest, taking_stops
 from lbr_dist.manifest import Checkpoints
 from lbr_dist.metrics import MetricsLog
 from lbr_dist.model.bottleneck import LBRModel, load_model
@@ -155,7 +155,7 @@ def train(
 
     log_or_not = MetricsLog(folder, stage, settings.steps, start_step=first) if ranks.is_first else nullcontext()
     stop = StopRequest()
-    with log_or_not as log, stop.listening():
+    with log_or_not as log, taking_stops(stop.take):
         say = log.say if log is not None else lambda message: None
         if first == 0 and settings.steps:
             values = diagnosed(0, wanted=True)

@@ -13,6 +13,7 @@ import yaml
 
 from lbr_dist.config import to_dict
 from tests.configs import tiny_run
+from tests.faults.runs import workers
 
 
 def lbr(*arguments: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
@@ -131,26 +132,13 @@ def test_a_killed_rank_takes_the_run_down_and_it_resumes(
     while not pointer.exists():
         assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was written"
         time.sleep(0.01)
-    workers = _workers(run)
-    os.kill(workers[-1], signal.SIGKILL)
+    os.kill(workers(run)[-1], signal.SIGKILL)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 1, printed
     assert "was killed by signal SIGKILL; all ranks were stopped" in printed
-    assert not _workers(run)
+    assert not workers(run)
     done = lbr("run", str(path), "--ranks", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed after step" in done.stderr
     ours = (finished[1] / "model" / "model.safetensors").read_bytes()
     assert ours == (run / "model" / "model.safetensors").read_bytes()
-
-
-def _workers(run: Path) -> list[int]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"lbr_dist.launch.worker" in words and str(run / "config.yaml").encode() in words:
-            found.append(int(process.name))
-    return sorted(found)

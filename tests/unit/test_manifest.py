@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lbr_dist import shards
-from lbr_dist.config import CheckpointConfig, RunConfig, forbidden_changes, to_dict
+from lbr_dist.config import CheckpointConfig, RunConfig, to_dict
+from lbr_dist.config_changes import forbidden_changes
 from lbr_dist.errors import CheckpointError, ConfigError, LaunchError
 from lbr_dist.files import checksum, make_private, others_who_write, write_atomic
 from lbr_dist.launch import preflight
