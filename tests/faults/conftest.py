@@ -23,7 +23,6 @@ def whole(
         config,
         learn=dataclasses.replace(config.learn, steps=6),
         checkpoint=CheckpointConfig(every_steps=2, keep=3),
-        cluster=dataclasses.replace(config.cluster, timeout_minutes=0.25),
     )
     two_ranks.run(on_ranks.stage, config=config, name="learn")
     return config

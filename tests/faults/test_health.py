@@ -21,6 +21,7 @@ SLACK = 30.0  # beyond the deadline: start of the ranks, the launcher's grace fo
     ("point", "seen"), [("hangs", "backward"), ("hangs_in_c", "_held_interpreter"), ("stopped", "")]
 )
 def test_a_rank_hangs(two_ranks: RankPool, whole: RunConfig, broken: RunConfig, point: str, seen: str) -> None:
+    broken = dataclasses.replace(broken, cluster=dataclasses.replace(broken.cluster, timeout_minutes=0.3))
     began = time.monotonic()
     with pytest.raises(LaunchError, match=r"rank \d made no progress and ended itself; .*\.stacks"):
         run(broken, rank=1, point=point, call=5)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -28,8 +30,10 @@ CASES = [
 def test_one_rank_is_told_twice(
     two_ranks: RankPool, whole: RunConfig, broken: RunConfig, point: str, rank: int, more: dict[str, object]
 ) -> None:
+    # in the background, a save that is slow to begin could be told after the last step
+    settings = dataclasses.replace(broken.checkpoint, background=point != "signals_in_save")
     with pytest.raises(Interrupted):
-        run(broken, rank=rank, point=point, **more)
+        run(dataclasses.replace(broken, checkpoint=settings), rank=rank, point=point, **more)
     done = losses(broken)[-1][0]
     assert 0 < done < 6
     assert checkpoints(broken).verify(done).state["step"] == done
@@ -38,8 +42,11 @@ def test_one_rank_is_told_twice(
     assert_same_end(broken, whole)
 
 
-def test_the_launcher_is_told(whole: RunConfig, broken: RunConfig) -> None:
+def test_the_launcher_is_told(two_ranks: RankPool, whole: RunConfig, tmp_path: Path) -> None:
     """`lbr` passes it on, waits for the save, and ends with a code that says: start me again."""
+    longer = dataclasses.replace(whole.learn, steps=100)
+    whole, broken = (dataclasses.replace(whole, run_dir=str(tmp_path / n / "run"), learn=longer) for n in "ab")
+    two_ranks.run(on_ranks.stage, config=whole, name="learn")
     path = broken.run_path.parent / "config.yaml"
     write_config(broken, path)
     command = [sys.executable, "-m", "lbr_dist.launch.cli", "learn", str(path), "--ranks=2"]

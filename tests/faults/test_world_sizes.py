@@ -36,7 +36,6 @@ def pools(two_ranks: RankPool) -> Iterator[dict[int, RankPool]]:
 
 
 CASES: dict[str, tuple[Stage, str, int]] = {
-    "learn, float32": ("learn", "float32", 0),
     "learn, bfloat16": ("learn", "bfloat16", 0),
     "learn, adapters": ("learn", "float32", 2),
     "represent, float32": ("represent", "float32", 0),
