@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from importlib.metadata import version
@@ -198,7 +198,7 @@ def _run(work: list[Unit], folder: Path, rules: Rules, processes: int) -> Iterat
     with held, ProcessPoolExecutor(processes, context, _start_process, (lifeline,)) as pool:
         try:
             # not pool.map: it cancels what is left, and a pool whose processes end takes that for a defect
-            for future in [pool.submit(write_part, unit, *arguments) for unit in work]:
+            for future in _submitted(pool, work, arguments):
                 yield future.result()
         except BrokenProcessPool as error:
             raise LaunchError(
@@ -208,6 +208,16 @@ def _run(work: list[Unit], folder: Path, rules: Rules, processes: int) -> Iterat
         except BaseException:
             held.close()  # the others would end their parts first
             raise
+
+
+def _submitted(pool: ProcessPoolExecutor, work: list[Unit], arguments: tuple[Path, Path, Rules]) -> list[Future[Part]]:
+    try:
+        return [pool.submit(write_part, unit, *arguments) for unit in work]
+    except OSError as error:
+        if error.errno is not None:  # the system refused a process
+            raise
+        # "handle is closed": one process died and the pool closed its pipes while the others were being started
+        raise BrokenProcessPool(str(error)) from error
 
 
 def _start_process(lifeline: Connection) -> None:
