@@ -207,6 +207,27 @@ def checkpoints(args: argparse.Namespace) -> None:
     commands.run(args, _say)
 
 
+def submit(args: argparse.Namespace) -> None:
+    from lbr_dist.slurm import submit as submission
+
+    submission.run(args, _say)
+
+
+def _slurm_command(name: str) -> Callable[[argparse.Namespace], None]:
+    def run(args: argparse.Namespace) -> None:
+        from lbr_dist.slurm import commands
+
+        getattr(commands, name)(args, _say)
+
+    return run
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from lbr_dist.launch import doctor as commands
+
+    return commands.run(args, _say)
+
+
 def config(args: argparse.Namespace) -> None:
     from lbr_dist.launch.config_file import describe
 
@@ -221,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     from lbr_dist.launch import checkpoints as checkpoint_commands
     from lbr_dist.launch import negatives
     from lbr_dist.launch import plan as planning
+    from lbr_dist.slurm import arguments as slurm_commands
 
     parser = argparse.ArgumentParser(
         prog="lbr",
@@ -230,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lbr-dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         return sub
@@ -246,6 +268,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--ranks", type=int, help="processes to start here (default: one a GPU, or 2 on a CPU)")
         sub.set_defaults(takes_overrides=True)
+    sub = command("submit", submit, "Queue a run's stages on Slurm, as one chain of jobs.")
+    slurm_commands.add_submit_arguments(sub)
+    sub.set_defaults(takes_overrides=True)
+    for name, text in (
+        ("status", "What became of a submitted run: states, steps, losses, times left, reasons."),
+        ("logs", "The logs of a submitted run's jobs and ranks."),
+        ("cancel", "End all jobs of a submitted run; what is saved stays."),
+    ):
+        getattr(slurm_commands, f"add_{name}_arguments")(command(name, _slurm_command(name), text))
     sub = command("plan", plan, "What a step of stage 2 costs on a cluster: memory, traffic, time.")
     planning.add_arguments(sub)
     sub.set_defaults(takes_overrides=True)
@@ -311,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
     try:
-        args.run(args)
+        code: int | None = args.run(args)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
@@ -326,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the run goes on from its last checkpoint when started again", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def _check_keys(content: Mapping[str, Any], path: Path, lines: Mapping[str, int]
         name = f"{prefix}{key}"
         if name not in known:
             raise ConfigError(f"{path}:{lines.get(name, 1)}: unknown key `{name}`.{_did_you_mean(name)}")
-        if isinstance(value, dict):
+        if isinstance(value, dict) and any(other.startswith(f"{name}.") for other in known):
             _check_keys(value, path, lines, f"{name}.")
 
 

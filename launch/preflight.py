@@ -194,7 +194,7 @@ def check_disk(config: RunConfig, stages: Sequence[Stage], say: Callable[[str], 
     """
     if config.model.lora.rank or config.engine.offload_optimizer == "nvme":
         return  # small, or none
-    one = STATE_BYTES * sum(_elements(file) for file in Path(config.model.base).glob("*.safetensors"))
+    one = STATE_BYTES * sum(elements(file) for file in Path(config.model.base).glob("*.safetensors"))
     folders = [Checkpoints(config.stage_path(stage) / "checkpoints") for stage in stages]
     there = sum(len(folder.complete()) for folder in folders)
     wanted = len(stages) * config.checkpoint.keep + 1 - there
@@ -206,7 +206,7 @@ def check_disk(config: RunConfig, stages: Sequence[Stage], say: Callable[[str], 
         say(f"warning: {room}, and {wanted} more may be there at a time (checkpoint.keep {config.checkpoint.keep})")
 
 
-def _elements(file: Path) -> int:
+def elements(file: Path) -> int:
     """Elements of all tensors of a safetensors file, out of its header."""
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
@@ -316,13 +316,21 @@ def check_mining_ranks(settings: MiningSettings, wanted: int | None, gpus: int) 
 # ---- the plan of stage 2 -------------------------------------------------------------------------------------------
 
 
-def check_plan(config: RunConfig, ranks: int, local_ranks: int, gpus: int) -> None:
+def check_plan(config: RunConfig, ranks: int, local_ranks: int, gpus: int, memory: int | None = None) -> None:
     """Refuse a step of stage 2 that does not fit into the memory of its ranks, before stage 1 has run for days.
+
+    Args:
+        config: of the run.
+        ranks: of all nodes.
+        local_ranks: of each node.
+        gpus: of each node; 0 for CPU ranks.
+        memory: bytes of each rank. Default: those of this machine's GPUs, or of its free memory.
 
     Raises:
         ConfigError: names the nearest plans that fit.
     """
-    memory = _gpu_bytes() if gpus else _available_bytes() // local_ranks
+    if memory is None:
+        memory = _gpu_bytes() if gpus else _available_bytes() // local_ranks
     if not config.represent.steps or memory is None:
         return
     from lbr_dist.plan import HEADROOM, StepPlanner

@@ -30,7 +30,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the launcher is killed
 
 
-def _allocator() -> dict[str, str]:
+def allocator() -> dict[str, str]:
     """On a CPU, preload tcmalloc where the system has it: it keeps the gigabytes that each step frees and takes again.
 
     glibc gives them back to the kernel, which clears every page anew: a quarter of a step's time. tcmalloc would give
@@ -107,7 +107,7 @@ def run_stage(
     make_private(log_folder.parent)
     log_folder.mkdir(exist_ok=True)
     cores = len(os.sched_getaffinity(0))
-    common = os.environ | _allocator()
+    common = os.environ | allocator()
     if lock is not None:
         common |= {HELD: str(config_path.parent.absolute())}
     processes: list[subprocess.Popen[bytes]] = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lbr_dist.config_cluster import ClusterConfig, SlurmConfig
 from lbr_dist.config_stages import (
     LearnConfig,
     OptimizerConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "Pooling",
     "RepresentConfig",
     "RunConfig",
+    "SlurmConfig",
     "Stage",
     "TargetsConfig",
     "to_dict",
@@ -250,23 +252,6 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class ClusterConfig:
-    """Where the ranks run."""
-
-    ranks: int | None = None
-    """Ranks that `lbr` starts on this machine. Default: one a GPU, or 2 on a CPU. Under torchrun it is torchrun's."""
-
-    timeout_minutes: float = 30.0
-    """A rank that makes no progress for so long, since it or one that it waits for hangs, ends the run: no step, save,
-    measurement, load or export may take longer. Every rank writes its stacks to its log first."""
-
-    def __post_init__(self) -> None:
-        if self.ranks is not None:
-            require(self.ranks > 0, "cluster.ranks", self.ranks, "a positive number")
-        require(self.timeout_minutes > 0, "cluster.timeout_minutes", self.timeout_minutes, "a positive number")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """A whole run: both stages, export and evaluation."""
 
@@ -302,6 +287,9 @@ class RunConfig:
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Ranks."""
+
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """What `lbr submit` asks of Slurm."""
 
     def __post_init__(self) -> None:
         if self.engine.offload_optimizer == "nvme" and self.checkpoint.resume != "never":

@@ -11,6 +11,7 @@ CHANGES_NO_RESULT = (
     "cluster",
     "engine",
     "evaluate",
+    "slurm",
     "data.cache_dir",
     "data.dev",
     "data.test",

@@ -25,6 +25,7 @@ from lbr_dist.config import Pooling, RunConfig, to_dict
 from lbr_dist.distributed import Ranks
 from lbr_dist.engine import full_shape, whole
 from lbr_dist.errors import CheckpointError
+from lbr_dist.exported import write_checksums
 from lbr_dist.files import sync
 from lbr_dist.model import span_mean
 from lbr_dist.model.adapters import file_parameters, merged_weights
@@ -244,6 +245,7 @@ def export(
 
 def _replace(building: Path, folder: Path) -> None:
     """Give a complete folder its name, when all of it is on disk; an older one goes then."""
+    write_checksums(building)
     for path in building.rglob("*"):
         sync(path)
     sync(building)

@@ -154,7 +154,7 @@ class MetricsLog:
         (first_step, first_time), (step, now) = self._times[0], self._times[-1]
         if step <= first_step:
             return "?"
-        return _clock((now - first_time) / (step - first_step) * max(0, self.total_steps - step))
+        return clock((now - first_time) / (step - first_step) * max(0, self.total_steps - step))
 
 
 def _drop_lines_after(path: Path, start_step: int) -> None:
@@ -250,6 +250,6 @@ def _size(nbytes: float) -> str:
     return f"{_rate(nbytes / 1024**power)} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -1,12 +1,17 @@
-"""The devices that a step is planned for. Figures of GPUs are their makers' data sheets; what is assumed says so."""
+"""The devices that a step is planned for. Figures of GPUs are their makers' data sheets; what is assumed says so.
+
+Imports no torch: a login node asks for these figures too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 GB = 1e9
 EFFICIENCY = 0.45
@@ -48,6 +53,8 @@ class Machine:
         """The table's entry for a device of this process; an unknown GPU is taken for an A100 of its own memory."""
         if device.type != "cuda":
             return MACHINES["cpu"]
+        import torch
+
         properties = torch.cuda.get_device_properties(device)
         name = next((n for n in ("b200", "h200", "h100") if n in properties.name.lower()), "a100-80g")
         return dataclasses.replace(MACHINES[name], memory=float(properties.total_memory))
@@ -76,6 +83,8 @@ class Cluster:
 def available_memory(device: torch.device, local_ranks: int) -> int:
     """Bytes: a GPU's whole memory, or this rank's share of what the machine has free."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.get_device_properties(device).total_memory)
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

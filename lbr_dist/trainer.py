@@ -184,7 +184,7 @@ def train(
                     saved = time.monotonic()
                 if last or told:
                     saver.wait()
-                    _end(stage, done, last, stop, saver, checkpoints)
+                    _end(stage, done, last, told, stop, saver, checkpoints)
 
 
 def _take(
@@ -229,8 +229,10 @@ def _agree(stop: StopRequest, saved: float, minutes: float | None, ranks: Ranks)
     return bool(told), bool(overdue)
 
 
-def _end(stage: Stage, done: int, last: bool, stop: StopRequest, saver: Saver, checkpoints: Checkpoints) -> None:
-    """The end of the loop, when the state is saved.
+def _end(
+    stage: Stage, done: int, last: bool, told: bool, stop: StopRequest, saver: Saver, checkpoints: Checkpoints
+) -> None:
+    """The end of the loop, when the state is saved. Told to stop at the last step, a run stops before its export.
 
     Raises:
         CheckpointError: it is not, though this was the last step.
@@ -241,7 +243,7 @@ def _end(stage: Stage, done: int, last: bool, stop: StopRequest, saver: Saver, c
             f"{stage}: all {done} steps are done, but the last checkpoint cannot be saved: {saver.failure}. Make room "
             "and start again: the run goes on from its last checkpoint."
         )
-    if not last:
+    if told:
         by = f" by {stop.name}" if stop else ""
         found = f"but not saved: {saver.failure}" if saver.failure else f"saved in {checkpoints.folder(done)}"
         raise Interrupted(f"{stage}: stopped{by} after step {done}, {found}. Started again, the run goes on.")

@@ -114,7 +114,8 @@ class Bed:
         self.folder.chmod(0o755)
         for name in ("etc", "log", "run", "state", "db", "gpu", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        ports = Ports(*_free_ports(3), tuple(_free_ports(len(NODES))))
+        controller, accounting, database, *nodes = _free_ports(3 + len(NODES))
+        ports = Ports(controller, accounting, database, tuple(nodes))
         host = socket.gethostname().split(".")[0]
         (self._etc / "slurm.conf").write_text(slurm_conf(self.folder, host, ports, self.accounting))
         (self._etc / "gres.conf").write_text(gres_conf(self.folder))
@@ -197,7 +198,7 @@ class Bed:
         _kill(_tree(self._pid(f"slurmd-{name}")) + self._steps(name))
 
     def _steps(self, name: str) -> list[int]:
-        """Processes of slurmstepd on a node, and below: they outlive their slurmd, and have their node in their name."""
+        """Processes of slurmstepd on a node, and below: they outlive their slurmd."""
         found = []
         for process in Path("/proc").iterdir():
             with contextlib.suppress(OSError):

@@ -1,0 +1,166 @@
+"""`lbr doctor`: what this machine and its cluster have for a run, what is missing, and what to do about it.
+
+Needs no package besides Python itself, and no torch in this process: both may be what is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from lbr_dist.errors import ConfigError
+from lbr_dist.launch.findings import Finding, State, ask, count, fault, within
+
+TORCH_SECONDS = 120.0
+"""For torch, NCCL and DeepSpeed to start: minutes from a network file system that is cold."""
+
+MARKS: dict[State, str] = {"ok": "ok", "warning": "??", "fault": "!!"}
+_COLOURS: dict[State, int] = {"ok": 32, "warning": 33, "fault": 31}
+WIDTH = 110
+
+Topics = dict[str, list[Finding]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lbr doctor`."""
+    parser.add_argument("--json", action="store_true", help="as JSON; with --node, on one line")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs that must be here")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder that runs are written to (default: .)")
+    parser.add_argument("--min-free-gb", type=float, default=0.0, metavar="X", help="GiB that it must have free")
+    parser.add_argument(
+        "--node", action="store_true", help="only what a job's node needs, in under a second: run folder, GPUs, packages"
+    )
+
+
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """Look, and print what was found.
+
+    Returns:
+        The exit code: 1 where there is a fault.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    for option, value in (("--gpus", args.gpus or 0), ("--min-free-gb", args.min_free_gb)):
+        if not value >= 0:
+            raise ConfigError(f"{option}: found {value}, expected 0 or more.")
+    free = int(args.min_free_gb * 2**30)
+    if args.node:
+        from lbr_dist.launch.node_check import check_node, node_name
+
+        findings = check_node(args.run_dir, args.gpus, free)
+        topics = {f"node {node_name()}": findings}
+        if args.json:
+            say(json.dumps({"node": node_name(), "findings": [asdict(finding) for finding in findings]}))
+    else:
+        topics = look(args.run_dir or Path(), args.gpus, free)
+        findings = [finding for several in topics.values() for finding in several]
+        if args.json:
+            plain = [{"topic": topic} | asdict(finding) for topic, several in topics.items() for finding in several]
+            counts = {"faults": count(findings, "fault"), "warnings": count(findings, "warning")}
+            say(json.dumps({"findings": plain} | counts, indent=1))
+    if not args.json:
+        colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        say(table(topics, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns), colours))
+    return 1 if count(findings, "fault") else 0
+
+
+def look(run_dir: Path, gpus: int | None, min_free_bytes: int) -> Topics:
+    """Everything, by topic."""
+    from lbr_dist.launch import doctor_machine, doctor_slurm
+
+    with ThreadPoolExecutor() as pool:
+        # what takes longest first
+        torch, slurm = pool.submit(check_torch), pool.submit(doctor_slurm.check_slurm)
+        mpi = pool.submit(within, "MPI", doctor_machine.check_mpi, 15.0)
+        there = _count_gpus()
+        graphics = _graphics(gpus, there)
+        return {
+            "Python": within("Python", doctor_machine.check_python),
+            "torch, GPUs and kernels": [*graphics, *torch.result()],
+            "This machine": within("limits", lambda: doctor_machine.check_limits(there)),
+            "Disks": doctor_machine.check_disks(run_dir, min_free_bytes),
+            "MPI": mpi.result(),
+            "Slurm": slurm.result(),
+        }
+
+
+def _count_gpus() -> int:
+    try:
+        from lbr_dist.launch.preflight import count_gpus
+    except ImportError:  # said where packages are looked at
+        return 0
+    return count_gpus()
+
+
+def _graphics(wanted: int | None, there: int) -> list[Finding]:
+    """What the driver says, where there are GPUs or should be."""
+    from lbr_dist.launch.node_check import check_driver, check_gpus
+
+    if wanted:
+        return [*within("GPUs", lambda: [check_gpus(wanted)]), *check_driver(wanted)]
+    return check_driver(0) if there else []
+
+
+def check_torch() -> list[Finding]:
+    """torch, GPUs, kernels and DeepSpeed, looked at in another process; what it says before it fails counts too."""
+    answer = ask(sys.executable, "-m", "lbr_dist.launch.doctor_torch", seconds=TORCH_SECONDS)
+    findings = [Finding(**json.loads(line)) for line in answer.text.splitlines() if line.endswith("}")]
+    if answer.failure is None:
+        return findings
+    last = f" after it looked at {findings[-1].name}" if findings else " when torch was imported"
+    advice = "See the last lines of `python -m lbr_dist.launch.doctor_torch`: a driver, or a library that it loads."
+    return [*findings, fault("torch", answer.failure.replace("python", "a process with torch", 1) + last, advice)]
+
+
+# ---- for people ----------------------------------------------------------------------------------------------------
+
+
+def table(topics: Topics, width: int, colours: bool = False) -> str:
+    """The findings as text, and a last line that counts them.
+
+    Args:
+        topics: findings by topic.
+        width: columns to fill.
+        colours: with a terminal's codes for them.
+    """
+    findings = [finding for several in topics.values() for finding in several]
+    column = max((len(finding.name) for finding in findings), default=0)
+    room = max(30, width - column - 8)
+    lines: list[str] = []
+    for topic, several in topics.items():
+        if not several:
+            continue
+        lines += ["", _bold(topic, colours)] if lines else [_bold(topic, colours)]
+        for finding in several:
+            mark = MARKS[finding.state]
+            if colours:
+                mark = f"\033[{_COLOURS[finding.state]}m{mark}\033[0m"
+            advice = zip(["->", *["  "] * 99], _wrap(finding.advice, room - 3), strict=False)
+            first, *more = [*_wrap(finding.found, room), *(f"{arrow} {line}" for arrow, line in advice)]
+            lines.append(f"  {mark}  {finding.name:<{column}}  {first}")
+            lines += [f"{'':{column + 8}}{line}" for line in more]
+    faults, warnings = count(findings, "fault"), count(findings, "warning")
+    last = f"{_number(faults, 'fault')} (!!), {_number(warnings, 'warning')} (??)"
+    return "\n".join([*lines, "", last])
+
+
+def _bold(text: str, colours: bool) -> str:
+    return f"\033[1m{text}\033[0m" if colours else text
+
+
+def _number(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    # a path or a command is copied from here, and stays whole
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

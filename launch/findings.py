@@ -1,0 +1,136 @@
+"""What the doctor says of one thing, and how it asks programs and file systems that may hang. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["ok", "warning", "fault"]
+
+SECONDS = 5.0
+"""For a program to answer."""
+
+HANGS_SECONDS = 10.0
+"""For what an idle node does at once, but a busy one may not: drivers, network file systems, name servers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    state: State
+    found: str
+    advice: str = ""
+    """What to do about a warning or a fault."""
+
+
+def ok(name: str, found: str) -> Finding:
+    """A finding that asks for nothing."""
+    return Finding(name, "ok", found)
+
+
+def warning(name: str, found: str, advice: str) -> Finding:
+    """A finding that a run may go on with."""
+    return Finding(name, "warning", found, advice)
+
+
+def fault(name: str, found: str, advice: str) -> Finding:
+    """A finding that a run will fail of."""
+    return Finding(name, "fault", found, advice)
+
+
+def count(findings: Iterable[Finding], state: State) -> int:
+    """How many findings are of a state."""
+    return sum(finding.state == state for finding in findings)
+
+
+def gib(nbytes: float) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"
+
+
+# ---- asking --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a program printed, and why that isn't all."""
+
+    text: str
+    """Its standard output, or as much of it as came in time."""
+
+    failure: str | None = None
+    """Why it gave no whole answer; None where it ended well."""
+
+    missing: bool = False
+    """There is no such program."""
+
+
+def ask(*command: str, seconds: float = SECONDS, environment: Mapping[str, str] | None = None) -> Answer:
+    """Run a program that may be missing, fail or hang.
+
+    Args:
+        command: the program and its arguments.
+        seconds: it, and all it started, is killed after these.
+        environment: what is set besides this process's own.
+    """
+    program = os.path.basename(command[0])
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"LC_ALL": "C"} | dict(environment or {}),
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        return Answer("", f"{program} is not on PATH", missing=True)
+    except OSError as error:
+        return Answer("", f"{program} cannot be started: {error.strerror}")
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as late:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # one that waits for a device cannot be killed, and is not waited for
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=0.5)
+        return Answer((late.stdout or b"").decode(errors="replace"), f"{program} gave no answer within {seconds:g} s")
+    text = output.decode(errors="replace")
+    code = process.returncode
+    if code == 0:
+        return Answer(text)
+    said = [line.strip() for line in (errors.decode(errors="replace") + text).splitlines() if line.strip()]
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return Answer(text, f"{program} {how}{f': {said[-1][:200]}' if said else ''}")
+
+
+def within(name: str, check: Callable[[], list[Finding]], seconds: float = HANGS_SECONDS) -> list[Finding]:
+    """What a check finds. One that hangs is left behind, one that fails is a fault of its own; both have its name."""
+    results: list[list[Finding]] = []
+
+    def work() -> None:
+        try:
+            results.append(check())
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            results.append([fault(name, f"{where}{error.strerror or error}", "Mend that, or leave this machine out.")])
+        except Exception as error:
+            found = f"cannot be checked: {type(error).__name__}: {error}"
+            results.append([fault(name, found, "Look at what it names; the other findings are not touched by it.")])
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if results:
+        return results[0]
+    advice = "A file system or a name server hangs: leave this machine out, and tell its administrators."
+    return [fault(name, f"no answer within {seconds:g} s", advice)]

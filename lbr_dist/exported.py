@@ -1,0 +1,44 @@
+"""An exported model's files and their checksums, so that the next stage starts from what was written. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lbr_dist.errors import CheckpointError
+from lbr_dist.files import checksum
+
+CHECKSUMS = "checksums.json"
+"""In the folder: XXH3-128 of every other file, by its path in the folder."""
+
+
+def write_checksums(folder: Path) -> None:
+    """The last file of an export."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    content = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+    (folder / CHECKSUMS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def verify_export(folder: Path) -> None:
+    """Hold an exported folder against its checksums; files that were added since are none of its business.
+
+    Raises:
+        CheckpointError: a file is missing or not what was written; names it.
+    """
+    try:
+        expected = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / CHECKSUMS}: cannot be read ({error}), so the model cannot be verified. Remove {folder}, and run "
+            "the stage that wrote it again: it only exports."
+        ) from None
+    for name, sum_of in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing. Remove {folder} and run the stage again: it only exports.")
+        found = checksum(path)
+        if found != sum_of:
+            raise CheckpointError(
+                f"{path}: damaged: found checksum {found}, expected {sum_of}. Remove {folder} and run the stage again: "
+                "it only exports."
+            )

@@ -1,0 +1,43 @@
+"""The options of `lbr submit`, `status`, `logs` and `cancel`; what they do is in `submit.py` and `commands.py`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+STAGES = ("learn", "represent", "evaluate")
+
+
+def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML config; every field can be overridden by --section.field=value")
+    parser.add_argument("--nodes", type=int, help="nodes of each stage, as slurm.nodes")
+    parser.add_argument(
+        "--from", dest="first", choices=STAGES, default="learn", help="begin with this stage; those before are finished"
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="FIELD=V1,V2",
+        help="a run for each value, as a job array; given again, for each combination: --sweep seed=0,1,2",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the scripts and what was checked; queue nothing")
+
+
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, nargs="?", metavar="RUN", help="run folder (default: all in runs/)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--watch", action="store_true", help="again and again, until every stage is over")
+    parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="how often, with --watch")
+
+
+def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--stage", choices=STAGES, help="default: the one that ran last")
+    parser.add_argument("--rank", type=int, help="this rank's log alone (default: the job's, and the first rank's)")
+    parser.add_argument("--lines", type=int, default=50, help="so many of each, from the end")
+    parser.add_argument("--follow", action="store_true", help="go on with what is added, until the stage is over")
+
+
+def add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")

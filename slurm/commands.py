@@ -1,0 +1,133 @@
+"""`lbr status`, `lbr logs` and `lbr cancel`. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from lbr_dist.errors import ConfigError
+from lbr_dist.slurm import records, scheduler
+from lbr_dist.slurm.records import STAGES, JobStage
+from lbr_dist.slurm.status import rows, table, to_json
+
+Say = Callable[[str], None]
+_LIVING = ("running", "queued", "waiting", "requeued")
+
+
+def status(args: argparse.Namespace, say: Say) -> None:
+    """Raises:
+    ConfigError, SlurmError: there is nothing to tell of, or Slurm gives no answer.
+    """
+    if args.every <= 0:
+        raise ConfigError(f"--every: found {args.every:g}, expected a positive number of seconds.")
+    while True:
+        found = [row for run in _runs(args.run_folder) for row in rows(run)]
+        if args.watch and sys.stdout.isatty():
+            say("\x1b[H\x1b[2J" + time.strftime("%H:%M:%S"))
+        elif args.watch and not args.json:
+            say(time.strftime("%H:%M:%S"))
+        say(to_json(found) if args.json else table(found))
+        if not args.watch or not any(row.state in _LIVING for row in found):
+            return
+        time.sleep(args.every)
+
+
+def _runs(given: Path | None) -> list[Path]:
+    if given is not None:
+        return [given]
+    found = sorted(path.parent.parent.parent for path in Path("runs").glob("*/slurm/*/chain.json"))
+    if not found:
+        raise ConfigError("runs/: no run there was submitted. Name a run folder: lbr status RUN")
+    return sorted(set(found))
+
+
+def cancel(args: argparse.Namespace, say: Say) -> None:
+    """End all jobs of a run, those that wait first; what is saved stays, and `lbr submit` goes on from it."""
+    root = args.run_folder.absolute()
+    found = records.submissions(root)
+    if not found:
+        raise ConfigError(f"{args.run_folder}: no submission. Name a run folder that `lbr submit` has seen.")
+    ids = [job for submission in found for job in submission.jobs.values()]
+    living = {job.id.split("_")[0] for job in scheduler.jobs(ids, accounting=False).values() if not job.is_over}
+    latest = found[-1]
+    if not living:
+        say(f"{args.run_folder}: no job of it is queued or runs")
+        return
+    # before the jobs: they look here when they end
+    dataclasses.replace(latest, cancelled=records.now()).write()
+    for stage in reversed(STAGES):
+        for submission in found:
+            if submission.jobs.get(stage) in living:
+                scheduler.cancel([submission.jobs[stage]])
+                say(f"{stage:<10} job {submission.jobs[stage]} is cancelled")
+
+
+def logs(args: argparse.Namespace, say: Say) -> None:
+    """Print the ends of a stage's logs, and what is added.
+
+    Raises:
+        ConfigError: there is no such log; names those that there are.
+    """
+    run = args.run_folder.absolute()
+    stage = args.stage or _last_stage(run)
+    paths = _paths(run, stage, args.rank)
+    files = {path: path.open("r", encoding="utf-8", errors="replace") for path in paths}
+    try:
+        for path, file in files.items():
+            say(f"==> {path} <==")
+            for line in file.readlines()[-args.lines :] if args.lines > 0 else ():
+                say(line.rstrip("\n"))
+        told = next(reversed(files))
+        looked = time.monotonic()
+        while args.follow:
+            added = [(path, line) for path, file in files.items() for line in _whole_lines(file)]
+            for path, line in added:
+                if path != told:
+                    say(f"==> {path} <==")
+                    told = path
+                say(line.rstrip("\n"))
+            if not added and time.monotonic() - looked > 3:
+                looked = time.monotonic()
+                if not any(row.state in _LIVING for row in rows(run) if row.stage == stage and row.run == str(run)):
+                    return
+            time.sleep(0.3)
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def _whole_lines(file: TextIO) -> Iterator[str]:
+    """Lines that are complete; the part of one waits for its end."""
+    while True:
+        before = file.tell()
+        line = file.readline()
+        if not line.endswith("\n"):
+            file.seek(before)
+            return
+        yield line
+
+
+def _last_stage(run: Path) -> JobStage:
+    began = {stage: found[-1].began for stage in STAGES if (found := records.tries(run, stage))}
+    if not began:
+        with_log = [stage for stage in STAGES if records.log_file(run, stage).exists()]
+        if not with_log:
+            raise ConfigError(f"{run}: no stage has begun. `lbr status` tells what it waits for.")
+        return with_log[-1]
+    return max(STAGES, key=lambda stage: (began.get(stage, ""), STAGES.index(stage)))
+
+
+def _paths(run: Path, stage: JobStage, rank: int | None) -> list[Path]:
+    folder = records.rank_logs(run, stage)
+    first = folder / f"rank-{rank or 0}.log"
+    paths = [first] if rank is not None else [records.log_file(run, stage), first]
+    there = [path for path in paths if path.exists()]
+    if not there:
+        others = ", ".join(path.name for path in sorted(folder.glob("rank-*.log"))) or "none"
+        raise ConfigError(f"{paths[-1]}: no such log. Logs of ranks in {folder}: {others}.")
+    return there

@@ -1,0 +1,352 @@
+"""What a stage's job runs on its first node: `python -m lbr_dist.slurm.job STAGE SUBMISSION`.
+
+Looks at the nodes, starts the ranks with srun, and decides what follows when they have ended: the job's success, which
+lets the next stage begin; its failure, which cancels the rest of the chain; or another try under the same id. A job
+that left politely, told to stop, is not done, and its successor must not begin: it asks for its own requeue.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from lbr_dist.config import RunConfig
+from lbr_dist.errors import CheckpointError, LbrError
+from lbr_dist.exported import verify_export
+from lbr_dist.files import make_private
+from lbr_dist.launch.config_file import read_config, write_config
+from lbr_dist.launch.ranks import allocator
+from lbr_dist.slurm import records, scheduler
+from lbr_dist.slurm.records import JobStage, Outcome, Submission
+from lbr_dist.slurm.verdict import Verdict, judge
+
+CHECK_SECONDS = 90.0
+"""For the look at the nodes. One that does not answer by then is broken."""
+
+_OF_THE_JOB = (
+    *("SLURM_CONF", "SLURM_CLUSTER_NAME", "SLURM_WORKING_CLUSTER", "SLURM_SUBMIT_DIR", "SLURM_RESTART_COUNT"),
+    *("SLURM_NODELIST", "SLURM_NNODES", "SLURM_TASKS_PER_NODE", "SLURM_GPUS_ON_NODE"),
+)
+"""What srun needs of Slurm's variables, beside those that begin with SLURM_JOB and SLURM_ARRAY. The rest may be left
+over from the job inside which this one was submitted: bindings, sizes of memory, numbers of tasks."""
+
+
+def say(message: str) -> None:
+    """A line in the job's log."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}", flush=True)
+
+
+class StageJob:
+    """One try of one stage of one run."""
+
+    def __init__(self, submission: Submission, stage: JobStage, index: int = 0) -> None:
+        self.submission, self.stage = submission, stage
+        self.config_file = submission.config_file(index)
+        self.config: RunConfig = read_config(self.config_file)
+        self.run_path = self.config.run_path
+        self.slurm = self.config.slurm
+        self.job = os.environ["SLURM_JOB_ID"]
+        self.nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+        self.logs = records.rank_logs(self.run_path, stage)
+        self._sizes: dict[Path, int] = {}
+
+    @property
+    def step(self) -> int:
+        return records.saved_step(self.config, self.stage)
+
+    def run(self) -> int:
+        """The job's exit code: 0 where the stage is finished."""
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._take)
+        if records.is_finished(self.config, self.stage):
+            say(f"{self.stage}: finished before, nothing to do")
+            return 0
+        self._end_what_was_lost()
+        why = self._why_no_further_try()
+        if why is not None:
+            say(f"{self.stage}: {why}")
+            return 1
+        say(f"{self.stage}: job {self.job} on {self.nodes}, from step {self.step}")
+        records.begin(self.run_path, self.stage, self.job, self.nodes, self.step)
+        try:
+            write_config(self.config, self.run_path / "config.yaml")
+            self._check_before()
+            faults = self._check_nodes() if self.slurm.node_check else {}
+        except LbrError as error:
+            return self._over("failed", str(error))
+        if faults:
+            reason = "; ".join(f"node {node}: {what}" for node, what in faults.items())
+            return self._again("refused", reason, tuple(faults))
+        verdict = self._ranks()
+        if verdict.outcome == "finished" and not records.is_finished(self.config, self.stage):
+            verdict = Verdict("failed", "the ranks ended without a word, and the stage is not finished")
+        if verdict.outcome == "finished":
+            return self._over("finished", "")
+        if verdict.outcome == "mistaken":
+            return self._over("failed", self._words_of(verdict.rank))
+        if verdict.outcome == "interrupted":
+            return self._again("interrupted", verdict.reason)
+        words = self._words_of(verdict.rank)
+        return self._again("failed", f"{verdict.reason}{f': {words}' if words else ''}", verdict.blamed)
+
+    @staticmethod
+    def _take(number: int, frame: FrameType | None) -> None:
+        """The ranks have got the signal too, or will by srun: what follows is decided when they have ended."""
+        say(f"told to stop by {signal.Signals(number).name}")
+
+    # ---- before the ranks --------------------------------------------------------------------------------------
+
+    def _end_what_was_lost(self) -> None:
+        before = records.tries(self.run_path, self.stage)
+        if before and not before[-1].outcome:
+            reason = f"job {before[-1].job} on {before[-1].nodes} ended without a word: a node failed, or it was killed"
+            records.end(self.run_path, self.stage, "lost", reason, self.step)
+            say(f"{self.stage}: {reason}")
+
+    def _why_no_further_try(self) -> str | None:
+        """Why this job must not try again: its tries before made no progress, or failed too often."""
+        before = [t for t in records.tries(self.run_path, self.stage) if t.job == self.job]
+        idle = 0
+        for each in reversed(before):
+            if each.progressed:
+                break
+            idle += 1
+        most = self.slurm.max_retries
+        if idle > most:
+            last = before[-1].reason
+            return f"{idle} tries in a row ended without progress (slurm.max_retries {most}); the last: {last}"
+        failures = [each for each in before if each.outcome in ("failed", "refused")]
+        if len(failures) > most:
+            return f"failed {len(failures)} times (slurm.max_retries {most}); the last: {failures[-1].reason}"
+        return None
+
+    def _check_before(self) -> None:
+        """The stage before this one is finished, and its model is what it wrote.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        if self.stage == "learn" or (self.stage == "represent" and not self.config.learn.steps):
+            return
+        before: JobStage = "learn" if self.stage == "represent" else "represent"
+        if before == "represent" and not self.config.represent.steps:
+            return
+        folder = self.config.learn_export if before == "learn" else self.config.model_path
+        if not records.is_finished(self.config, before):
+            raise CheckpointError(
+                f"{folder}: {self.stage} starts from it, but {before} is not finished. `lbr submit` queues both."
+            )
+        verify_export(folder)
+
+    def _check_nodes(self) -> dict[str, str]:
+        """Nodes that cannot be used, and why."""
+        gpus = self.slurm.gpus_per_node if self.slurm.gpus_per_node and self.slurm.check_gpus else 0
+        words = ["-m", "lbr_dist.launch.cli", "doctor", "--node", "--json", "--run-dir", str(self.run_path)]
+        nodes = 1 if self.stage == "evaluate" else self.slurm.nodes
+        command = [
+            *("srun", "--export=ALL", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--mpi=none"),
+            *("--kill-on-bad-exit=0", "--no-kill", "--quit-on-interrupt"),
+            *(*self.slurm.container, self._python, *words, *(("--gpus", str(gpus)) if gpus else ())),
+        ]
+        process = subprocess.Popen(
+            command, env=self._environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            printed, _ = process.communicate(timeout=CHECK_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            printed, _ = process.communicate()
+        answered: dict[str, list[str]] = {}
+        for line in printed.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                report = json.loads(line)
+                faults = [f for f in report["findings"] if f["state"] == "fault"]
+                answered[report["node"]] = [f"{f['name']}: {f['found']}. {f['advice']}" for f in faults]
+        if not answered:
+            say("the check of the nodes gave no answer; going on without it")
+            return {}
+        expected = scheduler.command("scontrol", "show", "hostnames", self.nodes).split()[:nodes]
+        silent = [f"no answer to the check within {CHECK_SECONDS:g} s"]
+        faults_of = {node: answered.get(node, silent) for node in expected}
+        return {node: "; ".join(faults) for node, faults in faults_of.items() if faults}
+
+    # ---- the ranks ---------------------------------------------------------------------------------------------
+
+    @property
+    def _python(self) -> str:
+        return self.slurm.python or self.submission.python
+
+    def _environment(self) -> dict[str, str]:
+        kept = ("SLURM_JOB", "SLURM_ARRAY")
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SRUN")) or name.startswith(kept) or name in _OF_THE_JOB
+        }
+        threads = {"OMP_NUM_THREADS": str(self.slurm.cpus_per_task)}
+        preload = {} if self.slurm.gpus_per_node and self.slurm.check_gpus else allocator()
+        return environment | threads | preload | self.slurm.environment
+
+    def _ranks(self) -> Verdict:
+        """Run the stage's ranks to their end."""
+        alone = self.stage == "evaluate"
+        nodes, each = (1, 1) if alone else (self.slurm.nodes, self.slurm.ranks_per_node)
+        logs = self.logs
+        make_private(logs.parent)
+        make_private(logs)
+        self._sizes = {path: path.stat().st_size for path in logs.glob("rank-*.log")}
+        # free on this node now, where the first rank will run: another job, or this one's next try, takes another
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        command = [
+            *("srun", "--export=ALL", "--unbuffered", "--mpi=none", "--open-mode=append"),
+            *(f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}"),
+            f"--cpus-per-task={self.slurm.cpus_per_task}",
+            # a rank that was told to stop has code 75: the others must not be killed for it while they do the same
+            *("--kill-on-bad-exit=0", f"--wait={self.slurm.wait_seconds}"),
+            f"--output={str(logs).replace('%', '%%')}/rank-%t.log",
+            *self.slurm.srun_arguments,
+            *self.slurm.container,
+            *(self._python, "-u", "-m", "lbr_dist.launch.worker", self.stage, str(self.config_file)),
+        ]
+        environment = self._environment()
+        if not alone:
+            environment["LBR_RENDEZVOUS"] = f"tcp://{host}:{port}"
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        lines: list[str] = []
+        assert process.stderr is not None
+        reader = threading.Thread(target=_pass_on, args=(process.stderr, lines), daemon=True)
+        reader.start()
+        code = process.wait()
+        reader.join(10.0)
+        return judge(code, lines)
+
+    def _words_of(self, rank: int | None) -> str:
+        """A rank's last error in this try, or its last line; in its log, or in another's where it has none."""
+        paths = sorted(self.logs.glob("rank-*.log"))
+        own = self.logs / f"rank-{rank}.log"
+        for path in (own, *(path for path in paths if path != own)):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                file.seek(self._sizes.get(path, 0))
+                lines = file.read()[-20000:].decode("utf-8", "replace").splitlines()
+                errors = [line for line in lines if line.startswith("error: ") and "another rank is gone" not in line]
+                if errors:
+                    return errors[-1].removeprefix("error: ")
+        with contextlib.suppress(OSError, IndexError):
+            return [line for line in own.read_text(errors="replace").splitlines() if line.strip()][-1].strip()
+        return ""
+
+    # ---- what follows ------------------------------------------------------------------------------------------
+
+    def _over(self, outcome: Outcome, reason: str, blamed: Sequence[str] = ()) -> int:
+        records.end(self.run_path, self.stage, outcome, reason, self.step, blamed)
+        say(f"{self.stage}: {outcome}{f': {reason}' if reason else ''}")
+        return 0 if outcome == "finished" else 1
+
+    def _again(self, outcome: Outcome, reason: str, blamed: Sequence[str] = ()) -> int:
+        """Put this job back into the queue, where another try makes sense and nobody cancelled it."""
+        before = [t for t in records.tries(self.run_path, self.stage) if t.job == self.job]
+        state = self._state()
+        if state == "PENDING":  # Slurm has requeued it already
+            return self._over(outcome, reason) or self._await_end()
+        if state != "RUNNING":
+            return self._over(outcome, f"{reason}; the job is {state}: it was cancelled, or reached its time limit")
+        failed = outcome != "interrupted"
+        blamed = self._sparable(blamed) if failed else ()
+        earlier = before[-2] if len(before) > 1 else None
+        again_here = earlier is not None and earlier.outcome == "failed" and earlier.last_step == self.step
+        if failed and again_here and not blamed and not before[-1].first_step < self.step:
+            return self._over(outcome, f"{reason}; it failed at this step before")
+        records.end(self.run_path, self.stage, outcome, reason, self.step, blamed)
+        why = self._why_no_further_try()
+        if why is not None:
+            say(f"{self.stage}: {outcome}: {reason}; {why}")
+            return 1
+        avoiding = f", without {', '.join(blamed)}" if blamed else ""
+        say(f"{self.stage}: {outcome} at step {self.step}: {reason}; requeued{avoiding}")
+        exclude = {*(node for each in before for node in each.blamed), *blamed}
+        exclude |= {self.slurm.exclude} if self.slurm.exclude else set()
+        try:
+            scheduler.requeue(self.job, ",".join(sorted(exclude)) if blamed else "")
+        except LbrError as error:
+            say(f"{self.stage}: cannot be requeued: {error}")
+            return 1
+        return self._await_end()
+
+    def _state(self) -> str:
+        try:
+            found = scheduler.jobs([self.job], accounting=False)
+        except LbrError as error:  # a controller that starts again: the requeue will show
+            say(f"note: {error}")
+            return "RUNNING"
+        return next((job.state for job in found.values()), "UNKNOWN")
+
+    def _await_end(self) -> int:
+        """Slurm ends a requeued job; one that ended by itself before would count as done or failed."""
+        time.sleep(120.0)
+        return 1
+
+    def _sparable(self, blamed: Sequence[str]) -> tuple[str, ...]:
+        """The blamed nodes, where the partition has enough others."""
+        partition = os.environ.get("SLURM_JOB_PARTITION", "")
+        try:
+            rows = scheduler.command("sinfo", "-h", "-N", "-p", partition, "-o", "%N %T").splitlines()
+        except LbrError as error:
+            say(f"note: {error}")
+            return ()
+        usable = {row.split()[0] for row in rows if not row.split()[1].startswith(("down", "drain", "fail", "unknown"))}
+        if len(usable - set(blamed)) < self.slurm.nodes:
+            if blamed:
+                say(f"note: {', '.join(blamed)} would be left out, but the partition has too few other nodes")
+            return ()
+        return tuple(blamed)
+
+
+def _pass_on(stream: IO[str], lines: list[str]) -> None:
+    for line in stream:
+        lines.append(line.rstrip("\n"))
+        print(line, end="", file=sys.stderr, flush=True)
+
+
+def _print_to(path: Path) -> None:
+    """From now on this process, and what it starts, print into the run's own log."""
+    make_private(path.parent)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def main() -> int:
+    stage, folder = sys.argv[1:]
+    assert stage in records.STAGES
+    index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+    try:
+        submission = Submission.read(Path(folder))
+        job = StageJob(submission, stage, index)
+        if submission.is_sweep:
+            _print_to(records.log_file(job.run_path, stage))
+        return job.run()
+    except LbrError as error:
+        say(f"error: {error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

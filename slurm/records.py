@@ -1,0 +1,207 @@
+"""What submissions and tries leave in a run folder, for the jobs themselves and for `lbr status`.
+
+    RUN/slurm/001/chain.json       a submission: its jobs, and the runs that they train (one; a sweep's are many)
+                 /config-0.yaml    each run's config as it was submitted
+                 /code/            the package as it was submitted
+                 /learn.sh …       what sbatch was given
+    RUN/slurm/tries.jsonl          every try of every stage: where it ran, how it ended and why
+    RUN/slurm/learn.log …          what a stage's job printed; the ranks' logs are in RUN/learn/logs/
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from lbr_dist.config import RunConfig
+from lbr_dist.errors import ConfigError
+from lbr_dist.files import make_private, open_private, write_atomic
+from lbr_dist.manifest import Checkpoints
+
+JobStage = Literal["learn", "represent", "evaluate"]
+STAGES: tuple[JobStage, ...] = ("learn", "represent", "evaluate")
+
+Outcome = Literal["finished", "interrupted", "failed", "refused", "lost"]
+"""How a try ended. `interrupted`: told to stop, and saved. `refused`: a node failed its check. `lost`: without a word,
+as when the first node dies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run of a submission."""
+
+    label: str
+    """Of a sweep: what differs, as `seed=1 learn.steps=500`; else empty."""
+
+    run_dir: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A chain of jobs that was queued together."""
+
+    folder: Path
+    created: str
+    working_folder: str
+    """Paths in the configs are relative to it."""
+
+    python: str
+    """Of the job's own part on the first node; the ranks' is `slurm.python`."""
+
+    jobs: dict[JobStage, str]
+    """Ids, of those stages that were not finished before."""
+
+    points: tuple[Point, ...]
+    cancelled: str = ""
+    """When `lbr cancel` ended it."""
+
+    def config_file(self, index: int) -> Path:
+        return self.folder / f"config-{index}.yaml"
+
+    @property
+    def is_sweep(self) -> bool:
+        return len(self.points) > 1 or bool(self.points[0].label)
+
+    def write(self) -> None:
+        content = {name: value for name, value in asdict(self).items() if name != "folder"}
+        write_atomic(self.folder / "chain.json", json.dumps(content, indent=1) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> Submission:
+        """Raises:
+        ConfigError: the folder holds no submission.
+        """
+        try:
+            content = json.loads((folder / "chain.json").read_text(encoding="utf-8"))
+            points = tuple(Point(**point) for point in content.pop("points"))
+            return Submission(folder, points=points, **content)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{folder / 'chain.json'}: cannot be read ({error}).") from None
+
+
+def submissions(run: Path) -> list[Submission]:
+    """Those of a run folder, or of a sweep's, from the first to the last."""
+    folders = (path for path in (run / "slurm").glob("[0-9]*") if (path / "chain.json").exists())
+    return [Submission.read(folder) for folder in sorted(folders, key=lambda path: int(path.name))]
+
+
+def new_folder(run: Path) -> Path:
+    """The folder of the next submission, made."""
+    make_private(run)
+    make_private(run / "slurm")
+    taken = [int(path.name) for path in (run / "slurm").glob("[0-9]*") if path.name.isdigit()]
+    folder = run / "slurm" / f"{max(taken, default=0) + 1:03d}"
+    make_private(folder)
+    return folder
+
+
+def log_file(run: Path, stage: JobStage) -> Path:
+    """What a stage's job itself prints, every try."""
+    return run / "slurm" / f"{stage}.log"
+
+
+def rank_logs(run: Path, stage: JobStage) -> Path:
+    """The folder of the ranks' logs, `rank-N.log`."""
+    return run / "slurm" / "evaluate-logs" if stage == "evaluate" else run / stage / "logs"
+
+
+# ---- tries ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Try:
+    """One try of a stage."""
+
+    stage: JobStage
+    job: str
+    nodes: str
+    began: str
+    first_step: int
+    """The newest checkpoint's when it began."""
+
+    ended: str = ""
+    outcome: Outcome | Literal[""] = ""
+    """Empty while it runs."""
+
+    reason: str = ""
+    last_step: int = 0
+    """The newest checkpoint's when it ended."""
+
+    blamed: list[str] = field(default_factory=list)
+    """Nodes that the next try is to avoid."""
+
+    @property
+    def progressed(self) -> bool:
+        return self.last_step > self.first_step
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def note(run: Path, entry: dict[str, Any]) -> None:
+    """Add a line to a run's tries; on disk when this returns."""
+    make_private(run / "slurm")
+    with open(run / "slurm" / "tries.jsonl", "a", encoding="utf-8", opener=open_private) as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def begin(run: Path, stage: JobStage, job: str, nodes: str, step: int) -> None:
+    note(run, {"event": "begin", "stage": stage, "job": job, "nodes": nodes, "began": now(), "first_step": step})
+
+
+def end(run: Path, stage: JobStage, outcome: Outcome, reason: str, step: int, blamed: Iterable[str] = ()) -> None:
+    entry = {"event": "end", "stage": stage, "outcome": outcome, "reason": reason, "ended": now(), "last_step": step}
+    note(run, entry | {"blamed": list(blamed)})
+
+
+def tries(run: Path, stage: JobStage) -> list[Try]:
+    """A stage's, from the first to the last; a line that a full disk cut off is left out."""
+    found: list[Try] = []
+    try:
+        lines = (run / "slurm" / "tries.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            event = entry.pop("event")
+        except (ValueError, KeyError, AttributeError):
+            continue
+        if entry.get("stage") != stage:
+            continue
+        if event == "begin":
+            found.append(Try(**entry))
+        elif found:
+            for name, value in entry.items():
+                setattr(found[-1], name, value)
+    return found
+
+
+# ---- how far a stage is --------------------------------------------------------------------------------------------
+
+
+def saved_step(config: RunConfig, stage: JobStage) -> int:
+    """The step that a stage would go on from; 0 where it would begin."""
+    if stage == "evaluate":
+        return 0
+    return max(Checkpoints(config.stage_path(stage) / "checkpoints").steps(), default=0)
+
+
+def is_finished(config: RunConfig, stage: JobStage) -> bool:
+    """Whether there is nothing left to do for a stage."""
+    if stage == "evaluate":
+        metrics, model = config.report_path / "metrics.json", config.model_path / "lbr.json"
+        done = (config.report_path / "index.html").exists() and metrics.exists() and model.exists()
+        return done and metrics.stat().st_mtime >= model.stat().st_mtime
+    export = config.learn_export if stage == "learn" else config.model_path
+    return (config.stage_path(stage) / "summary.json").exists() and (export / "lbr.json").exists()

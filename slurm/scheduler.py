@@ -1,0 +1,167 @@
+"""What is asked of Slurm, through its own commands: queue, cancel and requeue jobs, and what became of them.
+
+Every command has a time limit: a client of a cluster whose controller is down would wait for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lbr_dist.errors import LaunchError
+
+SECONDS = 20.0
+_FIELDS = ("%i", "%T", "%r", "%N", "%S", "%e", "%M")
+_ACCOUNTING = "JobID,State,ExitCode,NodeList,Start,End"
+OVER = frozenset(
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "UNKNOWN")
+)
+"""States in which a job stays. UNKNOWN is ours: neither the controller nor the accounting knows the job any more."""
+
+
+class SlurmError(LaunchError):
+    """A command of Slurm failed, or gave no answer in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job, or one task of a job array, as Slurm sees it now."""
+
+    id: str
+    state: str
+    """As squeue prints it in full: PENDING, RUNNING, COMPLETING, COMPLETED, …"""
+
+    reason: str = ""
+    """Why it waits; empty where it doesn't."""
+
+    nodes: str = ""
+    began: str = ""
+    ends: str = ""
+    """When the time limit is reached, or when it ended. Local time, ISO."""
+
+    exit_code: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in OVER
+
+
+def command(*words: str, seconds: float = SECONDS, environment: Mapping[str, str] | None = None) -> str:
+    """Output of one of Slurm's commands.
+
+    Raises:
+        SlurmError: it is not installed, failed, or gave no answer in time; with its own message.
+    """
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+            env=environment,
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{words[0]}: not found. Run this on a node from which jobs are submitted.") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(
+            f"{words[0]}: no answer within {seconds:g} s. Is the controller up? `scontrol ping` tells."
+        ) from None
+    if done.returncode:
+        message = (done.stderr or done.stdout).strip() or f"ended with code {done.returncode}, without a word"
+        raise SlurmError(f"{words[0]}: {message}")
+    return done.stdout
+
+
+def submit(script: str, options: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Queue a script, and give the job's id.
+
+    Raises:
+        SlurmError: sbatch refuses, with its message.
+    """
+    said = command("sbatch", "--parsable", *options, script, environment=environment)
+    return said.strip().splitlines()[-1].split(";")[0]
+
+
+def cancel(ids: Iterable[str]) -> None:
+    """Cancel jobs; those that are over already stay as they are."""
+    known = list(ids)
+    if known:
+        command("scancel", *known)
+
+
+def jobs(ids: Iterable[str], accounting: bool = True) -> dict[str, Job]:
+    """Jobs by id, those of an array by `ID_INDEX`; what Slurm has forgotten is missing.
+
+    Args:
+        ids: of jobs or whole arrays.
+        accounting: ask the accounting for what the controller has forgotten.
+
+    Raises:
+        SlurmError: the controller gives no answer.
+    """
+    wanted = sorted(set(ids))
+    if not wanted:
+        return {}
+    found = _from_controller(wanted)
+    missing = [name for name in wanted if not any(job.split("_")[0] == name for job in found)]
+    if missing and accounting:
+        found |= _from_accounting(missing)
+    return found
+
+
+def _from_controller(ids: Sequence[str]) -> dict[str, Job]:
+    found: dict[str, Job] = {}
+    try:
+        # one field a line end: no value of these has a tab
+        printed = command("squeue", "-h", "-r", "-a", "-t", "all", "-j", ",".join(ids), "-o", "\t".join(_FIELDS))
+    except SlurmError as error:
+        if "Invalid job id" in str(error):  # of the only one that was asked for
+            return {}
+        raise
+    for line in printed.splitlines():
+        name, state, reason, nodes, began, ends, _ = line.split("\t")
+        waits = "" if reason == "None" else reason
+        known = {"began": began, "ends": ends}
+        times = {key: "" if value == "N/A" else value for key, value in known.items()}
+        found[name] = Job(name, state, waits, nodes, **times)
+    return found
+
+
+def _from_accounting(ids: Sequence[str]) -> dict[str, Job]:
+    try:
+        printed = command("sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", _ACCOUNTING)
+    except SlurmError:  # there is none
+        return {}
+    found: dict[str, Job] = {}
+    for line in printed.splitlines():
+        name, state, code, nodes, began, ends = line.split("|")
+        # "CANCELLED by 0"
+        found[name] = Job(name, state.split()[0], "", nodes.replace("None assigned", ""), began, ends, code)
+    return found
+
+
+def requeue(job: str, exclude: str = "") -> None:
+    """Put a running job back into the queue, under its id; with nodes that its next try must not use.
+
+    A job that calls this for itself is sent SIGTERM meanwhile, and goes on here if it doesn't heed it: nodes can only
+    be excluded once the job waits, and the controller sees it as waiting as soon as it was requeued.
+
+    Raises:
+        SlurmError: Slurm refuses.
+    """
+    command("scontrol", "requeue", job)
+    if exclude:
+        command("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
+
+
+def minimal_environment(passed: Iterable[str]) -> dict[str, str]:
+    """This process's variables that a job is to have: nothing of an outer job's, of its binding or its ranks."""
+    names = {*KEPT, *passed}
+    return {name: value for name, value in os.environ.items() if name in names}
+
+
+KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "SLURM_CONF")

@@ -1,0 +1,102 @@
+"""The batch script of a stage's job: submitit's header, our few lines. It can be given to sbatch by hand as it is."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor
+
+from lbr_dist.config import SlurmConfig
+from lbr_dist.slurm.records import JobStage, log_file
+from lbr_dist.slurm.scheduler import KEPT
+
+
+class _Scripts(SlurmExecutor):  # type: ignore[misc]
+    """submitit's way to a script, without its pickles: what a job runs is a command and a folder of plain files."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1  # a script can be looked at where there is no Slurm
+
+    def text(self, command: str) -> str:
+        return str(self._make_submission_file_text(command, ""))
+
+
+def script(
+    settings: SlurmConfig,
+    stage: JobStage,
+    name: str,
+    submission: Path,
+    log_root: Path,
+    working_folder: Path,
+    python: str,
+    points: int = 0,
+) -> str:
+    """The text of a stage's script.
+
+    Args:
+        settings: what to ask for.
+        stage: which one.
+        name: of the job, before the stage's.
+        submission: the submission's folder.
+        log_root: the run folder; the job's own output goes into its `slurm/`.
+        working_folder: where relative paths of the config begin.
+        python: of the part on the first node.
+        points: runs of a sweep: the job is an array of so many tasks; 0: no array.
+    """
+    evaluates = stage == "evaluate"
+    nodes = 1 if evaluates else settings.nodes
+    gpus = (1 if evaluates else settings.gpus_per_node) if settings.gpus_per_node else None
+    minutes = settings.evaluate_minutes if evaluates else settings.time_minutes
+    tasks = 1 if evaluates else settings.ranks_per_node
+    options: dict[str, Any] = {
+        "job_name": f"{name}-{stage}",
+        "time": minutes,
+        "nodes": nodes,
+        "ntasks_per_node": tasks,
+        "cpus_per_task": settings.cpus_per_task,
+        "gpus_per_node": gpus,
+        "mem": settings.memory_per_node,
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "exclude": settings.exclude,
+        "signal_delay_s": min(settings.lead_seconds, 60 * minutes - 1),
+        "stderr_to_stdout": True,
+        "use_srun": False,
+        "wckey": None,
+    }
+    more: dict[str, Any] = {
+        # the log is opened by the script: a path in an option has rules of its own for `%`, `\\` and line ends
+        "output": "/dev/null",
+        "requeue": True,
+        "export": ",".join((*KEPT, *settings.pass_environment)),
+    }
+    if settings.reservation:
+        more["reservation"] = settings.reservation
+    if points:
+        more["array"] = f"0-{points - 1}"
+    more |= {key: value or True for key, value in settings.extra.items()}
+    log = shlex.quote(str(log_file(log_root, stage))) + ('"-$SLURM_ARRAY_TASK_ID"' if points else "")
+    setup = [
+        # until Python heeds them; the ranks have their own
+        "trap '' TERM USR2 HUP",
+        f"exec >>{log} 2>&1",
+        "set -e",
+        f"cd {shlex.quote(str(working_folder))}",
+        *(["module purge"] if settings.modules else []),
+        *(f"module load {shlex.quote(module)}" for module in settings.modules),
+        *settings.setup,
+        f"export PYTHONPATH={shlex.quote(str(submission / 'code'))}",
+    ]
+    executor = _Scripts(submission)
+    executor.update_parameters(**options, setup=setup, additional_parameters=more)
+    return executor.text(_joined(["exec", python, "-m", "lbr_dist.slurm.job", stage, str(submission)]))
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words)

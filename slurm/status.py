@@ -1,0 +1,253 @@
+"""`lbr status`: a run's chain as Slurm, the jobs' own records and the ranks' metrics have it. Imports no torch.
+
+Slurm knows what is queued and runs; when it has forgotten a job, and there is no accounting, the run folder still tells
+what became of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lbr_dist.config import RunConfig
+from lbr_dist.errors import ConfigError
+from lbr_dist.launch.config_file import read_config
+from lbr_dist.metrics import clock
+from lbr_dist.slurm import records, scheduler
+from lbr_dist.slurm.records import STAGES, JobStage, Submission
+from lbr_dist.slurm.scheduler import Job
+
+_TAIL_BYTES = 64 * 1024
+_RATES = (("tokens_per_second", "tokens/s"), ("pairs_per_second", "pairs/s"))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One stage of one run."""
+
+    run: str
+    label: str
+    """Of a sweep's run."""
+
+    stage: JobStage
+    state: str
+    """`finished`, `failed`, `cancelled`, `waiting`, `queued`, `running`, `requeued`, `not submitted`, `unknown`."""
+
+    job: str = ""
+    nodes: str = ""
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    rate: float | None = None
+    """Tokens, or pairs, a second."""
+
+    rate_unit: str = ""
+    left_seconds: float | None = None
+    """Of the training, at the pace of its last steps."""
+
+    limit_seconds: float | None = None
+    """Until the job's time limit."""
+
+    tries: int = 0
+    reason: str = ""
+    """Why it waits, or why its last try ended."""
+
+
+def rows(run: Path) -> list[Row]:
+    """The chain of a run folder, or of each run of a sweep's.
+
+    Raises:
+        ConfigError: nothing was submitted from this folder.
+        SlurmError: the controller gives no answer.
+    """
+    root = run.absolute()
+    found = records.submissions(root)
+    if not found:
+        raise ConfigError(
+            f"{run}: no submission. Name a run folder: the run_dir of a config that `lbr submit` has seen."
+        )
+    latest = found[-1]
+    asked = {stage: submission for submission in found for stage in submission.jobs}
+    jobs = scheduler.jobs([submission.jobs[stage] for stage, submission in asked.items()])
+    return [row for index in range(len(latest.points)) for row in _run_rows(latest, asked, index, jobs)]
+
+
+def _run_rows(latest: Submission, asked: dict[JobStage, Submission], index: int, jobs: dict[str, Job]) -> list[Row]:
+    config = read_config(latest.config_file(index))
+    run = Path(latest.points[index].run_dir)
+    wanted: dict[JobStage, bool] = {
+        "learn": config.learn.steps > 0,
+        "represent": config.represent.steps > 0,
+        "evaluate": config.data.test is not None,
+    }
+    found: list[Row] = []
+    for stage in STAGES:
+        if wanted[stage]:
+            submission = asked.get(stage)
+            number = "" if submission is None else submission.jobs[stage]
+            name = f"{number}_{index}" if latest.is_sweep and number else number
+            before = found[-1] if found else None
+            found.append(_row(config, latest, run, index, stage, name, jobs.get(name), submission, before))
+    return found
+
+
+def _row(
+    config: RunConfig,
+    latest: Submission,
+    run: Path,
+    index: int,
+    stage: JobStage,
+    name: str,
+    job: Job | None,
+    submission: Submission | None,
+    before: Row | None,
+) -> Row:
+    # records of the run lie where it was submitted from; its config may name it otherwise
+    here = _moved(config, run)
+    tries = records.tries(run, stage)
+    state, reason = _state(here, run, stage, job, submission, before)
+    row: dict[str, Any] = {"job": name, "tries": len(tries), "reason": reason}
+    if job is not None and not job.is_over:
+        row |= {"nodes": job.nodes, "limit_seconds": _until(job.ends) if state == "running" else None}
+    elif tries:
+        row["nodes"] = tries[-1].nodes
+    if stage != "evaluate":
+        row |= _progress(here, stage, state)
+    return Row(str(run), latest.points[index].label, stage, state, **row)
+
+
+def _moved(config: RunConfig, run: Path) -> RunConfig:
+    return dataclasses.replace(config, run_dir=str(run))
+
+
+def _state(
+    config: RunConfig,
+    run: Path,
+    stage: JobStage,
+    job: Job | None,
+    submission: Submission | None,
+    before: Row | None,
+) -> tuple[str, str]:
+    """A word for the state, and why."""
+    tries = records.tries(run, stage)
+    last = tries[-1].reason if tries else ""
+    log = records.log_file(run, stage)
+    if records.is_finished(config, stage) and (job is None or job.is_over):
+        return "finished", ""
+    if submission is None:
+        return "not submitted", ""
+    if job is not None and job.state == "PENDING":
+        if job.reason == "Dependency":
+            return "waiting", f"for {before.stage}" if before else job.reason
+        return ("requeued", last) if tries else ("queued", job.reason)
+    if job is not None and not job.is_over:
+        return "running", last
+    if submission.cancelled:
+        return "cancelled", f"by `lbr cancel` at {submission.cancelled}"
+    if before is not None and before.state in ("failed", "cancelled") and not tries:
+        return "cancelled", f"{before.stage} {before.state}"
+    if job is not None and job.state == "CANCELLED":
+        return "cancelled", "by scancel"
+    if tries and tries[-1].outcome:
+        return "failed", last
+    if job is not None and job.state == "TIMEOUT":
+        return "failed", "its time limit came before it had saved: raise slurm.lead_seconds"
+    if job is not None:
+        return "failed", f"Slurm says {job.state}{f' ({job.exit_code})' if job.exit_code else ''}; see {log}"
+    return "unknown", f"Slurm knows the job no more, and nothing says how it ended; see {log}"
+
+
+def _progress(config: RunConfig, stage: JobStage, state: str) -> dict[str, Any]:
+    """What the metrics say: step, loss, pace, and what is left at it."""
+    assert stage != "evaluate"
+    steps = config.learn.steps if stage == "learn" else config.represent.steps
+    lines = [line for line in _tail(config.stage_path(stage) / "metrics.jsonl") if line.get("step")]
+    if not lines:
+        return {"step": 0, "steps": steps}
+    last = lines[-1]
+    found: dict[str, Any] = {"step": last["step"], "steps": steps, "loss": last.get("loss")}
+    for name, unit in _RATES:
+        if name in last:
+            found |= {"rate": last[name], "rate_unit": unit}
+    if state == "running":
+        paces = [line["seconds"] for line in lines[-20:] if isinstance(line.get("seconds"), int | float)]
+        if paces:
+            found["left_seconds"] = statistics.median(paces) * (steps - last["step"])
+    return found
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The last rows of a JSONL file, without what is not whole."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found
+
+
+def _until(moment: str) -> float | None:
+    try:
+        return max(0.0, datetime.fromisoformat(moment).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+# ---- what is printed -----------------------------------------------------------------------------------------------
+
+
+def to_json(found: Sequence[Row]) -> str:
+    """The rows as JSON."""
+    return json.dumps([asdict(row) for row in found], indent=1)
+
+
+def table(found: Sequence[Row]) -> str:
+    """The rows for people; reasons below the stages that have one."""
+    lines: list[str] = []
+    run = None
+    for row in found:
+        if row.run != run:
+            run = row.run
+            lines.append(f"{row.label or row.run}" if row.label else row.run)
+        lines.append("  " + _line(row))
+        if row.reason:
+            lines.append(f"{'':<13}{row.reason}")
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    parts = [f"{row.stage:<10} {row.state:<13}"]
+    if row.job:
+        parts.append(f"job {row.job}")
+    if row.nodes:
+        parts.append(f"on {row.nodes}")
+    if row.step is not None and (row.step or row.state in ("running", "requeued")):
+        parts.append(f"step {row.step}/{row.steps}")
+    if row.loss is not None:
+        parts.append(f"loss {row.loss:.4f}")
+    if row.rate is not None and row.state == "running":
+        parts.append(f"{row.rate:,.0f} {row.rate_unit}")
+    if row.left_seconds is not None:
+        parts.append(f"left {clock(row.left_seconds)}")
+    if row.limit_seconds is not None:
+        parts.append(f"limit in {clock(row.limit_seconds)}")
+    if row.tries > 1:
+        parts.append(f"{row.tries} tries")
+    return "  ".join(parts).rstrip()

@@ -1,0 +1,267 @@
+"""`lbr submit`: checks everything that can be checked here, then queues a run's stages as one chain of jobs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import lbr_dist
+from lbr_dist.config import RunConfig, SlurmConfig, Stage
+from lbr_dist.errors import ConfigError, LaunchError, LbrError
+from lbr_dist.launch import preflight
+from lbr_dist.launch.config_file import read_config, write_config
+from lbr_dist.plan_machine import MACHINES
+from lbr_dist.slurm import scheduler
+from lbr_dist.slurm.records import (
+    STAGES,
+    JobStage,
+    Point,
+    Submission,
+    is_finished,
+    new_folder,
+    now,
+    submissions,
+)
+from lbr_dist.slurm.scheduler import SlurmError
+from lbr_dist.slurm.script import script
+
+Say = Callable[[str], None]
+
+
+def run(args: argparse.Namespace, say: Say) -> None:
+    """Do what the arguments say.
+
+    Raises:
+        LbrError: something is refused; nothing is queued then, and the run folder is as it was.
+    """
+    overrides = [*args.overrides, *([f"--slurm.nodes={args.nodes}"] if args.nodes is not None else [])]
+    whole = read_config(args.config, overrides)
+    root = whole.run_path.absolute()
+    points = list(sweep(args.config, overrides, args.sweep)) or [("", whole)]
+    _check_not_queued(root)
+    for label, config in points:
+        try:
+            check(config, args.first, say if label == points[0][0] else _silent)
+        except LbrError as error:
+            raise type(error)(f"{label}: {error}" if label else str(error)) from None
+    stages = [s for s in STAGES if any(s in left(config, args.first) for _, config in points)]
+    if not stages:
+        say(f"{root}: all stages are finished, nothing to do")
+        return
+    texts = _Texts(whole, root, len(points) if args.sweep else 0)
+    if args.dry_run:
+        for stage in stages:
+            say(f"---- {stage}.sh\n{texts.of(stage, root / 'slurm' / 'NNN')}")
+        say(f"nothing was queued: {len(points)} run(s), {', '.join(stages)}")
+        return
+    for _, config in points:
+        check_plan(config)
+    submission = _write(points, root, stages, texts)
+    try:
+        jobs = _queue(submission, stages, bool(args.sweep))
+    except BaseException:
+        shutil.rmtree(submission.folder, ignore_errors=True)
+        raise
+    submission = dataclasses.replace(submission, jobs=jobs)
+    submission.write()
+    for stage, job in jobs.items():
+        say(f"{stage:<10} job {job}   {submission.folder / f'{stage}.sh'}")
+    say(f"queued; `lbr status {whole.run_dir}` tells how it goes")
+
+
+def _silent(message: str) -> None:
+    """Of many alike runs, the first one's notes are enough."""
+
+
+# ---- what is checked -----------------------------------------------------------------------------------------------
+
+
+def left(config: RunConfig, first: JobStage) -> list[JobStage]:
+    """The stages of a run that are to run: wanted, from `first` on, and not finished."""
+    wanted: list[JobStage] = ["learn"] if config.learn.steps else []
+    wanted += ["represent"] if config.represent.steps else []
+    wanted += ["evaluate"] if config.data.test is not None else []
+    after = STAGES.index(first)
+    todo = [stage for stage in wanted if STAGES.index(stage) >= after and not is_finished(config, stage)]
+    # what follows a stage that runs again runs again
+    return [s for s in wanted if STAGES.index(s) >= after and todo and STAGES.index(s) >= STAGES.index(todo[0])]
+
+
+def check(config: RunConfig, first: JobStage, say: Say) -> None:
+    """Refuse what would fail in the job: everything that needs no GPU.
+
+    Raises:
+        LbrError: see the messages.
+    """
+    preflight.check_run_folder(config)
+    preflight.check_base(Path(config.model.base))
+    preflight.check_prefixes(config)
+    preflight.check_data(config)
+    todo = left(config, first)
+    needs: list[Stage] = [s for s in ("learn", "represent") if s not in todo]
+    for stage in needs:
+        steps = config.learn.steps if stage == "learn" else config.represent.steps
+        if steps and todo and STAGES.index(todo[0]) > STAGES.index(stage) and not is_finished(config, stage):
+            raise ConfigError(f"--from {first}: {stage} is not finished in {config.run_dir}. Begin with it.")
+    preflight.check_disk(config, [s for s in ("learn", "represent") if s in todo], say)
+    check_states(config, say)
+
+
+def check_states(config: RunConfig, say: Say) -> None:
+    """Refuse a model whose weights, gradients and optimizer do not fit into the ranks' memory, without torch.
+
+    Raises:
+        ConfigError: names the bytes and how many nodes would do.
+    """
+    slurm, gib = config.slurm, 2**30
+    memory = MACHINES[slurm.gpu_kind].memory if slurm.gpu_kind else _node_bytes(slurm)
+    if config.model.lora.rank or memory is None:
+        say("memory     not checked: slurm.gpu_kind is not set" if memory is None else "memory     of adapters: small")
+        return
+    elements = sum(preflight.elements(file) for file in Path(config.model.base).glob("*.safetensors"))
+    offloaded = 12 if config.engine.offload_optimizer != "none" else 0
+    needed = elements * (preflight.OPTIMIZER_BYTES - offloaded) / slurm.world_size
+    where = slurm.gpu_kind or "node memory a rank"
+    say(
+        f"memory     {elements / 1e9:.2f}e9 parameters on {slurm.world_size} ranks: {needed / gib:.2f} GiB of weights, "
+        f"gradients and optimizer each, of {memory / gib:.1f} GiB ({where})"
+    )
+    if needed > 0.9 * memory:
+        ranks = int(elements * (preflight.OPTIMIZER_BYTES - offloaded) / (0.9 * memory)) + 1
+        raise ConfigError(
+            f"slurm.nodes: found {slurm.nodes}: weights, gradients and optimizer take {needed / gib:.1f} GiB of each "
+            f"rank's {memory / gib:.1f} GiB. Take at least {-(-ranks // slurm.ranks_per_node)} nodes, or "
+            "engine.offload_optimizer."
+        )
+
+
+def _node_bytes(slurm: SlurmConfig) -> float | None:
+    """A rank's share of its node's memory, on nodes without GPUs; None where it isn't said."""
+    text = slurm.memory_per_node
+    if text is None or text == "0" or slurm.gpus_per_node:
+        return None
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(text[-1], 2**20)
+    return int(text.rstrip("KMGT")) * unit / slurm.ranks_per_node
+
+
+def check_plan(config: RunConfig) -> None:
+    """Refuse a step of stage 2 that does not fit; takes seconds, since it weighs the model's graph with torch.
+
+    Raises:
+        ConfigError: names the nearest plans that fit.
+    """
+    slurm = config.slurm
+    if slurm.gpu_kind:
+        memory = int(MACHINES[slurm.gpu_kind].memory)
+        preflight.check_plan(config, slurm.world_size, slurm.ranks_per_node, slurm.ranks_per_node, memory)
+
+
+def _check_not_queued(root: Path) -> None:
+    """Raises:
+    LaunchError: jobs of an earlier submission are queued or run.
+    """
+    known = [job for submission in submissions(root) for job in submission.jobs.values()]
+    living = [job for job in scheduler.jobs(known, accounting=False).values() if not job.is_over]
+    if living:
+        raise LaunchError(
+            f"{root}: jobs of this run are queued or running: {', '.join(job.id for job in living)}. "
+            f"`lbr status` shows them; `lbr cancel` ends them."
+        )
+
+
+# ---- sweeps --------------------------------------------------------------------------------------------------------
+
+
+def sweep(path: Path, overrides: Sequence[str], given: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
+    """Label and config of each run; each has a folder of its own in the run folder.
+
+    Raises:
+        ConfigError: a field is unknown, or a value doesn't fit.
+    """
+    fields: list[list[tuple[str, str]]] = []
+    for text in given:
+        name, equals, values = text.partition("=")
+        if not equals or not values:
+            raise ConfigError(f"--sweep: found {text!r}, expected FIELD=V1,V2: --sweep seed=0,1,2")
+        if name.split(".")[0] in ("run_dir", "slurm"):
+            raise ConfigError(f"--sweep: found {name}, expected a field of the training; jobs of an array are alike.")
+        fields.append([(name, value) for value in values.split(",")])
+    if not fields:
+        return
+    root = read_config(path, overrides).run_path
+    for chosen in itertools.product(*fields):
+        label = " ".join(f"{name}={value}" for name, value in chosen)
+        folder = root / "runs" / re.sub(r"[^A-Za-z0-9=.,+-]+", "_", label)
+        more = [f"--{name}={value}" for name, value in chosen]
+        yield label, dataclasses.replace(read_config(path, [*overrides, *more]), run_dir=str(folder))
+
+
+# ---- what is written, and queued -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Texts:
+    """The scripts of a submission."""
+
+    config: RunConfig
+    root: Path
+    points: int
+
+    def of(self, stage: JobStage, folder: Path) -> str:
+        name = self.config.slurm.job_name or re.sub(r"[^\w.-]+", "-", self.root.name).strip("-") or "lbr"
+        return script(self.config.slurm, stage, name, folder, self.root, Path.cwd(), sys.executable, self.points)
+
+
+def _write(points: list[tuple[str, RunConfig]], root: Path, stages: Sequence[JobStage], texts: _Texts) -> Submission:
+    folder = new_folder(root)
+    try:
+        for index, (_, config) in enumerate(points):
+            write_config(config, folder / f"config-{index}.yaml")
+        package = Path(lbr_dist.__file__).parent
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+        # links are followed: the snapshot stands by itself
+        shutil.copytree(package, folder / "code" / "lbr_dist", ignore=ignored)
+        for stage in stages:
+            (folder / f"{stage}.sh").write_text(texts.of(stage, folder), encoding="utf-8")
+        labelled = tuple(Point(label, str(config.run_path.absolute())) for label, config in points)
+        submission = Submission(folder, now(), os.getcwd(), sys.executable, {}, labelled)
+        submission.write()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return submission
+
+
+def _queue(submission: Submission, stages: Sequence[JobStage], is_sweep: bool) -> dict[JobStage, str]:
+    """Ids of the jobs, each waiting for the one before; all or none.
+
+    Raises:
+        SlurmError: sbatch refuses one; those before it are cancelled again.
+    """
+    settings = read_config(submission.config_file(0)).slurm
+    environment = scheduler.minimal_environment(settings.pass_environment)
+    jobs: dict[JobStage, str] = {}
+    try:
+        for stage in stages:
+            options = ["--kill-on-invalid-dep=yes"]
+            if jobs:
+                # of an array, each task waits for its own
+                kind = "aftercorr" if is_sweep else "afterok"
+                options.append(f"--dependency={kind}:{list(jobs.values())[-1]}")
+            jobs[stage] = scheduler.submit(str(submission.folder / f"{stage}.sh"), options, environment)
+            # at once: should this process die now, the jobs are known
+            dataclasses.replace(submission, jobs=dict(jobs)).write()
+    except SlurmError as error:
+        scheduler.cancel(jobs.values())
+        raise SlurmError(f"{error}\nNothing of this run is queued.") from None
+    except BaseException:
+        scheduler.cancel(jobs.values())
+        raise
+    return jobs
