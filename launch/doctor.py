@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs that must be here")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder that runs are written to (default: .)")
     parser.add_argument("--min-free-gb", type=float, default=0.0, metavar="X", help="GiB that it must have free")
-    parser.add_argument(
-        "--node", action="store_true", help="only what a job's node needs, in under a second: run folder, GPUs, packages"
-    )
+    parser.add_argument("--node", action="store_true", help="only what a job needs of a node, in under a second")
 
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
@@ -50,8 +48,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         ConfigError: an option is out of range.
     """
     for option, value in (("--gpus", args.gpus or 0), ("--min-free-gb", args.min_free_gb)):
-        if not value >= 0:
-            raise ConfigError(f"{option}: found {value}, expected 0 or more.")
+        if not 0 <= value < 2**32:  # neither is inf or nan
+            raise ConfigError(f"{option}: found {value}, expected 0 or more, and a number that can be.")
     free = int(args.min_free_gb * 2**30)
     if args.node:
         from lbr_dist.launch.node_check import check_node, node_name
@@ -79,7 +77,7 @@ def look(run_dir: Path, gpus: int | None, min_free_bytes: int) -> Topics:
 
     with ThreadPoolExecutor() as pool:
         # what takes longest first
-        torch, slurm = pool.submit(check_torch), pool.submit(doctor_slurm.check_slurm)
+        torch, slurm = pool.submit(check_torch), pool.submit(within, "Slurm", doctor_slurm.check_slurm, 60.0)
         mpi = pool.submit(within, "MPI", doctor_machine.check_mpi, 15.0)
         there = _count_gpus()
         graphics = _graphics(gpus, there)
@@ -149,16 +147,15 @@ def table(topics: Topics, width: int, colours: bool = False) -> str:
             lines.append(f"  {mark}  {finding.name:<{column}}  {first}")
             lines += [f"{'':{column + 8}}{line}" for line in more]
     faults, warnings = count(findings, "fault"), count(findings, "warning")
-    last = f"{_number(faults, 'fault')} (!!), {_number(warnings, 'warning')} (??)"
-    return "\n".join([*lines, "", last])
+    return "\n".join([*lines, "", f"{_number(faults, 'fault', '!!')}, {_number(warnings, 'warning', '??')}"])
 
 
 def _bold(text: str, colours: bool) -> str:
     return f"\033[1m{text}\033[0m" if colours else text
 
 
-def _number(number: int, what: str) -> str:
-    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
+def _number(number: int, what: str, mark: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'} ({mark})" if number else f"no {what}s"
 
 
 def _wrap(text: str, width: int) -> list[str]:

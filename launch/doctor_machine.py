@@ -45,7 +45,7 @@ def check_python() -> list[Finding]:
     except importlib.metadata.PackageNotFoundError:
         advice = "pip install -e . in the repository, so that what it needs is known and installed."
         return [*findings, warning("lbr-dist", "is not installed; it runs from its source", advice)]
-    floor = str(about.get("Requires-Python") or "").removeprefix(">=")
+    floor = about["Requires-Python"].removeprefix(">=") if "Requires-Python" in about else ""
     if _numbers(platform.python_version()) < _numbers(floor):
         advice = f"Make the environment again with Python {floor} or newer."
         findings = [fault("Python", f"{platform.python_version()}, {sys.executable}", advice)]
@@ -70,9 +70,9 @@ def check_python() -> list[Finding]:
             make = fault if extra is None else warning
             findings.append(make(name, f"{version}, {wanted} is needed", f"pip install --upgrade '{wanted}'"))
         elif extra is None:
-            good.append(f"{name} {version}")
+            good.append(f"{name}=={version}")
         else:
-            optional[extra].append(f"{name} {version}")
+            optional[extra].append(f"{name}=={version}")
     findings.insert(1, ok("packages", f"{len(good)} at their floors or above: {', '.join(good)}"))
     extras = "; ".join(f"{extra}: {', '.join(names)}" for extra, names in optional.items() if names)
     return [*findings, ok("extras", f"{extras} (pip install 'lbr-dist[EXTRA]')")] if extras else findings
@@ -117,9 +117,8 @@ def _limit(value: int) -> float:
 
 def check_disks(run_dir: Path, min_free_bytes: int) -> list[Finding]:
     """Room for checkpoints, token caches, temporary files and shared memory."""
-    cache = Path(DataConfig.cache_dir).expanduser()
     findings = within("run folder", lambda: [_folder("run folder", run_dir, min_free_bytes)])
-    findings += within("data cache", lambda: [_folder("data cache", cache, 0)])
+    findings += within("data cache", lambda: [_folder("data cache", Path(DataConfig.cache_dir).expanduser(), 0)])
     findings += within("temporary folder", lambda: [check_temporary()])
     return findings + within("/dev/shm", lambda: [check_shared()])
 

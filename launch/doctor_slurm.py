@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from lbr_dist.launch.findings import Finding, ask, fault, ok, warning
@@ -23,18 +24,18 @@ def check_slurm() -> list[Finding]:
     if configured and not Path(configured).is_file():
         advice = "Name the cluster's slurm.conf, or unset SLURM_CONF: no program of Slurm starts with this one."
         return [fault("client", f"SLURM_CONF={configured} is not there", advice)]
-    findings = [
-        ok("client", f"{version.text.strip() or version.failure}, {f'SLURM_CONF={configured}' if configured else 'its default slurm.conf'}")
-    ]
+    which = f"SLURM_CONF={configured}" if configured else "SLURM_CONF is not set"
+    # it says its version only where it finds a cluster's settings
+    findings = [ok("client", f"{version.text.strip() or shutil.which('scontrol')}, {which}")]
     ping = ask("scontrol", "ping")
     if ping.failure is not None and not configured and "is DOWN" not in ping.text:
-        found = f"no cluster is set up for it: {ping.failure}"
+        found = f"no cluster to ask: {ping.failure}"
         return [*findings, warning("controller", found, "Set SLURM_CONF, or call this where sbatch works.")]
     if ping.failure is not None or "is UP" not in ping.text:
-        found = " ".join(ping.text.split()) or str(ping.failure)
+        found = ping.text.partition("\n")[0].strip() or str(ping.failure)
         advice = "No job can be sent or seen: tell the cluster's administrators, or see `systemctl status slurmctld`."
         return [*findings, fault("controller", found, advice)]
-    findings.append(ok("controller", " ".join(ping.text.split())))
+    findings.append(ok("controller", "; ".join(line.strip() for line in ping.text.splitlines() if line.strip())))
     return [*findings, *_partitions(), _accounting(), *_rules(), _job()]
 
 
@@ -75,7 +76,7 @@ def _accounting() -> Finding:
     answer = ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID", "--starttime=now")
     if answer.failure is None:
         return ok("accounting", "sacct answers: how a job ended stays known")
-    advice = "`lbr status` goes on from its own records; how a job ended that left none is known for MinJobAge alone."
+    advice = "`lbr status` goes on from its own records; of a job that left none, Slurm forgets all after MinJobAge."
     return warning("accounting", answer.failure, advice)
 
 

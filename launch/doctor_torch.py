@@ -48,18 +48,18 @@ def _gpus() -> list[Finding]:
 
     there = count_gpus()
     if not there and not torch.cuda.is_available():
-        return [ok("GPUs", f"none to be seen{visible()}: ranks run on the CPU")]
+        return [ok("devices", f"none to be seen{visible()}: ranks run on the CPU")]
     if torch.version.cuda is None:
         return []  # said of torch already
     try:
         torch.cuda.init()
     except RuntimeError as error:
         advice = "See `nvidia-smi`: the driver may be older than torch's CUDA, or not loaded, or a GPU is lost."
-        return [fault("GPUs", f"CUDA does not start: {_first_line(error)}", advice)]
+        return [fault("devices", f"CUDA does not start: {_first_line(error)}", advice)]
     count, findings = torch.cuda.device_count(), []
     if count != there:
         advice = "A GPU is lost, or hidden by the container or CUDA_VISIBLE_DEVICES: ranks would find none."
-        findings.append(fault("GPUs", f"{there} in /dev, torch sees {count}{visible()}", advice))
+        findings.append(fault("devices", f"{there} in /dev, torch sees {count}{visible()}", advice))
     listed: dict[str, list[int]] = {}
     for device in range(count):
         about = torch.cuda.get_device_properties(device)
@@ -100,7 +100,7 @@ def _group() -> list[Finding]:
         )
         return [fault(backend, f"{version}a group of one process does not work: {_first_line(error)}", advice)]
     if total != 1024:
-        return [fault(backend, f"{version}a sum of 1024 ones is {total:g}", "Do not train here: a GPU computes wrongly.")]
+        return [fault(backend, f"{version}a sum of 1024 ones is {total:g}", "Do not train here: it computes wrongly.")]
     return [ok(backend, f"{version}a group of one process works")]
 
 
@@ -178,7 +178,7 @@ def _first_line(error: BaseException) -> str:
 
 PROBES: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
     ("torch", _torch),
-    ("GPUs", _gpus),
+    ("devices", _gpus),
     ("group", _group),
     ("attention", _attention),
     ("InfoNCE", _losses),
@@ -202,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

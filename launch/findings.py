@@ -110,7 +110,8 @@ def ask(*command: str, seconds: float = SECONDS, environment: Mapping[str, str] 
         return Answer(text)
     said = [line.strip() for line in (errors.decode(errors="replace") + text).splitlines() if line.strip()]
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return Answer(text, f"{program} {how}{f': {said[-1][:200]}' if said else ''}")
+    last = f": {said[-1].removeprefix(f'{program}: ')[:200]}" if said else ""
+    return Answer(text, f"{program} {how}{last}")
 
 
 def within(name: str, check: Callable[[], list[Finding]], seconds: float = HANGS_SECONDS) -> list[Finding]:

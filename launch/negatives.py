@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 MARGIN_PERCENT = 0.95
-_WEEK_MINUTES = 7 * 24 * 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, say: Say) -> None:
-    """Mine: in this process, on ranks of our own, or as one rank of many under torchrun.
+    """Mine: in this process, on ranks of our own, or as one rank of another launcher's.
 
     Raises:
         ConfigError, DataError, ModelError, LaunchError: before a model is loaded or a rank started, where it can be.
@@ -53,6 +51,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
     from lbr_dist.data.candidates import Candidates
     from lbr_dist.launch import preflight
     from lbr_dist.mining_work import MiningSettings
+    from lbr_dist.rendezvous import started_as
 
     gpus = preflight.count_gpus()
     miner: Literal["model", "bm25"] = args.miner or ("model" if args.model else "bm25")
@@ -80,10 +79,11 @@ def run(args: argparse.Namespace, say: Say) -> None:
         threads=args.threads,
         device="cuda" if gpus else "cpu",
     )
-    is_rank = "RANK" in os.environ
+    place = started_as(args.ranks)
     preflight.check_mining(settings)
-    ranks = 0 if is_rank else preflight.check_mining_ranks(settings, args.ranks, gpus)
-    candidates = Candidates.read(settings.pairs, settings.documents, say if _is_first() else lambda _: None)
+    ranks = 0 if place else preflight.check_mining_ranks(settings, args.ranks, gpus)
+    is_first = place is None or place.rank == 0
+    candidates = Candidates.read(settings.pairs, settings.documents, say if is_first else lambda _: None)
     most = candidates.most_candidates()
     if most < settings.first:
         raise DataError(
@@ -94,14 +94,10 @@ def run(args: argparse.Namespace, say: Say) -> None:
         # a rank without a unit of its own would only load the model
         texts = candidates.texts if settings.model else candidates.pairs
         ranks = min(ranks, math.ceil(len(texts) / settings.unit))
-    if is_rank:
+    if place:
         _run_as_rank(settings, candidates, say)
     else:
         _run_here(settings, candidates, ranks, say)
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 # ---- ranks --------------------------------------------------------------------------------------------------------
@@ -131,7 +127,7 @@ def _run_here(settings: MiningSettings, candidates: Candidates, ranks: int, say:
 
 
 def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> None:
-    """One rank of torchrun's; the first one makes the work folder and removes it."""
+    """One rank of another launcher's; the first one makes the work folder and removes it."""
     import torch.distributed as dist
 
     from lbr_dist import distributed
@@ -139,10 +135,8 @@ def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> 
     from lbr_dist.mining_work import clean, prepare
     from lbr_dist.negatives import mine
 
-    # ranks wait for the slowest one, which may be hours behind in a large corpus
-    ranks = distributed.start(_WEEK_MINUTES)
-    quiet_libraries()
-    try:
+    with distributed.joined() as ranks:
+        quiet_libraries()
         if ranks.is_first:
             prepare(settings, say)
         dist.barrier()
@@ -150,8 +144,6 @@ def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> 
         dist.barrier()
         if ranks.is_first:
             clean(settings)
-    finally:
-        distributed.stop()
 
 
 def run_rank(settings_path: Path, say: Say) -> None:
@@ -163,9 +155,6 @@ def run_rank(settings_path: Path, say: Say) -> None:
     from lbr_dist.negatives import mine
 
     settings = read_settings(settings_path)
-    ranks = distributed.start(_WEEK_MINUTES)
-    quiet_libraries()
-    try:
+    with distributed.joined() as ranks:
+        quiet_libraries()
         mine(settings, Candidates.read(settings.pairs, settings.documents), ranks, say)
-    finally:
-        distributed.stop()

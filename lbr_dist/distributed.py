@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from lbr_dist import rendezvous
+from lbr_dist.errors import LaunchError
+from lbr_dist.peers import Peer, misplaced
+from lbr_dist.rendezvous import Placement
 from lbr_dist.traffic import Traffic
 from lbr_dist.watchdog import Watchdog
+
+T = TypeVar("T")
+
+WEEK_MINUTES = 7 * 24 * 60.0
+"""For work without steps, where a rank may wait hours for the slowest one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +36,10 @@ class Ranks:
     local_rank: int
     device: torch.device
     local_world_size: int = 1
-    """Ranks on this node; ranks are numbered node by node."""
+    """Ranks on this node, or on the fullest one where they differ; ranks are numbered node by node."""
+
+    cores: int = 1
+    """Of the cores that this process may use, its share among the ranks that may use them too."""
 
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
     """What this rank exchanges with the others."""
@@ -39,41 +53,93 @@ class Ranks:
 
 
 def start(timeout_minutes: float = 30.0) -> Ranks:
-    """Join the process group that the launcher's environment describes; a lone process is its own group.
+    """Join the process group of this process's launcher (see `rendezvous`); a lone process is its own group.
 
-    Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` as torchrun sets them. The
-    rendezvous is ``LBR_RENDEZVOUS`` (a URL; our own launcher's is a file) or else ``env://``. NCCL where there
-    is a GPU for each local rank, gloo otherwise.
+    NCCL where there is a GPU for each local rank, gloo otherwise. The names that torchrun has made common are set for
+    the libraries that read them.
+
+    Raises:
+        LaunchError: the ranks cannot meet, or are not numbered node by node: on every rank alike.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed reads it
+    place = rendezvous.here() or Placement(0, 1, 0, 1, None, "environment")
+    os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed reads it
+    if place.world_size > 1:
+        os.environ |= {
+            "RANK": str(place.rank),
+            "WORLD_SIZE": str(place.world_size),
+            "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        }
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     else:
         # DeepSpeed warns, and probes for accelerators, unless it is told
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, cores // local_world_size))))
     if not dist.is_initialized():
-        url = os.environ.get("LBR_RENDEZVOUS") or ("env://" if "MASTER_ADDR" in os.environ else None)
         # the watchdog comes first: it says more
-        timeout = timedelta(minutes=timeout_minutes) + timedelta(minutes=1)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if url is None:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=timeout)
-    return Ranks(rank, world_size, local_rank, device, local_world_size, Traffic(local_world_size))
+        _join(place, "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes + 1))
+    peers = _meet(place)
+    cores = peers[place.rank].share_of_cores(peers)
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
+    fullest = max(peer.place.local_world_size for peer in peers)  # one number for all: they must build alike groups
+    return Ranks(place.rank, place.world_size, place.local_rank, device, fullest, cores, Traffic(fullest))
+
+
+def _join(place: Placement, backend: str, timeout: timedelta) -> None:
+    if place.url is None:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        dist.init_process_group(
+            backend, init_method=place.url, rank=place.rank, world_size=place.world_size, timeout=timeout
+        )
+    except dist.DistNetworkError as error:
+        where = "MASTER_ADDR and MASTER_PORT" if place.url == "env://" else place.url
+        if "EADDRINUSE" in str(error):
+            raise LaunchError(
+                f"rank 0: the port of {where} is taken by another process on this node. Set MASTER_PORT to a free one "
+                "for all ranks, or start again."
+            ) from error
+        raise LaunchError(
+            f"rank {place.rank}: cannot meet the others at {where} ({error}). Rank 0 must run there, and nodes must "
+            "reach each other; MASTER_ADDR and MASTER_PORT name another place."
+        ) from error
+
+
+def _meet(place: Placement) -> list[Peer]:
+    """What every rank tells, in their order. Raises LaunchError, on all ranks, where the order is not that of nodes."""
+    me = Peer.of(place)
+    if place.world_size == 1:
+        return [me]
+    peers: list[Peer] = [me] * place.world_size
+    dist.all_gather_object(peers, me)
+    wrong = misplaced(peers)
+    if wrong is not None:
+        raise LaunchError(
+            f"{wrong}. Ranks must be numbered node by node, local ranks from 0 on each: with srun, no "
+            "--distribution=cyclic; with mpirun, --map-by slot."
+        )
+    return peers
 
 
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined(timeout_minutes: float = WEEK_MINUTES) -> Iterator[Ranks]:
+    """This process's place in work without steps, for as long as that takes; a lone one needs no process group."""
+    if rendezvous.here() is None:
+        yield Ranks(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    try:
+        yield start(timeout_minutes)
+    finally:
+        stop()
 
 
 def share(total: int, rank: int, world_size: int) -> slice:
@@ -104,6 +170,22 @@ def together(values: Sequence[str], ranks: Ranks) -> list[str]:
     everyone: list[list[str]] = [[] for _ in range(ranks.world_size)]
     dist.all_gather_object(everyone, list(values))
     return [value for one in everyone for value in one]
+
+
+def from_first(value: T, ranks: Ranks) -> T:
+    """The first rank's value, on every rank. It pickles; a lone process needs no group."""
+    held = [value]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def from_all(value: T, ranks: Ranks) -> list[T]:
+    """Every rank's value, in rank order, when all have come so far. It pickles; a lone process needs no group."""
+    values = [value] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _all_reduce(tensor: Tensor, ranks: Ranks, op: dist.ReduceOp.RedOpType) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from lbr_dist.config import ModelConfig
 from lbr_dist.data.packing import Sequence as PackedSequence
 from lbr_dist.data.packing import pack_row
-from lbr_dist.errors import DataError
 from lbr_dist.model.backbone import read_json
 from lbr_dist.model.bottleneck import load_model
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
@@ -123,26 +122,3 @@ def open_encoder(folder: Path, settings: EmbeddingSettings | None = None, chunk_
     if EmbeddingSettings.read(folder) is None and (folder / "modules.json").exists():
         return SentenceTransformersEncoder(folder)
     return Encoder(folder, settings, chunk_tokens=chunk_tokens)
-
-
-def write_vectors(path: Path, ids: Sequence[str], vectors: Tensor) -> None:
-    """Vectors with their ids: `FILE.npy` (``[texts, d]`` float32) with `FILE.ids` beside it, or `FILE.parquet`.
-
-    Raises:
-        DataError: the file's name ends in neither.
-    """
-    import numpy as np
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, vectors.numpy())
-        path.with_suffix(".ids").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
-    elif path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        flat = pa.array(vectors.numpy().reshape(-1), pa.float32())
-        column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-        pq.write_table(pa.table({"id": list(ids), "embedding": column}), path)
-    else:
-        raise DataError(f"{path}: found the ending {path.suffix!r}, expected .npy or .parquet.")

@@ -27,13 +27,14 @@ from lbr_dist.engine import full_shape, whole
 from lbr_dist.errors import CheckpointError
 from lbr_dist.exported import write_checksums
 from lbr_dist.files import sync
-from lbr_dist.model import span_mean
 from lbr_dist.model.adapters import file_parameters, merged_weights
 from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX
 from lbr_dist.model.bottleneck import LBRModel
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 
 SHARD_BYTES = 4 * 2**30
+SPAN_MEAN = Path(__file__).parent / "model" / "span_mean.py"
+"""Copied, not imported: sentence-transformers, which it is for, takes more than a second of each rank's start."""
 
 
 def _grown(table: Tensor, ids: tuple[int, ...], rows: Tensor | None) -> Tensor:
@@ -124,7 +125,7 @@ def _write_sentence_transformers(folder: Path, settings: EmbeddingSettings, dime
         pooling_type = "lbr_span_mean.SpanMean"
         span = "bottleneck" if settings.pooling == "bottleneck_mean" else "text"
         pooling = {"dimension": dimension, "bottleneck_tokens": k, "span": span}
-        shutil.copyfile(span_mean.__file__, folder / "lbr_span_mean.py")
+        shutil.copyfile(SPAN_MEAN, folder / "lbr_span_mean.py")
     types = ["sentence_transformers.models.Transformer", pooling_type, "sentence_transformers.models.Normalize"]
     paths = ["", "1_Pooling", "2_Normalize"]
     modules = [

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -29,7 +28,6 @@ SETTINGS = "settings.json"
 _SCHEMA = "negatives 1"
 _FILES = "contents of files, or the version of torch or transformers"
 _OPTIONS = {"miner": "with"}
-_SAY_EVERY = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,26 +161,3 @@ def read_settings(path: Path) -> MiningSettings:
 def clean(settings: MiningSettings) -> None:
     """Remove the work folder of a finished mining."""
     shutil.rmtree(settings.work)
-
-
-class Progress:
-    """Says every ten seconds how much of this rank's work is done, and how long the rest will take."""
-
-    def __init__(self, tell: Say, verb: str, things: str, total: int) -> None:
-        self.tell, self.verb, self.things, self.total, self.done = tell, verb, things, total, 0
-        self.began = self.said = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        self._say(self.done)
-
-    def within(self, size: int, done: int, total: int) -> None:
-        """Inside a unit of `size`, of which `done` of `total` are there."""
-        self._say(self.done + size * done // total)
-
-    def _say(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self.said >= _SAY_EVERY and 0 < done < self.total:
-            self.said = now
-            left = (now - self.began) * (self.total - done) / done
-            self.tell(f"{self.verb} {done:,} of {self.total:,} {self.things} of the first rank, left {left:.0f} s")

@@ -29,7 +29,8 @@ from lbr_dist.data.records import read_corpus, write_jsonl
 from lbr_dist.distributed import Ranks, share
 from lbr_dist.errors import DataError
 from lbr_dist.mining_index import Ivf, Search, Vectors, bm25_search, build_ivf, model_search
-from lbr_dist.mining_work import MiningSettings, Progress, Say
+from lbr_dist.mining_work import MiningSettings, Say
+from lbr_dist.progress import Progress
 
 _LOW_RECALL = 0.9
 

@@ -6,6 +6,7 @@ none has started is alone. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -14,6 +15,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lbr_dist.errors import LaunchError
@@ -67,6 +69,18 @@ def here() -> Placement | None:
     return placement()
 
 
+def started_as(wanted: int | None) -> Placement | None:
+    """The placement of a process that may start ranks itself; None where it is to.
+
+    Args:
+        wanted: ranks that its user asks for. A Slurm step of one task may have the whole node for them.
+    """
+    place = here()
+    if place is not None and place.launcher == "srun" and place.world_size == 1 and (wanted or 1) > 1:
+        return None
+    return place
+
+
 def placement(environment: Environment = os.environ) -> Placement | None:
     """Where a process with this environment stands; None where it is alone.
 
@@ -106,7 +120,7 @@ def launcher_of(environment: Environment) -> Launcher | None:
     hydra = "PMI_SIZE" in environment and (not step or "MPI_LOCALNRANKS" in environment)
     if "OMPI_COMM_WORLD_SIZE" in environment or hydra:
         return "mpirun"
-    if step and not _is_shell(environment):
+    if step and not _is_shell(environment) and not _is_batch_script(environment):
         return "srun"
     return "environment" if "RANK" in environment else None
 
@@ -115,6 +129,16 @@ def _is_shell(environment: Environment) -> bool:
     """Inside `srun --pty bash`: a step of one task whose commands are no ranks."""
     alone = environment["SLURM_STEP_NUM_TASKS"] == "1" and "SLURM_PTY_PORT" in environment
     return alone and "LBR_RENDEZVOUS" not in environment
+
+
+def _is_batch_script(environment: Environment) -> bool:
+    """A batch script that was submitted from inside a step inherits the step's variables; who started it tells."""
+    with contextlib.suppress(OSError, IndexError):
+        status = Path(f"/proc/{environment.get('SLURM_TASK_PID')}/stat").read_text(encoding="utf-8", errors="replace")
+        parent = status.rpartition(")")[2].split()[1]
+        # it calls itself `slurmstepd: [123.batch]`, and `slurmstepd: [123.0]` for a step
+        return b".batch]" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    return False
 
 
 # ---- each launcher ------------------------------------------------------------------------------------------------
@@ -254,6 +278,6 @@ def _number(environment: Environment, name: str) -> int:
     value = _given(environment, name)
     if not re.fullmatch(r"[0-9]+", value):
         raise LaunchError(
-            f"{name}: found {value!r} in the environment, expected a whole number. Unset it, or let the launcher set it."
+            f"{name}: found {value!r} in the environment, expected a whole number. Unset it; the launcher sets it."
         )
     return int(value)

@@ -18,12 +18,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, TypeVar
 
 from lbr_dist.config import RunConfig
+from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import CheckpointError, LbrError
 from lbr_dist.exported import verify_export
 from lbr_dist.files import make_private
@@ -31,10 +32,19 @@ from lbr_dist.launch.config_file import read_config, write_config
 from lbr_dist.launch.ranks import allocator
 from lbr_dist.slurm import records, scheduler
 from lbr_dist.slurm.records import JobStage, Outcome, Submission
+from lbr_dist.slurm.scheduler import SlurmError
 from lbr_dist.slurm.verdict import Verdict, judge
 
 CHECK_SECONDS = 90.0
 """For the look at the nodes. One that does not answer by then is broken."""
+
+PATIENCE_SECONDS = 600.0
+"""For a controller that is down, when a job is to be requeued."""
+
+MUCH_TEXT = 64 * 2**20
+"""Bytes of text that are worth a step of their own."""
+
+T = TypeVar("T")
 
 _OF_THE_JOB = (
     *("SLURM_CONF", "SLURM_CLUSTER_NAME", "SLURM_WORKING_CLUSTER", "SLURM_SUBMIT_DIR", "SLURM_RESTART_COUNT"),
@@ -90,7 +100,9 @@ class StageJob:
         if faults:
             reason = "; ".join(f"node {node}: {what}" for node, what in faults.items())
             return self._again("refused", reason, tuple(faults))
-        verdict = self._ranks()
+        verdict = self._tokenise()
+        if verdict.outcome == "finished":
+            verdict = self._ranks()
         if verdict.outcome == "finished" and not records.is_finished(self.config, self.stage):
             verdict = Verdict("failed", "the ranks ended without a word, and the stage is not finished")
         if verdict.outcome == "finished":
@@ -200,8 +212,27 @@ class StageJob:
         preload = {} if self.slurm.gpus_per_node and self.slurm.check_gpus else allocator()
         return environment | threads | preload | self.slurm.environment
 
+    def _tokenise(self) -> Verdict:
+        """Stage 1's text by all ranks, where it is much: one rank would take hours, while the others wait for it."""
+        data = self.config.data
+        corpus = Path(data.learn_corpus or data.corpus)
+        if self.stage != "learn" or sum(file.stat().st_size for file in record_files(corpus)) < MUCH_TEXT:
+            return Verdict("finished")
+        given = {
+            "--base": self.config.model.base,
+            "--corpus": corpus,
+            "--cache-dir": data.cache_dir,
+            "--longest-document": data.longest_document,
+        }
+        words = [str(word) for option in given.items() for word in option]
+        return self._srun(["lbr_dist.launch.cli", "data", "tokens", *words])
+
     def _ranks(self) -> Verdict:
         """Run the stage's ranks to their end."""
+        return self._srun(["lbr_dist.launch.worker", self.stage, str(self.config_file)])
+
+    def _srun(self, module: Sequence[str]) -> Verdict:
+        """Run a module of Python on all ranks; the evaluation's is one."""
         alone = self.stage == "evaluate"
         nodes, each = (1, 1) if alone else (self.slurm.nodes, self.slurm.ranks_per_node)
         logs = self.logs
@@ -222,7 +253,7 @@ class StageJob:
             f"--output={str(logs).replace('%', '%%')}/rank-%t.log",
             *self.slurm.srun_arguments,
             *self.slurm.container,
-            *(self._python, "-u", "-m", "lbr_dist.launch.worker", self.stage, str(self.config_file)),
+            *(self._python, "-u", "-m", *module),
         ]
         environment = self._environment()
         if not alone:
@@ -236,7 +267,8 @@ class StageJob:
         reader.start()
         code = process.wait()
         reader.join(10.0)
-        return judge(code, lines)
+        hosts = scheduler.command("scontrol", "show", "hostnames", self.nodes).split()
+        return judge(code, lines, lambda rank: hosts[rank // each])
 
     def _words_of(self, rank: int | None) -> str:
         """A rank's last error in this try, or its last line; in its log, or in another's where it has none."""
@@ -284,18 +316,16 @@ class StageJob:
         exclude = {*(node for each in before for node in each.blamed), *blamed}
         exclude |= {self.slurm.exclude} if self.slurm.exclude else set()
         try:
-            scheduler.requeue(self.job, ",".join(sorted(exclude)) if blamed else "")
+            _patiently(lambda: scheduler.requeue(self.job))
+            if blamed:
+                _patiently(lambda: scheduler.exclude(self.job, ",".join(sorted(exclude))))
         except LbrError as error:
-            say(f"{self.stage}: cannot be requeued: {error}")
+            say(f"{self.stage}: cannot be requeued, or nodes excluded: {error}")
             return 1
         return self._await_end()
 
     def _state(self) -> str:
-        try:
-            found = scheduler.jobs([self.job], accounting=False)
-        except LbrError as error:  # a controller that starts again: the requeue will show
-            say(f"note: {error}")
-            return "RUNNING"
+        found = _patiently(lambda: scheduler.jobs([self.job], accounting=False))
         return next((job.state for job in found.values()), "UNKNOWN")
 
     def _await_end(self) -> int:
@@ -306,8 +336,9 @@ class StageJob:
     def _sparable(self, blamed: Sequence[str]) -> tuple[str, ...]:
         """The blamed nodes, where the partition has enough others."""
         partition = os.environ.get("SLURM_JOB_PARTITION", "")
+        ask = ("sinfo", "-h", "-N", "-p", partition, "-o", "%N %T")
         try:
-            rows = scheduler.command("sinfo", "-h", "-N", "-p", partition, "-o", "%N %T").splitlines()
+            rows = _patiently(lambda: scheduler.command(*ask)).splitlines()
         except LbrError as error:
             say(f"note: {error}")
             return ()
@@ -317,6 +348,24 @@ class StageJob:
                 say(f"note: {', '.join(blamed)} would be left out, but the partition has too few other nodes")
             return ()
         return tuple(blamed)
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """What Slurm answers, also when its controller is down for some minutes.
+
+    Raises:
+        SlurmError: it refuses, or has been down too long.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except SlurmError as error:
+            down = any(words in str(error) for words in ("Unable to contact", "no answer", "Socket timed out"))
+            if not down or time.monotonic() > deadline:
+                raise
+            say(f"note: {error}; asking again")
+            time.sleep(5.0)
 
 
 def _pass_on(stream: IO[str], lines: list[str]) -> None:

@@ -144,18 +144,23 @@ def _from_accounting(ids: Sequence[str]) -> dict[str, Job]:
     return found
 
 
-def requeue(job: str, exclude: str = "") -> None:
-    """Put a running job back into the queue, under its id; with nodes that its next try must not use.
-
-    A job that calls this for itself is sent SIGTERM meanwhile, and goes on here if it doesn't heed it: nodes can only
-    be excluded once the job waits, and the controller sees it as waiting as soon as it was requeued.
+def requeue(job: str) -> None:
+    """Put a running job back into the queue, under its id. A job that calls this for itself is sent SIGTERM by it.
 
     Raises:
         SlurmError: Slurm refuses.
     """
     command("scontrol", "requeue", job)
-    if exclude:
-        command("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
+
+
+def exclude(job: str, nodes: str) -> None:
+    """Keep a waiting job off nodes. A job can do so for itself right after its `requeue`: then it counts as waiting,
+    and its own processes have until `KillWait` to end.
+
+    Raises:
+        SlurmError: Slurm refuses.
+    """
+    command("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
 
 
 def minimal_environment(passed: Iterable[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import lbr_dist
 from lbr_dist.config import RunConfig, SlurmConfig, Stage
+from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import ConfigError, LaunchError, LbrError
 from lbr_dist.launch import preflight
 from lbr_dist.launch.config_file import read_config, write_config
@@ -33,6 +34,9 @@ from lbr_dist.slurm.scheduler import SlurmError
 from lbr_dist.slurm.script import script
 
 Say = Callable[[str], None]
+
+LITTLE_TEXT = 16 * 2**20
+"""Bytes that a login node tokenises in seconds."""
 
 
 def run(args: argparse.Namespace, say: Say) -> None:
@@ -63,6 +67,8 @@ def run(args: argparse.Namespace, say: Say) -> None:
         return
     for _, config in points:
         check_plan(config)
+        if "learn" in left(config, args.first):
+            check_little_text(config, say)
     submission = _write(points, root, stages, texts)
     try:
         jobs = _queue(submission, stages, bool(args.sweep))
@@ -161,6 +167,17 @@ def check_plan(config: RunConfig) -> None:
     if slurm.gpu_kind:
         memory = int(MACHINES[slurm.gpu_kind].memory)
         preflight.check_plan(config, slurm.world_size, slurm.ranks_per_node, slurm.ranks_per_node, memory)
+
+
+def check_little_text(config: RunConfig, say: Say) -> None:
+    """Tokenise stage 1's text here where that takes a moment, so that a defect in it shows before a job is queued.
+
+    Raises:
+        DataError: names file and line.
+    """
+    corpus = Path(config.data.learn_corpus or config.data.corpus)
+    if sum(file.stat().st_size for file in record_files(corpus)) < LITTLE_TEXT:
+        preflight.check_text(config, say)
 
 
 def _check_not_queued(root: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -37,6 +39,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
         except BaseException:
             pipe.send((False, traceback.format_exc()))
     distributed.stop()
+    os._exit(0)  # libraries take seconds to take themselves down
 
 
 class RankPool:
@@ -72,13 +75,11 @@ class RankPool:
         return [result for _, result in results]
 
     def close(self) -> None:
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            if process.is_alive():
-                try:
-                    pipe.send(None)
-                    process.join(10)
-                except (BrokenPipeError, OSError):
-                    pass
-            if process.is_alive():
-                process.kill()
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        deadline = time.monotonic() + 10
+        for process in self._processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+            process.kill()
         self._folder.cleanup()

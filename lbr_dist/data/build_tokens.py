@@ -1,7 +1,8 @@
-"""Tokenise a corpus once, by several processes, into a cache that is there as a whole or not at all.
+"""Tokenise a corpus once, by several processes or ranks, into a cache that is there as a whole or not at all.
 
 Everything is written in a hidden folder and renamed at the end (whole_folder.py), so that a build that was killed, or
-ran out of disk, leaves nothing that could be taken for a cache.
+ran out of disk, leaves nothing that could be taken for a cache. A build that was cut off goes on with the parts that
+are finished (token_work.py).
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lbr_dist.config import RunConfig
 from lbr_dist.data.fingerprint import fingerprint, signature
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.token_cache import MANIFEST, SCHEMA, TokenCache
-from lbr_dist.data.token_parts import TOKENIZER_FILE, Part, Rules, Unit, units, write_part
-from lbr_dist.data.whole_folder import building_folder, locked, publish, remove_stale
-from lbr_dist.errors import DataError, LaunchError
+from lbr_dist.data.token_parts import DONE, TOKENIZER_FILE, Part, Rules, Unit, units, write_part
+from lbr_dist.data.token_work import finished_numbers, finished_parts, plan_of, work_folder
+from lbr_dist.data.whole_folder import locked, publish, remove_stale
+from lbr_dist.errors import DataError, LaunchError, ModelError
+
+if TYPE_CHECKING:
+    from lbr_dist.distributed import Ranks
 
 Say = Callable[[str], None]
 
@@ -59,6 +65,7 @@ def build(
     processes: int,
     say: Say,
     max_characters: int = 10_000_000,
+    ranks: Ranks | None = None,
 ) -> TokenCache:
     """The token cache of a corpus, made first where there is none of this content and this tokenizer.
 
@@ -66,9 +73,10 @@ def build(
         corpus: a file or folder as `record_files` knows them; of each record, `text` and `title` are read.
         tokenizer_folder: the base model's.
         cache_dir: where caches are kept, each in a folder named by what it was made from.
-        processes: how many tokenise. The result does not depend on it.
+        processes: how many tokenise, of each rank. The result does not depend on it.
         say: told what is being done, in plain lines.
         max_characters: longer texts are left out, and reported.
+        ranks: of several, all must call this: each tokenises its share, and the first one publishes.
 
     Raises:
         DataError: the corpus cannot be used, the disk is full, or the cache there is damaged.
@@ -78,44 +86,134 @@ def build(
     if processes < 1:
         raise ValueError(f"{processes} processes: one is the least")
     with _named_errors(cache_dir):
-        files = record_files(corpus)
-        seen = [signature(file) for file in files]
-        # transformers is asked for its version only: importing it takes seconds, and a cache may be there already
-        also = [f"{SCHEMA} {max_characters} {version('transformers')} {version('tokenizers')}"]
-        made_by = [path for name in _TOKENIZER_FILES if (path := tokenizer_folder / name).is_file()]
-        also += [path.name for path in made_by]
-        folder = cache_dir / fingerprint([*files, *made_by], processes, cache_dir / "hashes", also)
-        if not folder.exists():
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            with locked(folder.with_suffix(".lock"), say):
-                if not folder.exists():
-                    remove_stale(cache_dir)
-                    _Build(corpus, files, folder, processes, say).run(tokenizer_folder, max_characters, seen)
+        if ranks is not None and not ranks.is_first:
+            folder = _help(processes, ranks)
+        else:
+            folder = _find_or_make(corpus, tokenizer_folder, cache_dir, processes, say, max_characters, ranks)
         cache = TokenCache(folder)
     say(f"{corpus}: {cache.report}")
     return cache
 
 
-class _Build:
-    """One build: tokenised in a folder of its own, then published."""
+def _find_or_make(
+    corpus: Path,
+    tokenizer_folder: Path,
+    cache_dir: Path,
+    processes: int,
+    say: Say,
+    max_characters: int,
+    ranks: Ranks | None,
+) -> Path:
+    files = record_files(corpus)
+    seen = [signature(file) for file in files]
+    # transformers is asked for its version only: importing it takes seconds, and a cache may be there already
+    also = [f"{SCHEMA} {max_characters} {version('transformers')} {version('tokenizers')}"]
+    made_by = [path for name in _TOKENIZER_FILES if (path := tokenizer_folder / name).is_file()]
+    also += [path.name for path in made_by]
+    folder = cache_dir / fingerprint([*files, *made_by], processes, cache_dir / "hashes", also)
+    if not folder.exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_suffix(".lock"), say) as held:
+            if not folder.exists():
+                building, can_go_on = work_folder(folder, held)
+                remove_stale(cache_dir, building)
+                made = _Build(corpus, files, folder, building, processes, say, ranks)
+                made.run(tokenizer_folder, max_characters, seen, can_go_on)
+                return folder
+    _share(_Task(folder), ranks)
+    return folder
 
-    def __init__(self, corpus: Path, files: Sequence[Path], folder: Path, processes: int, say: Say) -> None:
-        self.corpus, self.files, self.folder, self.processes, self.say = corpus, files, folder, processes, say
-        self.building = building_folder(folder)
+
+# ---- ranks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What the first rank tells the others."""
+
+    folder: Path
+    building: Path | None = None
+    """None where the cache is there already."""
+
+    rules: Rules | None = None
+    missing: tuple[Unit, ...] = ()
+    """What is to be tokenised; each rank takes its share."""
+
+
+def _share(task: _Task | None, ranks: Ranks | None) -> _Task:
+    """The first rank's task, on every rank."""
+    if ranks is not None:
+        from lbr_dist.distributed import from_first
+
+        task = from_first(task, ranks)
+    assert task is not None
+    return task
+
+
+def _all_parts(parts: Sequence[Part], ranks: Ranks | None) -> list[Part]:
+    """Every rank's parts, when all have written theirs."""
+    if ranks is None:
+        return list(parts)
+    from lbr_dist.distributed import from_all
+
+    return [part for theirs in from_all(list(parts), ranks) for part in theirs]
+
+
+def _help(processes: int, ranks: Ranks) -> Path:
+    """What a rank that is not the first one does. Returns the cache's folder when it is published."""
+    task = _share(None, ranks)
+    if task.building is None or task.rules is None:
+        return task.folder
+    mine = list(task.missing[ranks.rank :: ranks.world_size])
+    try:
+        parts = list(_run(mine, task.building, task.rules, min(processes, len(mine) or 1)))
+    except (DataError, OSError) as error:
+        if isinstance(error, DataError) or error.errno in _FULL:
+            shutil.rmtree(task.building, ignore_errors=True)
+        raise
+    _all_parts(parts, ranks)
+    _all_parts([], ranks)  # the cache is published
+    return task.folder
+
+
+class _Build:
+    """One build by this process, and by other ranks if there are any: tokenised in a work folder, then published."""
+
+    def __init__(
+        self,
+        corpus: Path,
+        files: Sequence[Path],
+        folder: Path,
+        building: Path,
+        processes: int,
+        say: Say,
+        ranks: Ranks | None,
+    ) -> None:
+        self.corpus, self.files, self.folder, self.building = corpus, files, folder, building
+        self.processes, self.say, self.ranks = processes, say, ranks
         self.expected = self.read = self.written = 0
 
-    def run(self, tokenizer_folder: Path, max_characters: int, seen: list[tuple[int, ...]]) -> None:
+    def run(self, tokenizer_folder: Path, max_characters: int, seen: list[tuple[int, ...]], can_go_on: bool) -> None:
         size = sum(each[0] for each in seen)
         self.expected = size // 2  # as for English and a common tokenizer; mended as parts come in
+        keep = False
         try:
-            self.building.mkdir()
+            self.building.mkdir(exist_ok=True)
             rules = _write_tokenizer(tokenizer_folder, self.building / TOKENIZER_FILE, max_characters)
-            work = list(units(self.files, max(_UNIT, size // _MOST_UNITS)))
-            parts = list(self._parts(work, rules, 1 if size < _SMALL else min(self.processes, len(work) or 1)))
+            weight = max(_UNIT, size // _MOST_UNITS)
+            work = list(units(self.files, weight))
+            parts = finished_parts(self.building, plan_of(self.files, weight, rules, self.building), rules)
+            task = _Task(self.folder, self.building, rules, tuple(unit for unit in work if unit.number not in parts))
+            _share(task, self.ranks)
+            mine = list(task.missing if self.ranks is None else task.missing[:: self.ranks.world_size])
+            processes = 1 if size < _SMALL else min(self.processes, len(mine) or 1)
+            made = _all_parts(list(self._parts(work, mine, rules, processes)), self.ranks)
+            parts |= {part.number: part for part in made}
             for file, before in zip(self.files, seen, strict=True):
                 if signature(file) != before:
                     raise DataError(f"{file}: it was changed while it was read. Start again when it is complete.")
-            self._publish(parts, rules)
+            self._publish([parts[unit.number] for unit in work], rules)
+            _all_parts([], self.ranks)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -126,16 +224,27 @@ class _Build:
                 f"{_megabytes(free)} free, expected about {_megabytes(self.expected)}. Free some space, raise the "
                 "quota, or put the cache in another folder; what was written is removed."
             ) from error
+        except (DataError, ModelError):
+            raise
+        except BaseException:
+            keep = can_go_on  # a process was killed, or this one is told to stop: the finished parts are good
+            raise
         finally:
-            shutil.rmtree(self.building, ignore_errors=True)
+            if not keep:
+                shutil.rmtree(self.building, ignore_errors=True)
 
-    def _parts(self, work: list[Unit], rules: Rules, processes: int) -> Iterator[Part]:
-        """What became of every unit, in their order."""
-        total = sum(unit.weight for unit in work)
+    def _parts(self, work: Sequence[Unit], mine: list[Unit], rules: Rules, processes: int) -> Iterator[Part]:
+        """What became of every unit of this process, in their order."""
+        weights = {unit.number: unit.weight for unit in work}
+        total = sum(weights.values())
         self.expected = total // 2  # tables are compressed on the disk
-        self.say(f"{self.corpus}: tokenising {_megabytes(total)} in {len(work)} parts with {processes} process(es)")
+        before = sum(weights[number] for number in finished_numbers(self.building))
+        ranks = f" on {self.ranks.world_size} ranks" if self.ranks is not None else ""
+        there = f"; {_megabytes(before)} are there from an earlier build" if before else ""
+        how = f"with {processes} process(es){ranks}{there}"
+        self.say(f"{self.corpus}: tokenising {_megabytes(total)} in {len(work)} parts {how}")
         began = said = time.monotonic()
-        for unit, part in zip(work, _run(work, self.building, rules, processes), strict=True):
+        for unit, part in zip(mine, _run(mine, self.building, rules, processes), strict=True):
             yield part
             self.read += unit.weight
             self.written += part.tokens * int(rules.dtype[-1]) + 4 * part.documents
@@ -143,8 +252,9 @@ class _Build:
             now = time.monotonic()
             if now - said > _SAY_EVERY:
                 said = now
-                left = (now - began) * (total / max(1, self.read) - 1)
-                self.say(f"{self.corpus}: tokenised {_megabytes(self.read)} of {_megabytes(total)}, {left:.0f} s to go")
+                done = sum(weights[number] for number in finished_numbers(self.building))
+                left = (now - began) * (total - done) / max(1, done - before)
+                self.say(f"{self.corpus}: tokenised {_megabytes(done)} of {_megabytes(total)}, {left:.0f} s to go")
 
     def _publish(self, parts: list[Part], rules: Rules) -> None:
         skipped: dict[str, tuple[int, str]] = {}
@@ -164,10 +274,11 @@ class _Build:
         if not manifest["documents"]:
             found = ", ".join(f"{count} {reason} (the first: {first})" for reason, (count, first) in skipped.items())
             raise DataError(f"{self.corpus}: found no documents to learn from, {found or 'and none left out'}.")
-        with (self.building / MANIFEST).open("x", encoding="utf-8") as file:
+        with (self.building / MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        shutil.rmtree(self.building / DONE)
         if not publish(self.building, self.folder):
             self.say(f"{self.corpus}: another job made the same cache meanwhile; it is used")
 
@@ -188,10 +299,21 @@ def _write_tokenizer(folder: Path, to: Path, max_characters: int) -> Rules:
 
 
 def _run(work: list[Unit], folder: Path, rules: Rules, processes: int) -> Iterator[Part]:
+    """Tokenise units by this process, or by several; gives what became of each, in their order."""
+    try:
+        yield from _run_here(work, folder, rules) if processes == 1 else _run_pool(work, folder, rules, processes)
+    except FileNotFoundError as error:
+        if folder.exists():
+            raise
+        raise LaunchError(f"{folder}: another rank has given up this token cache; its message says why.") from error
+
+
+def _run_here(work: list[Unit], folder: Path, rules: Rules) -> Iterator[Part]:
+    yield from (write_part(unit, folder / TOKENIZER_FILE, folder, rules) for unit in work)
+
+
+def _run_pool(work: list[Unit], folder: Path, rules: Rules, processes: int) -> Iterator[Part]:
     arguments = (folder / TOKENIZER_FILE, folder, rules)
-    if processes == 1:
-        yield from (write_part(unit, *arguments) for unit in work)
-        return
     # spawned, not forked: the parent may hold threads and an accelerator
     context = multiprocessing.get_context("spawn")
     lifeline, held = context.Pipe(duplex=False)

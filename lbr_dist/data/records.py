@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,13 @@ class PairSet:
 # ---- corpora ------------------------------------------------------------------------------------------------------
 
 
+def documents(path: str | Path) -> Iterator[tuple[Place, str, str]]:
+    """Place, id and text of each document in file order, one at a time; ids may come twice. Raises as `read_corpus`."""
+    for place, row in records(Path(path)):
+        key = next((name for name in ("id", "_id", "docid") if row.get(name) is not None), "id")
+        yield place, _identifier(place, row, key), titled_text(place, row)
+
+
 def read_corpus(path: str | Path) -> dict[str, str]:
     """Documents by id, in file order.
 
@@ -71,16 +78,14 @@ def read_corpus(path: str | Path) -> dict[str, str]:
     """
     texts: dict[str, str] = {}
     places: dict[str, Place] = {}
-    for place, row in records(Path(path)):
-        key = next((name for name in ("id", "_id", "docid") if row.get(name) is not None), "id")
-        document = _identifier(place, row, key)
+    for place, document, text in documents(path):
         if document in texts:
             raise place.error(
                 f"document id {document!r} again (first at {places[document]})",
                 "each id once",
                 "Remove one of the two, or give it an id of its own.",
             )
-        texts[document] = titled_text(place, row)
+        texts[document] = text
         places[document] = place
     if not texts:
         raise DataError(f"{path}: found no documents, expected at least one record with `id` and `text`.")

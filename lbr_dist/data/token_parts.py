@@ -2,17 +2,20 @@
 
     part-00003.tokens     token ids of the documents, one after another, uint16 or uint32
     part-00003.lengths    tokens of each document, uint32
+    done/00003.json       what became of the part, written last: a part without it is not finished
 
 Which rank or process writes a part changes nothing in it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import secrets
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -22,7 +25,9 @@ from tokenizers import Tokenizer
 
 from lbr_dist.data.record_files import Place, Span, span_rows, spans
 from lbr_dist.data.records import titled_text
+from lbr_dist.files import sync, write_atomic
 
+DONE = "done"
 TOKENIZER_FILE = "tokenizer.json"
 LENGTH = "<u4"
 
@@ -73,6 +78,17 @@ class Part:
     skipped: dict[str, tuple[int, Place]] = field(default_factory=dict)
     """Reason to the number of documents left out, and the place of the first."""
 
+    def to_json(self) -> str:
+        skipped = {name: (n, str(at.file), at.number, at.start) for name, (n, at) in self.skipped.items()}
+        return json.dumps(asdict(self) | {"skipped": skipped})
+
+    @classmethod
+    def from_json(cls, text: str) -> Part:
+        """Raises ValueError, TypeError, KeyError or AttributeError for what `to_json` has not written."""
+        values = json.loads(text)
+        skipped = {name: (n, Place(Path(at[0]), *at[1:])) for name, (n, *at) in values.pop("skipped").items()}
+        return cls(**values, skipped=skipped)
+
 
 def part_file(folder: Path, number: int, kind: str) -> Path:
     return folder / f"part-{number:05d}.{kind}"
@@ -104,7 +120,7 @@ def write_part(unit: Unit, tokenizer: Path, folder: Path, rules: Rules) -> Part:
     Args:
         unit: what to read.
         tokenizer: a `tokenizer.json`.
-        folder: where the files go; they must not be there yet.
+        folder: where the files go, with what became of them in `DONE`.
         rules: see there.
 
     Raises:
@@ -112,10 +128,10 @@ def write_part(unit: Unit, tokenizer: Path, folder: Path, rules: Rules) -> Part:
         OSError: the files cannot be written.
     """
     part = Part(unit.number)
-    with (
-        part_file(folder, unit.number, "tokens").open("xb") as tokens,
-        part_file(folder, unit.number, "lengths").open("xb") as lengths,
-    ):
+    final = [part_file(folder, unit.number, kind) for kind in ("tokens", "lengths")]
+    # another name at each attempt: a process of a former one may not have ended yet
+    attempt = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in final]
+    with attempt[0].open("xb") as tokens, attempt[1].open("xb") as lengths:
         for batch in _batches(_texts(unit, rules, part)):
             ids = _encode(batch, tokenizer, rules.split_special_tokens)
             counts = np.fromiter(map(len, ids), LENGTH, len(ids))
@@ -129,6 +145,11 @@ def write_part(unit: Unit, tokenizer: Path, folder: Path, rules: Rules) -> Part:
         for file in (tokens, lengths):
             file.flush()
             os.fsync(file.fileno())
+    for temporary, path in zip(attempt, final, strict=True):
+        temporary.replace(path)
+    sync(folder)
+    (folder / DONE).mkdir(exist_ok=True)
+    write_atomic(folder / DONE / f"{unit.number:05d}.json", part.to_json())
     return part
 
 

@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from lbr_dist.files import sync
 
@@ -27,7 +28,7 @@ _IDLE = 24 * 3600.0
 
 def building_folder(folder: Path) -> Path:
     """The hidden name under which this process makes `folder`."""
-    return folder.parent / f".{folder.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.building"
+    return folder.parent / f".{folder.name}.{host()}.{os.getpid()}.{secrets.token_hex(4)}.building"
 
 
 def publish(building: Path, folder: Path) -> bool:
@@ -44,46 +45,67 @@ def publish(building: Path, folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds a lock that dies with its process, and says while it waits; without locks in the file system, goes on."""
-    with path.open("ab") as file:
-        began, said = time.monotonic(), float("-inf")
-        while not _try_lock(file.fileno()):
-            now = time.monotonic()
-            if now - said >= _SAY_EVERY:
-                said = now
-                say(f"waiting for another job that makes the same files ({path}), {now - began:.0f} s so far")
-            time.sleep(0.2)
-        try:
-            yield
-        finally:
-            # who waits on this file still gets its lock, finds the work done, and goes on
-            path.unlink(missing_ok=True)
+def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
+    """Holds a lock that dies with its process, and says while it waits; False where the file system has no locks."""
+    began, said = time.monotonic(), float("-inf")
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            while (held := try_lock(file.fileno())) == "busy":
+                now = time.monotonic()
+                if now - said >= _SAY_EVERY:
+                    said = now
+                    say(f"waiting for another job that makes the same files ({path}), {now - began:.0f} s so far")
+                time.sleep(0.2)
+            if held == "held" and not is_at(path, file.fileno()):
+                continue  # who held it has removed it: a third job may hold the next one
+            try:
+                yield held == "held"
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
-def _try_lock(file: int) -> bool:
+def try_lock(file: int) -> Literal["held", "busy", "no locks"]:
+    """Lock an open file, if nobody else has and its file system can."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return "busy"
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-    return True
+        return "no locks"
+    return "held"
 
 
-def remove_stale(parent: Path) -> None:
-    """Remove what killed processes left unfinished: their process is gone, or nothing was written for a day."""
+def is_at(path: Path, file: int) -> bool:
+    """Whether an open file is the one of this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def remove_stale(parent: Path, keep: Path | None = None) -> None:
+    """Remove what killed processes left unfinished: their process is gone, or nothing was written for a day.
+
+    Args:
+        parent: where the folders are made.
+        keep: one that is to be gone on with.
+    """
     for folder in parent.glob(".*.building"):
+        if folder == keep:
+            continue
         named = re.fullmatch(r"\..+\.([^.]+)\.(\d+)\.[0-9a-f]{8}\.building", folder.name)
         with contextlib.suppress(OSError):  # another process may remove it at the same time
             newest = max(each.stat().st_mtime for each in (folder, *folder.iterdir()))
-            gone = named is not None and named[1] == _host() and not _is_alive(int(named[2]))
+            gone = named is not None and named[1] == host() and not _is_alive(int(named[2]))
             if gone or time.time() - newest > _IDLE:
                 shutil.rmtree(folder)
 
 
-def _host() -> str:
+def host() -> str:
     """Where a process number means the same process: containers of one host may count their own."""
     return f"{socket.gethostname().replace('.', '-')}-{os.stat('/proc/self/ns/pid').st_ino}"
 

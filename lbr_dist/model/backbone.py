@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -69,6 +69,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """A safetensors file, open.
+
+    Raises:
+        ModelError: it is damaged, or none.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ModelError(f"{path}: damaged, or no safetensors ({error}). Copy or save the model again.") from None
+
+
 class WeightFiles:
     """The safetensors of a folder, one or many, read tensor by tensor."""
 
@@ -78,7 +92,7 @@ class WeightFiles:
         if (folder / WEIGHTS_INDEX).exists():
             self.files = dict(read_json(folder / WEIGHTS_INDEX)["weight_map"])
         elif (folder / WEIGHTS).exists():
-            with safe_open(folder / WEIGHTS, framework="pt") as tensors:
+            with open_weights(folder / WEIGHTS) as tensors:
                 self.files = dict.fromkeys(tensors.keys(), WEIGHTS)
         else:
             raise ModelError(
@@ -93,11 +107,11 @@ class WeightFiles:
         return name in self.files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self.folder / self.files[name], framework="pt") as tensors:
+        with open_weights(self.folder / self.files[name]) as tensors:
             return tuple(tensors.get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        with safe_open(self.folder / self.files[name], framework="pt") as tensors:
+        with open_weights(self.folder / self.files[name]) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
             return tensor
 

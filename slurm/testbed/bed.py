@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on one Debian machine, brought up and taken down by root.
+"""A real Slurm of three nodes on one Debian machine, brought up and taken down by root.
 
 Everything is in one folder: daemons' settings, state, logs, sockets, the accounting's database. Names of nodes resolve
 in the daemons' own view of `/etc/hosts` alone (a mount namespace), ports are free ones of the loopback device, and no
@@ -84,7 +84,7 @@ class Bed:
     # ---- up ---------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
-        """Bring the cluster up; returns when both nodes are idle.
+        """Bring the cluster up; returns when all nodes are idle.
 
         Raises:
             LaunchError: it cannot be, or isn't within half a minute; what was started is down again.
@@ -104,10 +104,14 @@ class Bed:
             self.start_controller()
             for name in NODES:
                 self.start_node(name)
-            self._wait("both nodes are idle", lambda: self._states() == {name: "idle" for name in NODES})
+            self.wait_idle()
         except BaseException:
             self.down()
             raise
+
+    def wait_idle(self) -> None:
+        """Wait until nothing runs, and all nodes are up."""
+        self._wait("all nodes are idle", lambda: self.states() == dict.fromkeys(NODES, "idle"))
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +197,17 @@ class Bed:
         """Stop slurmctld, whose state is saved."""
         _end([self._pid("slurmctld")])
 
+    def read_only(self, name: str, folder: Path) -> Callable[[], None]:
+        """Make a folder unwritable on one node alone, as a broken mount does; gives what mends it."""
+        inside = ("nsenter", f"--mount=/proc/{self._pid(f'slurmd-{name}')}/ns/mnt")
+        self.run(*inside, "mount", "--bind", str(folder), str(folder))
+        self.run(*inside, "mount", "-o", "remount,bind,ro", str(folder))
+
+        def mend() -> None:
+            self.run(*inside, "umount", "--lazy", str(folder))
+
+        return mend
+
     def crash_node(self, name: str) -> None:
         """Kill a node's daemon and all that it runs, at once, as a loss of power does."""
         _kill(_tree(self._pid(f"slurmd-{name}")) + self._steps(name))
@@ -275,7 +290,8 @@ class Bed:
                     found[file.stem] = int(pid)
         return found
 
-    def _states(self) -> dict[str, str]:
+    def states(self) -> dict[str, str]:
+        """Of the nodes: idle, mixed, allocated, down*, …; empty while the controller gives no answer."""
         try:
             rows = self.run("sinfo", "-h", "-N", "-p", "normal", "-o", "%N %T", seconds=5).split()
         except LaunchError:  # the controller does not listen yet

@@ -1,11 +1,11 @@
-"""The files that make Slurm's daemons a cluster of two nodes on one machine."""
+"""The files that make Slurm's daemons a cluster of three nodes on one machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 CPUS, MEMORY_MB, GPUS = 4, 8000, 2
 """Of each node, whatever the machine has."""
 
@@ -27,7 +27,7 @@ class Ports:
 
 
 def slurm_conf(folder: Path, host: str, ports: Ports, accounting: bool) -> str:
-    """`slurm.conf`: two partitions, `normal` and `urgent`; the second one preempts jobs of the first."""
+    """`slurm.conf`: partitions `normal`, `short` (ten minutes at most), and `urgent`, which preempts jobs of both."""
     nodes = ",".join(NODES)
     storage = (
         f"""AccountingStorageType=accounting_storage/slurmdbd
@@ -68,6 +68,8 @@ SlurmdTimeout=10
 MessageTimeout=10
 MinJobAge=600
 JobRequeue=1
+# a job that no partition would ever start is refused at once
+EnforcePartLimits=ALL
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=2
 SelectType=select/cons_tres
@@ -78,6 +80,7 @@ GresTypes=gpu
 {storage}
 {lines}
 PartitionName=normal Nodes={nodes} Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={GRACE_SECONDS}
+PartitionName=short Nodes={nodes} MaxTime=10 PriorityTier=1 GraceTime={GRACE_SECONDS}
 PartitionName=urgent Nodes={nodes} MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 

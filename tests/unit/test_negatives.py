@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from lbr_dist import mining_index, mining_work, negatives
+from lbr_dist import mining_index, negatives
+from lbr_dist import progress as progress_lines
 from lbr_dist.data.candidates import Candidates, Rules
 from lbr_dist.data.records import read_corpus, read_pairs
 from lbr_dist.distributed import Ranks
@@ -23,7 +24,7 @@ from lbr_dist.encode import Encoder
 from lbr_dist.errors import ConfigError, DataError
 from lbr_dist.launch import cli, preflight
 from lbr_dist.mining_index import Ivf, Vectors, build_ivf, ivf_lists
-from lbr_dist.mining_work import MiningSettings, Progress, clean, prepare
+from lbr_dist.mining_work import MiningSettings, clean, prepare
 from lbr_dist.retrieval import Bm25, exact_search
 from tests import tiny
 
@@ -324,8 +325,8 @@ def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     clock = iter([0.0, 4.0, 20.0, 25.0, 40.0])
-    monkeypatch.setattr(mining_work.time, "monotonic", lambda: next(clock))
-    progress = Progress(told.append, "encoded", "texts", 4000)
+    monkeypatch.setattr(progress_lines.time, "monotonic", lambda: next(clock))
+    progress = progress_lines.Progress(told.append, "encoded", "texts", 4000)
     progress.within(1000, 100, 200)
     progress.add(1000)
     progress.add(500)

@@ -1,0 +1,299 @@
+"""A collection of any size to a file of vectors, by any number of ranks, and on from where it was cut off.
+
+The collection is cut in parts of a fixed number of texts, which each rank encodes by itself; which one does changes
+nothing in a part. All lie in a folder named after the result until every part is there:
+
+    OUT.parts/parts.json        what the parts depend on, written when the collection is found to be without fault
+    OUT.parts/ids               the ids of all texts, a JSON string a line
+    OUT.parts/part-00003.npy    the vectors of texts 3 n to 4 n
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lbr_dist.data.fingerprint import fingerprint, signature
+from lbr_dist.data.record_files import record_files
+from lbr_dist.data.records import documents
+from lbr_dist.data.whole_folder import is_at, try_lock
+from lbr_dist.distributed import Ranks, from_all, from_first
+from lbr_dist.encode import Kind, open_encoder
+from lbr_dist.errors import ConfigError, DataError, LaunchError
+from lbr_dist.files import sync, write_atomic
+from lbr_dist.progress import Progress
+from lbr_dist.vector_files import Vectors, check_ending, write_vectors
+
+Say = Callable[[str], None]
+
+MANIFEST = "parts.json"
+IDS = "ids"
+_SCHEMA = 1
+_LOCK = "lock"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """What to encode, with what, and how; the fields are the arguments of `lbr encode`."""
+
+    model: Path
+    collection: Path
+    out: Path
+    kind: Kind = "document"
+    chunk_tokens: int = 8192
+    part_texts: int = 4096
+    """Texts of a part: what a killed rank loses at most."""
+
+    threads: int = 1
+    """Threads of a rank on a CPU. Not taken from the number of ranks, since sums in bfloat16 depend on it."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError, naming the option."""
+        for name in ("chunk_tokens", "part_texts", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected one or more.")
+
+    @property
+    def folder(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.parts")
+
+    def part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.npy"
+
+    def part_size(self, number: int, texts: int) -> int:
+        """Texts of a part, of so many in all."""
+        return min(self.part_texts, texts - number * self.part_texts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What the first rank finds, and tells the others."""
+
+    texts: int
+    missing: list[int]
+
+
+def encode_collection(job: EncodeJob, ranks: Ranks, say: Say) -> None:
+    """Encode a collection into `job.out`, every rank its share. A collective.
+
+    The file's bytes depend on neither the number of ranks nor on what was cut off before.
+
+    Raises:
+        ConfigError, DataError, ModelError: on the first rank before anything is encoded, where that can be; the parts
+            that are there were made of something else; the disk is full.
+        LaunchError: another job is encoding into the same file.
+    """
+    check_ending(job.out)
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(job.threads)
+    with _named_full_disk(job), _owned(job) if ranks.is_first else contextlib.nullcontext():
+        before = [signature(file) for file in record_files(job.collection)] if ranks.is_first else []
+        work = from_first(_prepare(job, ranks, say) if ranks.is_first else _Work(0, []), ranks)
+        _encode(job, work, work.missing[ranks.rank :: ranks.world_size], say)
+        from_all(None, ranks)  # every part is there
+        if ranks.is_first:
+            if [signature(file) for file in record_files(job.collection)] != before:
+                raise DataError(
+                    f"{job.collection}: it was changed while it was read. Delete {job.folder}, and start again when it "
+                    "is complete."
+                )
+            _join(job, work.texts)
+    if ranks.is_first:
+        say(f"written to {job.out}: {work.texts:,} vectors")
+    from_all(None, ranks)
+
+
+# ---- the folder of parts ------------------------------------------------------------------------------------------
+
+
+def _prepare(job: EncodeJob, ranks: Ranks, say: Say) -> _Work:
+    """Check the whole collection, or find that this was done before, and look which parts are missing."""
+    made_of = _made_of(job, ranks.device)
+    path = job.folder / MANIFEST
+    if not path.exists():
+        for left in job.folder.glob("*part-*"):  # a finished job was cut off while it cleaned up
+            left.unlink()
+        texts = _write_ids(job)
+        write_atomic(path, json.dumps(made_of | {"texts": texts}, indent=1) + "\n")
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        texts = int(found.pop("texts"))
+    except (ValueError, KeyError, AttributeError):
+        found = {}
+    differing = [name for name, value in made_of.items() if found.get(name) != value]
+    if differing:
+        raise DataError(
+            f"{job.folder}: found parts that differ in {', '.join(differing)}, expected those of this command. Give "
+            "the former model, collection and options to go on with them, name another --out, or delete the folder."
+        )
+    for left in job.folder.glob(".part-*"):
+        left.unlink()
+    numbers = range(-(-texts // job.part_texts))
+    missing = [number for number in numbers if _shape(job.part(number)) != job.part_size(number, texts)]
+    if len(missing) < len(numbers):
+        say(f"{job.folder}: {len(numbers) - len(missing)} of {len(numbers)} parts are there already")
+    return _Work(texts, missing)
+
+
+def _made_of(job: EncodeJob, device: torch.device) -> dict[str, Any]:
+    """All that decides the bytes of a part, by the name under which a difference is reported."""
+    cores, known = len(os.sched_getaffinity(0)), job.folder / "hashes"
+    inside = [path for path in sorted(job.model.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    on_cpu = device.type == "cpu"
+    return {
+        "the format of the parts": _SCHEMA,
+        "the model": fingerprint(inside, cores, known, [str(path.relative_to(job.model)) for path in inside]),
+        "the collection": fingerprint(record_files(job.collection), cores, known),
+        "--kind": job.kind,
+        "--chunk-tokens": job.chunk_tokens,
+        "--part-texts": job.part_texts,
+        "--threads": job.threads if on_cpu else None,
+        "the device": device.type if on_cpu else torch.cuda.get_device_name(device),
+        "the version of torch or transformers": [version("torch"), version("transformers")],
+    }
+
+
+def _write_ids(job: EncodeJob) -> int:
+    """Read all of the collection, so that a fault in it is named now, and write its ids. Returns their number."""
+    seen: set[str] = set()
+    with (job.folder / IDS).open("w", encoding="utf-8") as file:
+        for place, name, text in documents(job.collection):
+            if name in seen:
+                raise place.error(
+                    f"document id {name!r} again", "each id once", "Remove one of the two, or give it an id of its own."
+                )
+            if job.out.suffix == ".npy" and name.splitlines() != [name]:
+                expected = "one line, as FILE.ids has one for each text"
+                raise place.error(f"the id {name!r}", expected, "Write FILE.parquet, or give it another id.")
+            if _SURROGATE.search(name) or _SURROGATE.search(text):
+                raise place.error("half of a surrogate pair", "whole characters", "Mend or remove this record.")
+            seen.add(name)
+            file.write(json.dumps(name) + "\n")
+    sync(job.folder / IDS)
+    if not seen:
+        raise DataError(f"{job.collection}: found no documents, expected at least one record with `id` and `text`.")
+    return len(seen)
+
+
+def _shape(part: Path) -> int | None:
+    """The number of vectors in a whole part; None where it is not there, or not whole."""
+    try:
+        return len(np.load(part, mmap_mode="r"))
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+@contextlib.contextmanager
+def _owned(job: EncodeJob) -> Iterator[None]:
+    """Make the folder of parts, and hold it against other jobs; it is gone afterwards if its manifest is."""
+    path = job.folder / _LOCK
+    while True:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            held = try_lock(file.fileno())
+            if held == "busy":
+                raise LaunchError(
+                    f"{job.folder}: another job encodes into {job.out}. Wait for it, stop it, or name another --out."
+                )
+            if held == "held" and not is_at(path, file.fileno()):
+                continue  # its holder has removed it since
+            try:
+                yield
+            finally:
+                if not (job.folder / MANIFEST).exists():
+                    shutil.rmtree(job.folder)
+            return
+
+
+# ---- parts --------------------------------------------------------------------------------------------------------
+
+
+def _encode(job: EncodeJob, work: _Work, mine: list[int], say: Say) -> None:
+    """Encode some of the parts."""
+    if not mine:
+        return
+    encoder = open_encoder(job.model, None, job.chunk_tokens)
+    sizes = {number: job.part_size(number, work.texts) for number in mine}
+    progress = Progress(say, "encoded", "texts", sum(sizes.values()))
+    for number, texts in _texts(job, sizes):
+        vectors = encoder.encode(texts, job.kind, partial(progress.within, sizes[number]))
+        _write_part(job.part(number), vectors.numpy())
+        progress.add(sizes[number])
+
+
+def _texts(job: EncodeJob, sizes: Collection[int]) -> Iterator[tuple[int, list[str]]]:
+    """The texts of some parts, in order. The collection is read once, and no more of it held than a part."""
+    last = max(sizes)
+    held: list[str] = []
+    for index, (_, _, text) in enumerate(documents(job.collection)):
+        number, place = divmod(index, job.part_texts)
+        if place == 0 and held:
+            yield number - 1, held
+            held = []
+        if number > last:
+            return
+        if number in sizes:
+            held.append(text)
+    if held:
+        yield last, held
+
+
+def _write_part(path: Path, vectors: Vectors) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, vectors)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def _join(job: EncodeJob, texts: int) -> None:
+    """All parts into one file. The manifest goes first: a folder without one is what a finished job left."""
+
+    def parts() -> Iterator[Vectors]:
+        for number in range(-(-texts // job.part_texts)):
+            part: Vectors = np.load(job.part(number))
+            if len(part) != job.part_size(number, texts):
+                raise DataError(
+                    f"{job.part(number)}: found {len(part)} vectors, expected {job.part_size(number, texts)}: the "
+                    f"collection was changed while it was read. Delete {job.folder}, and start again."
+                )
+            yield part
+
+    with (job.folder / IDS).open(encoding="utf-8") as ids:
+        write_vectors(job.out, (json.loads(line) for line in ids), parts(), texts)
+    (job.folder / MANIFEST).unlink()
+
+
+@contextlib.contextmanager
+def _named_full_disk(job: EncodeJob) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(job.out.absolute().parent).free
+        raise DataError(
+            f"{job.out}: no room for the vectors ({error.strerror}): found {free / 1e6:,.1f} MB free. Free some space "
+            "and start again: the parts that are finished stay."
+        ) from error

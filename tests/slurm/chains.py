@@ -1,0 +1,185 @@
+"""Runs on the test bed: what the tests queue, wait for and break."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lbr_dist.config import (
+    CheckpointConfig,
+    ClusterConfig,
+    LearnConfig,
+    OptimizerConfig,
+    RepresentConfig,
+    RunConfig,
+    SlurmConfig,
+    to_dict,
+)
+from lbr_dist.slurm import records
+from lbr_dist.slurm.records import JobStage, Try
+from tests.configs import tiny_run
+
+STEPS = 40
+SLOW = (sys.executable, str(Path(__file__).with_name("slow_rank.py")))
+"""Before a rank's command: each step of its training takes a while longer, without the processor."""
+
+
+def long_run(run_dir: Path, base: Path, files: Path, **slurm: Any) -> RunConfig:
+    """Stage 1 alone, on two nodes with a rank each, long enough to be met in its midst."""
+    optimizer = OptimizerConfig(lr=3e-3)
+    given = {"nodes": 2, "cpus_per_task": 1, "time_minutes": 10, "lead_seconds": 30, "wait_seconds": 5}
+    config = tiny_run(
+        run_dir,
+        base,
+        files,
+        learn=LearnConfig(
+            steps=STEPS, batch_texts=6, max_text_tokens=24, row_tokens=96, optimizer=optimizer, diagnose_every=1000
+        ),
+        represent=RepresentConfig(steps=0),
+        checkpoint=CheckpointConfig(every_steps=5, keep=2),
+        cluster=ClusterConfig(timeout_minutes=0.5),
+        slurm=SlurmConfig(**(given | {"container": SLOW, "node_check": False} | slurm)),
+    )
+    return without_test(config)
+
+
+def without_test(config: RunConfig) -> RunConfig:
+    """The config of a run that ends with the export."""
+    import dataclasses
+
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, test=None))
+
+
+def write(config: RunConfig, path: Path) -> Path:
+    """The config as a file that `lbr` reads."""
+    path.write_text(yaml.safe_dump(to_dict(config), allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def lbr(*arguments: str, seconds: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "lbr_dist.launch.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def submit(config: RunConfig, folder: Path, *arguments: str, **environment: str) -> dict[str, str]:
+    """Queue a run; gives the ids of its jobs by stage."""
+    path = write(config, folder / "submitted.yaml")
+    done = lbr("submit", str(path), *arguments, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(records.submissions(config.run_path)[-1].jobs)
+
+
+def status(run: Path) -> dict[str, dict[str, Any]]:
+    """What `lbr status --json` says of a run's stages; nothing while the controller is down."""
+    done = lbr("status", str(run), "--json")
+    if "Unable to contact" in done.stderr or "no answer" in done.stderr:
+        return {}
+    assert done.returncode == 0, done.stderr
+    return {row["stage"]: row for row in json.loads(done.stdout)}
+
+
+def wait(what: str, ready: Callable[[], Any], run: Path, seconds: float = 120.0) -> Any:
+    """Wait until something is true; else fail with what the run's logs say."""
+    deadline = time.monotonic() + seconds
+    while not (found := ready()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not so after {seconds:g} s: {what}\n{told(run)}")
+        time.sleep(0.2)
+    return found
+
+
+def wait_over(run: Path, seconds: float = 180.0) -> dict[str, dict[str, Any]]:
+    """Wait until no stage of a run is queued or runs any more."""
+    over = ("finished", "failed", "cancelled", "not submitted", "unknown")
+
+    def ready() -> dict[str, dict[str, Any]] | None:
+        found = status(run)
+        return found if found and all(row["state"] in over for row in found.values()) else None
+
+    found: dict[str, dict[str, Any]] = wait("all is over", ready, run, seconds)
+    return found
+
+
+def told(run: Path) -> str:
+    """What a run's logs end with."""
+    parts = []
+    for path in sorted([*run.glob("slurm/*.log"), *run.glob("*/logs/*.log"), *run.glob("slurm/*/*.log")]):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        parts.append("\n".join([f"==> {path.relative_to(run)}", *lines]))
+    with contextlib.suppress(Exception):
+        parts.append(json.dumps(status(run), indent=1))
+    return "\n".join(parts)
+
+
+def step(config: RunConfig, stage: JobStage = "learn") -> int:
+    """The last step that a stage has logged."""
+    try:
+        lines = (config.run_path / stage / "metrics.jsonl").read_text().splitlines()
+        return int(json.loads(lines[-1])["step"])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def wait_step(config: RunConfig, at_least: int, stage: JobStage = "learn") -> None:
+    """Wait until a stage has done so many steps."""
+    wait(f"step {at_least}", lambda: step(config, stage) >= at_least, config.run_path)
+
+
+def tries(config: RunConfig, stage: JobStage = "learn") -> list[Try]:
+    return records.tries(config.run_path, stage)
+
+
+def outcomes(config: RunConfig, stage: JobStage = "learn") -> list[str]:
+    return [each.outcome for each in tries(config, stage)]
+
+
+def ranks(config: RunConfig) -> dict[int, int]:
+    """Processes of a run's ranks on this machine, by rank."""
+    found: dict[int, int] = {}
+    for process, words, environment in _processes():
+        is_ours = any(str(config.run_path) in word for word in words) and "lbr_dist.launch.worker" in words
+        if is_ours and "SLURM_STEP_ID" in environment:
+            found[int(environment["SLURM_PROCID"])] = process
+    return found
+
+
+def _processes() -> Iterator[tuple[int, list[str], dict[str, str]]]:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+            yield int(process.name), words, dict(each.split("=", 1) for each in variables if "=" in each)
+
+
+def node_of(config: RunConfig, rank: int) -> str:
+    """The name of a rank's node."""
+    environment = Path(f"/proc/{ranks(config)[rank]}/environ").read_bytes().split(b"\0")
+    return next(each.decode().split("=")[1] for each in environment if each.startswith(b"SLURMD_NODENAME="))
+
+
+def hosts(nodes: str) -> list[str]:
+    """`n[1,3]` written out."""
+    command = ["scontrol", "show", "hostnames", nodes]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def send(config: RunConfig, rank: int, number: signal.Signals) -> None:
+    """Send a signal to one rank of a run."""
+    os.kill(ranks(config)[rank], number)

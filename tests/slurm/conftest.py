@@ -1,0 +1,75 @@
+"""One Slurm for all tests of this folder, and the runs that they compare with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lbr_dist.config import RunConfig
+from lbr_dist.launch.config_file import write_config
+from lbr_dist.launch.ranks import run_stage
+from lbr_dist.slurm.testbed.bed import Bed, why_not
+from tests.slurm.chains import long_run
+
+pytestmark = pytest.mark.slurm
+SMALL_DISK = "16m"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+
+
+@pytest.fixture(scope="session")
+def small_disk() -> Iterator[Path]:
+    """A disk that is soon full; mounted before the bed, whose daemons have their own view of mounts."""
+    if os.geteuid() != 0:
+        pytest.skip("a small disk is mounted by root")
+    folder = Path(tempfile.mkdtemp(prefix="lbr-small-"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+    folder.rmdir()
+
+
+@pytest.fixture(scope="session")
+def bed(small_disk: Path) -> Iterator[Bed]:
+    """A Slurm that is up; this process's commands talk to it."""
+    reason = why_not()
+    if reason:
+        pytest.skip(f"no Slurm test bed: {reason}")
+    folder = Path(tempfile.mkdtemp(prefix="lbr-bed-"))
+    found = Bed(folder)
+    found.up()
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(found.environment)
+    yield found
+    os.environ.clear()
+    os.environ.update(before)
+    found.down()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Stage 1 of `long_run` on two ranks, without Slurm and without an interruption."""
+    config = long_run(tmp_path_factory.mktemp("whole") / "run", tiny_model, tiny_data)
+    path = config.run_path / "config.yaml"
+    write_config(config, path)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # as on the test bed: sums have an order
+    try:
+        run_stage("learn", path, 2, config.stage_path("learn") / "logs")
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+    return config

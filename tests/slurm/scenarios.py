@@ -1,0 +1,274 @@
+"""Many things that happen to runs on a cluster, all at once: each scenario is a function that queues a run of its own.
+
+They mostly wait, for steps, for deadlines, for Slurm: one after another they would take several times as long, and a
+cluster has other runs on its nodes too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lbr_dist.config import RepresentConfig, RunConfig
+from lbr_dist.slurm import records
+from lbr_dist.slurm.testbed.bed import Bed
+from tests.faults.runs import assert_same_end
+from tests.slurm import chains
+from tests.slurm.chains import (
+    lbr,
+    long_run,
+    outcomes,
+    ranks,
+    send,
+    status,
+    submit,
+    tries,
+    wait,
+    wait_over,
+    wait_step,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a scenario plays."""
+
+    bed: Bed
+    whole: RunConfig
+    """What an uninterrupted `long_run` gave."""
+
+    model: Path
+    data: Path
+    small_disk: Path
+    folder: Path
+    """The scenario's own."""
+
+    def long(self, **slurm: Any) -> RunConfig:
+        return long_run(self.folder / "run", self.model, self.data, **slurm)
+
+
+Scenario = Callable[[Place], None]
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(function: Scenario) -> Scenario:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+@scenario
+def time_limits(place: Place) -> None:
+    """Two minutes a try: USR2 ahead of the limit, a save, a requeue, until it is done; as if nothing had been."""
+    # Slurm looks at limits twice a minute, and may warn so much earlier
+    config = place.long(time_minutes=2, lead_seconds=60, environment={"LBR_TRIAL_PAUSE": "3.3"})
+    jobs = submit(config, place.folder)
+    found = wait_over(config.run_path, 400)
+    assert found["learn"]["state"] == "finished", chains.told(config.run_path)
+    assert outcomes(config).count("interrupted") >= 2, outcomes(config)
+    assert {each.job for each in tries(config)} == {jobs["learn"]}, "a requeued job keeps its id"
+    assert all(each.progressed for each in tries(config)[:-1])
+    assert "told to stop, and saved" in tries(config)[0].reason
+    assert_same_end(config, place.whole)
+
+
+@scenario
+def killed_and_hung(place: Place) -> None:
+    """A rank is killed, then one hangs: each try ends within its deadline, and the next one is without its node."""
+    config = place.long(max_retries=5)
+    submit(config, place.folder)
+    wait_step(config, 7)
+    node = chains.node_of(config, 1)
+    send(config, 1, signal.SIGKILL)
+    wait("the first try is over", lambda: outcomes(config)[0], config.run_path)
+    first = tries(config)[0]
+    assert first.outcome == "failed" and f"rank 1 on {node} was killed: Killed" in first.reason, first
+    assert first.blamed == [node], "there is a third node"
+
+    wait_step(config, 14)
+    assert node not in chains.hosts(tries(config)[1].nodes)
+    began = time.monotonic()
+    hung, node = ranks(config)[1], chains.node_of(config, 1)
+    send(config, 1, signal.SIGSTOP)
+    wait("the second try is over", lambda: len(outcomes(config)) > 1 and outcomes(config)[1], config.run_path, 90)
+    # cluster.timeout_minutes, slurm.wait_seconds for the one that cannot end itself, and what the machine needs
+    assert time.monotonic() - began < 30 + 5 + 20
+    second = tries(config)[1]
+    assert second.outcome == "failed" and f"rank 1 on {node} hung" in second.reason, second
+    wait("the hung rank is gone", lambda: not Path(f"/proc/{hung}").exists(), config.run_path, 20)
+    assert (config.run_path / "learn" / "logs" / "rank-0.stacks").exists()
+    found = wait_over(config.run_path, 300)
+    assert found["learn"]["state"] == "finished", chains.told(config.run_path)
+    assert_same_end(config, place.whole)
+    assert not ranks(config)
+
+
+@scenario
+def cancelled(place: Place) -> None:
+    """`lbr cancel` in mid-step: the whole chain ends, and the ranks' polite end brings none of it back."""
+    config = _chain(place)
+    submit(config, place.folder)
+    wait_step(config, 3)
+    done = lbr("cancel", str(config.run_path))
+    assert done.returncode == 0 and done.stdout.count("is cancelled") == 2, done
+    found = wait_over(config.run_path)
+    assert [row["state"] for row in found.values()] == ["cancelled", "cancelled"], found
+    assert "by `lbr cancel`" in found["learn"]["reason"]
+    wait("no rank is left", lambda: not ranks(config), config.run_path, 30)
+    time.sleep(6)
+    assert status(config.run_path)["learn"]["state"] == "cancelled", "nobody requeues what was cancelled"
+    assert lbr("cancel", str(config.run_path)).stdout.strip().endswith("no job of it is queued or runs")
+
+
+@scenario
+def scancelled(place: Place) -> None:
+    """`scancel` of the first job: what waits for it goes too, and `lbr submit` then goes on from the checkpoint."""
+    config = _chain(place)
+    jobs = submit(config, place.folder)
+    wait_step(config, 12)
+    again = lbr("submit", str(place.folder / "submitted.yaml"))
+    assert again.returncode == 1 and "queued or running" in again.stderr, again
+    subprocess.run(["scancel", jobs["learn"]], check=True)
+    found = wait_over(config.run_path)
+    assert [row["state"] for row in found.values()] == ["cancelled", "cancelled"], found
+    assert found["represent"]["reason"] == "learn cancelled"
+    saved = records.saved_step(config, "learn")
+    assert saved >= 10
+    wait("no rank is left", lambda: not ranks(config), config.run_path, 30)
+    submit(config, place.folder)
+    found = wait_over(config.run_path)
+    assert [row["state"] for row in found.values()] == ["finished"] * 2, chains.told(config.run_path)
+    assert tries(config)[1].first_step == saved
+    assert_same_end(config, place.whole)
+
+
+@scenario
+def the_first_stage_fails(place: Place) -> None:
+    """Its error reaches the user; the second stage never begins, and says why."""
+    config = _chain(place)
+    base = place.folder / "base"
+    shutil.copytree(place.model, base)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, base=str(base)))
+    # on the test bed too, the model may go away between the login node and the job
+    jobs = submit(config, place.folder, LBR_TRIAL="1")
+    (base / "model.safetensors").write_bytes(b"not a model")
+    found = wait_over(config.run_path)
+    assert found["learn"]["state"] == "failed" and "model.safetensors" in found["learn"]["reason"], found
+    assert found["represent"]["state"] == "cancelled" and found["represent"]["reason"] == "learn failed", found
+    assert len(tries(config)) == 1, "a mistake is not tried again"
+    assert not (config.run_path / "represent").exists() and jobs.keys() == {"learn", "represent"}
+
+
+@scenario
+def a_full_disk(place: Place) -> None:
+    """No room for a checkpoint: the stage fails with the words for it, and nothing that was saved is lost."""
+    config = dataclasses.replace(place.long(), run_dir=str(place.small_disk / "run"))
+    submit(config, place.folder)
+    wait_step(config, 7)
+    ballast = place.small_disk / "ballast"
+    with ballast.open("wb") as file:
+        try:
+            while True:
+                file.write(b"\0" * 65536)
+        except OSError:
+            pass
+    found = wait_over(config.run_path)
+    assert found["learn"]["state"] == "failed" and "Make room" in found["learn"]["reason"], found
+    ballast.unlink()
+    assert records.saved_step(config, "learn") >= 5
+    submit(config, place.folder)
+    assert wait_over(config.run_path)["learn"]["state"] == "finished", chains.told(config.run_path)
+    assert_same_end(config, place.whole)
+
+
+@scenario
+def a_sweep(place: Place) -> None:
+    """A run for each value, as an array whose tasks wait for their own."""
+    config = _chain(place, nodes=1)
+    config = dataclasses.replace(
+        config,
+        learn=dataclasses.replace(config.learn, steps=2),
+        represent=RepresentConfig(steps=2, batch_pairs=4, chunk_tokens=192),
+    )
+    submit(config, place.folder, "--sweep", "seed=0,1")
+    done = wait("the sweep is over", lambda: _sweep_over(config), config.run_path, 240)
+    assert done.count("finished") == 4, done
+    runs = sorted((config.run_path / "runs").iterdir())
+    assert [run.name for run in runs] == ["seed=0", "seed=1"]
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] != weights[1]
+    assert all((run / "slurm" / "learn.log").read_text().count("finished") == 1 for run in runs)
+
+
+def _sweep_over(config: RunConfig) -> str:
+    printed = lbr("status", str(config.run_path)).stdout
+    return printed if printed.count("finished") + printed.count("failed") + printed.count("cancelled") == 4 else ""
+
+
+@scenario
+def a_broken_node(place: Place) -> None:
+    """A node that cannot write the run folder is found before the ranks start, and left out of the next try."""
+    config = place.long(node_check=True)
+    (place.folder / "run").mkdir(mode=0o700)
+    broken = place.bed.read_only("n2", place.folder / "run")
+    try:
+        submit(config, place.folder)
+        wait("the first try is over", lambda: outcomes(config)[:1] not in ([], [""]), config.run_path, 120)
+        first = tries(config)[0]
+        if "n2" not in chains.hosts(first.nodes):  # other runs were there first
+            return
+        assert first.outcome == "refused" and first.reason.startswith("node n2: "), first
+        assert first.blamed == ["n2"]
+        assert wait_over(config.run_path, 240)["learn"]["state"] == "finished", chains.told(config.run_path)
+        assert "n2" not in chains.hosts(tries(config)[-1].nodes)
+        assert_same_end(config, place.whole)
+    finally:
+        broken()
+
+
+@scenario
+def sbatch_refuses(place: Place) -> None:
+    """The second job is refused: its message reaches the user, and the first one isn't left behind."""
+    config = _chain(place, partition="short", time_minutes=5, evaluate_minutes=60)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=str(place.data / "test.jsonl")))
+    path = chains.write(config, place.folder / "submitted.yaml")
+    done = lbr("submit", str(path))
+    assert done.returncode == 1 and "time limit is invalid" in done.stderr.lower(), done
+    assert "Nothing of this run is queued" in done.stderr
+    queue = subprocess.run(["squeue", "-h", "-o", "%j", "-p", "short"], capture_output=True, text=True, check=True)
+    assert not [name for name in queue.stdout.split() if name.startswith("run-")]
+    assert not records.submissions(config.run_path)
+
+
+@scenario
+def the_controller_starts_again(place: Place) -> None:
+    """While all the others run: no job is lost, and a job that wants its requeue meanwhile asks again."""
+    config = place.long()
+    submit(config, place.folder)
+    wait_step(config, 3)
+    place.bed.stop_controller()
+    try:
+        said = lbr("status", str(config.run_path))
+        assert said.returncode == 1 and said.stderr.startswith("error: squeue: "), said
+        send(config, 0, signal.SIGTERM)
+        wait("it asks for its requeue", lambda: "asking again" in _log(config), config.run_path, 60)
+    finally:
+        place.bed.start_controller()
+    found = wait_over(config.run_path, 240)
+    assert found["learn"]["state"] == "finished" and outcomes(config)[0] == "interrupted", found
+    assert_same_end(config, place.whole)
+
+
+def _log(config: RunConfig) -> str:
+    return records.log_file(config.run_path, "learn").read_text()
+
+
+def _chain(place: Place, **slurm: Any) -> RunConfig:
+    """`long`, with a second stage behind it."""
+    return dataclasses.replace(place.long(**slurm), represent=RepresentConfig(steps=3, batch_pairs=8, chunk_tokens=192))
