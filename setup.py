@@ -12,7 +12,7 @@ setup(
     # kernels/, launch/ and slurm/ stand at the top level and are linked into the package; none of them has an
     # __init__.py, since a top-level package named `kernels` would break transformers
     packages=find_namespace_packages(include=["lbr_dist", "lbr_dist.*"]),
-    package_data={"lbr_dist.launch": ["configs/*.yaml"], "lbr_dist.slurm": ["*.sbatch"]},
+    package_data={"lbr_dist.launch": ["configs/*.yaml"]},
     install_requires=[
         "torch>=2.10",  # older ones: CVE-2026-24747 in weights_only loading
         "transformers>=5.3",  # older ones: CVE-2026-4372

@@ -117,6 +117,8 @@ def _meet(place: Placement) -> list[Peer]:
     dist.all_gather_object(peers, me)
     wrong = misplaced(peers)
     if wrong is not None:
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()  # nobody leaves before all know
         raise LaunchError(
             f"{wrong}. Ranks must be numbered node by node, local ranks from 0 on each: with srun, no "
             "--distribution=cyclic; with mpirun, --map-by slot."

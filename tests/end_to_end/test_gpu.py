@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.test_run import config_file, lbr
+from tests.end_to_end.runs import config_file, lbr
 
 
 @pytest.mark.gpu

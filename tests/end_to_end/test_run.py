@@ -9,34 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from lbr_dist.config import to_dict
-from tests.configs import tiny_run
+from tests.end_to_end.runs import config_file, lbr
 from tests.faults.runs import workers
-
-
-def lbr(*arguments: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*(launcher or (sys.executable, "-m")), "lbr_dist.launch.cli", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | environment, check=False
-    )
-
-
-def config_file(folder: Path, model: Path, data: Path) -> Path:
-    path = folder / "config with spaces.yaml"
-    path.write_text(yaml.safe_dump(to_dict(tiny_run(folder / "a run", model, data))))
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """A config, its run folder after `lbr run`, and what the command printed."""
-    folder = tmp_path_factory.mktemp("run")
-    path = config_file(folder, tiny_model, tiny_data)
-    done = lbr("run", str(path), "--ranks", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return path, folder / "a run", done.stdout
 
 
 def test_run_folder(finished: tuple[Path, Path, str]) -> None:

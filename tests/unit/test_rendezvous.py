@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -255,8 +257,10 @@ def start(*environments: dict[str, str]) -> list[tuple[int, str, str]]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    while True:  # none of those that the system gives away by itself
+        port = random.choice(PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def step(rank: int, node: str, local: int, counts: str, port: int) -> dict[str, str]:

@@ -1,0 +1,59 @@
+"""Work in slices, on 1 to 4 ranks: the files of one process, whoever made which part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from lbr_dist.data import build_tokens
+from lbr_dist.distributed import Ranks
+from lbr_dist.encode_parts import EncodeJob, encode_collection
+from tests import tiny
+from tests.ranks import RankPool
+
+
+def encode_on(ranks: Ranks, job: EncodeJob) -> list[str]:
+    said: list[str] = []
+    encode_collection(job, ranks, said.append)
+    return said
+
+
+def tokens_on(ranks: Ranks | None, corpus: Path, tokenizer: Path, cache: Path) -> tuple[Path, list[str]]:
+    said: list[str] = []
+    with patch.object(build_tokens, "_UNIT", 3000), patch.object(build_tokens, "_SMALL", 0):
+        return build_tokens.build(corpus, tokenizer, cache, 1, said.append, ranks=ranks).folder, said
+
+
+@pytest.mark.parametrize("ending", ["npy", "parquet"])
+def test_encoding(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, ending: str) -> None:
+    collection = tiny_data / "corpus.jsonl"
+    jobs = [EncodeJob(tiny_model, collection, tmp_path / f"{name}.{ending}", part_texts=7) for name in ("one", "more")]
+    encode_on(Ranks(0, 1, 0, torch.device("cpu")), jobs[0])
+    said = pool.run(encode_on, job=jobs[1])
+    assert said == [[f"written to {jobs[1].out}: 96 vectors"]] + [[]] * (pool.world_size - 1)
+    assert jobs[1].out.read_bytes() == jobs[0].out.read_bytes()
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_fewer_parts_than_ranks(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    job = EncodeJob(tiny_model, tiny_data / "corpus.jsonl", tmp_path / "v.npy")
+    two_ranks.run(encode_on, job=job)
+    assert len((tmp_path / "v.ids").read_text().splitlines()) == 96
+
+
+def test_tokens(pool: RankPool, tiny_model: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [{"text": text} for text in tiny.texts().values()] + [{"text": ""}]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    alone, _ = tokens_on(None, corpus, tiny_model, tmp_path / "alone")
+    found = pool.run(tokens_on, corpus=corpus, tokenizer=tiny_model, cache=tmp_path / "cache")
+    assert {folder for folder, _ in found} == {tmp_path / "cache" / alone.name}
+    contents = [{path.name: path.read_bytes() for path in f.iterdir()} for f in (alone, found[0][0])]
+    assert contents[0] == contents[1] and len(contents[0]) > 10
+    # one that is there is used
+    again = pool.run(tokens_on, corpus=corpus, tokenizer=tiny_model, cache=tmp_path / "cache")
+    assert all(folder == found[0][0] and len(said) == 1 for folder, said in again)

@@ -1,0 +1,149 @@
+"""Other launchers than ours: real mpirun and deepspeed, and what becomes of their ranks when one of them dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lbr_dist.data import build_tokens
+from lbr_dist.data.token_cache import TokenCache
+from lbr_dist.distributed import Ranks
+from lbr_dist.encode_parts import EncodeJob, encode_collection
+from tests import tiny
+from tests.end_to_end.runs import config_file, lbr
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+SECONDS_TO_END = 30
+
+
+def mpirun(ranks: int) -> tuple[str, ...]:
+    if shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed; apt-get install openmpi-bin")
+    return ("mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(ranks), sys.executable, "-m")
+
+
+def on_ranks(ranks: int, fault: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command under mpirun, in small parts; see `with_fault`."""
+    command = [*mpirun(ranks), "tests.end_to_end.with_fault", fault, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def living(word: str) -> list[int]:
+    """Processes of this machine with a word on their command line, but this one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if word.encode() in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
+                found.append(int(process.name))
+    return found
+
+
+def assert_no_orphans(word: str) -> None:
+    deadline = time.monotonic() + SECONDS_TO_END
+    while left := living(word):
+        assert time.monotonic() < deadline, f"ranks outlived mpirun: {left}"
+        time.sleep(0.1)
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+def test_mpirun_gives_the_same_model(
+    finished: tuple[Path, Path, str], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    done = lbr("learn", str(config_file(tmp_path, tiny_model, tiny_data)), launcher=mpirun(2))
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = finished[1], tmp_path / "a run"
+    name = "learn/export/model.safetensors"
+    assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher_gives_the_same_model(
+    finished: tuple[Path, Path, str], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Which puts `--local_rank=N` before the command's own arguments."""
+    start = "import sys; from deepspeed.launcher.runner import main; sys.exit(main())"
+    launcher = (sys.executable, "-c", start, "--num_gpus", "2", "--master_port", "29731", "--module")
+    done = lbr("learn", str(config_file(tmp_path, tiny_model, tiny_data)), launcher=launcher, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'--local_rank=1', 'learn'" in done.stdout + done.stderr
+    ours, theirs = finished[1], tmp_path / "a run"
+    name = "learn/export/model.safetensors"
+    assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+# ---- encoding -----------------------------------------------------------------------------------------------------
+
+
+def test_encode_over_mpi_goes_on_after_a_killed_rank(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    collection = tiny_data / "corpus.jsonl"
+    encode_collection(EncodeJob(tiny_model, collection, tmp_path / "one.npy", part_texts=10), ALONE, lambda _: None)
+    out = tmp_path / "vectors.npy"
+    arguments = ("encode", str(tiny_model), str(collection), "--out", str(out), "--part-texts", "10")
+    done = on_ranks(2, "1:2", *arguments)
+    assert done.returncode != 0 and not out.exists(), done.stdout + done.stderr
+    assert "signal 9 (Killed)" in done.stderr
+    assert_no_orphans(str(out))
+    before = len(list(tmp_path.glob("vectors.npy.parts/part-*.npy")))
+    assert 2 <= before < 10
+    done = on_ranks(3, "none", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{before} of 10 parts are there already" in done.stdout
+    assert out.read_bytes() == (tmp_path / "one.npy").read_bytes()
+    assert (tmp_path / "vectors.ids").read_text().splitlines() == list(tiny.texts())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.ids", "one.npy", "vectors.ids", "vectors.npy"]
+
+
+# ---- tokens -------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_over_mpi_go_on_after_a_killed_rank(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [{"text": text} for text in tiny.texts().values()] + [{"text": ""}]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    monkeypatch.setattr(build_tokens, "_UNIT", 3000)
+    alone = build_tokens.build(corpus, tiny_model, tmp_path / "alone", 1, lambda _: None)
+    cache = tmp_path / "cache"
+    arguments = ("data", "tokens", "--base", str(tiny_model), "--corpus", str(corpus), "--cache-dir", str(cache))
+    done = on_ranks(2, "1:1", *arguments)
+    assert done.returncode != 0 and "signal 9 (Killed)" in done.stderr, done.stdout + done.stderr
+    assert_no_orphans(str(cache))
+    (building,) = cache.glob(".*.building")
+    finished = {path: path.stat().st_mtime_ns for path in building.glob("done/0*.json")}
+    assert len(finished) >= 1
+    done = on_ranks(3, "none", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 3 ranks" in done.stdout and "MB are there from an earlier build" in done.stdout
+    (made,) = [path for path in cache.iterdir() if path.is_dir() and path.name != "hashes"]
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (alone.folder, made)]
+    assert contents[0] == contents[1] and made.name == alone.folder.name
+    TokenCache(made).verify()
+
+
+def test_the_fault_of_one_rank_ends_mpirun_with_its_message(tiny_model: Path, tmp_path: Path) -> None:
+    """A line that is no JSON, in the part of the second rank, while the first one waits for it."""
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": text}) for text in tiny.texts().values()]
+    corpus.write_text("\n".join([*lines[:50], "{", *lines[50:]]) + "\n")
+    cache = tmp_path / "cache"
+    began = time.monotonic()
+    done = on_ranks(
+        2, "none", "data", "tokens", "--base", str(tiny_model), "--corpus", str(corpus), "--cache-dir", str(cache)
+    )
+    assert done.returncode == 1
+    assert f"error: {corpus}:51: found a line that is not JSON" in done.stderr
+    assert time.monotonic() - began < SECONDS_TO_END, "it waited"
+    assert_no_orphans(str(cache))
+    assert not list(cache.glob(".*.building"))
