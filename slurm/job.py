@@ -31,7 +31,7 @@ from lbr_dist.files import make_private
 from lbr_dist.launch.config_file import read_config, write_config
 from lbr_dist.launch.ranks import allocator
 from lbr_dist.slurm import records, scheduler
-from lbr_dist.slurm.records import JobStage, Outcome, Submission
+from lbr_dist.slurm.records import JobStage, Outcome, Submission, Try
 from lbr_dist.slurm.scheduler import SlurmError
 from lbr_dist.slurm.verdict import Verdict, judge
 
@@ -301,24 +301,23 @@ class StageJob:
         if state != "RUNNING":
             return self._over(outcome, f"{reason}; the job is {state}: it was cancelled, or reached its time limit")
         failed = outcome != "interrupted"
-        blamed = self._sparable(blamed) if failed else ()
+        without = self._without(blamed, before) if failed and blamed else ()
         earlier = before[-2] if len(before) > 1 else None
         again_here = earlier is not None and earlier.outcome == "failed" and earlier.last_step == self.step
-        if failed and again_here and not blamed and not before[-1].first_step < self.step:
+        if failed and again_here and not without and not before[-1].first_step < self.step:
             return self._over(outcome, f"{reason}; it failed at this step before")
         records.end(self.run_path, self.stage, outcome, reason, self.step, blamed)
         why = self._why_no_further_try()
         if why is not None:
             say(f"{self.stage}: {outcome}: {reason}; {why}")
             return 1
-        avoiding = f", without {', '.join(blamed)}" if blamed else ""
+        avoiding = f", without {', '.join(without)}" if without else ""
         say(f"{self.stage}: {outcome} at step {self.step}: {reason}; requeued{avoiding}")
-        exclude = {*(node for each in before for node in each.blamed), *blamed}
-        exclude |= {self.slurm.exclude} if self.slurm.exclude else set()
         try:
             _patiently(lambda: scheduler.requeue(self.job))
-            if blamed:
-                _patiently(lambda: scheduler.exclude(self.job, ",".join(sorted(exclude))))
+            if without:
+                nodes = ",".join((*without, *([self.slurm.exclude] if self.slurm.exclude else [])))
+                _patiently(lambda: scheduler.exclude(self.job, nodes))
         except LbrError as error:
             say(f"{self.stage}: cannot be requeued, or nodes excluded: {error}")
             return 1
@@ -333,21 +332,22 @@ class StageJob:
         time.sleep(120.0)
         return 1
 
-    def _sparable(self, blamed: Sequence[str]) -> tuple[str, ...]:
-        """The blamed nodes, where the partition has enough others."""
-        partition = os.environ.get("SLURM_JOB_PARTITION", "")
-        ask = ("sinfo", "-h", "-N", "-p", partition, "-o", "%N %T")
+    def _without(self, blamed: Sequence[str], before: Sequence[Try]) -> tuple[str, ...]:
+        """Nodes to leave out: those that are blamed now, then earlier ones, while the partition has enough others."""
+        ask = ("sinfo", "-h", "-N", "-p", os.environ.get("SLURM_JOB_PARTITION", ""), "-o", "%N %T")
         try:
-            rows = _patiently(lambda: scheduler.command(*ask)).splitlines()
+            rows = [line.split() for line in _patiently(lambda: scheduler.command(*ask)).splitlines()]
         except LbrError as error:
             say(f"note: {error}")
             return ()
-        usable = {row.split()[0] for row in rows if not row.split()[1].startswith(("down", "drain", "fail", "unknown"))}
-        if len(usable - set(blamed)) < self.slurm.nodes:
-            if blamed:
-                say(f"note: {', '.join(blamed)} would be left out, but the partition has too few other nodes")
-            return ()
-        return tuple(blamed)
+        usable = {name for name, state in rows if not state.startswith(("down", "drain", "fail", "unknown"))}
+        chosen: list[str] = []
+        for node in (*blamed, *(node for each in reversed(before) for node in each.blamed)):
+            if len(usable - {*chosen, node}) >= self.slurm.nodes:
+                chosen.append(node)
+            elif node in blamed:
+                say(f"note: {node} would be left out, but the partition has too few other nodes")
+        return tuple(dict.fromkeys(chosen))
 
 
 def _patiently(ask: Callable[[], T]) -> T:

@@ -15,6 +15,9 @@ from lbr_dist.errors import LaunchError
 SECONDS = 20.0
 _FIELDS = ("%i", "%T", "%r", "%N", "%S", "%e", "%M")
 _ACCOUNTING = "JobID,State,ExitCode,NodeList,Start,End"
+_DEAF = ("sh", "-c", 'trap "" TERM; exec "$@"', "sh")
+"""Before a command that ends the job inside which it runs: it is sent SIGTERM like all of the job."""
+
 OVER = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "UNKNOWN")
 )
@@ -54,6 +57,7 @@ def command(*words: str, seconds: float = SECONDS, environment: Mapping[str, str
     Raises:
         SlurmError: it is not installed, failed, or gave no answer in time; with its own message.
     """
+    name = words[len(_DEAF)] if words[: len(_DEAF)] == _DEAF else words[0]
     try:
         done = subprocess.run(
             words,
@@ -65,14 +69,14 @@ def command(*words: str, seconds: float = SECONDS, environment: Mapping[str, str
             env=environment,
         )
     except FileNotFoundError:
-        raise SlurmError(f"{words[0]}: not found. Run this on a node from which jobs are submitted.") from None
+        raise SlurmError(f"{name}: not found. Run this on a node from which jobs are submitted.") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(
-            f"{words[0]}: no answer within {seconds:g} s. Is the controller up? `scontrol ping` tells."
+            f"{name}: no answer within {seconds:g} s. Is the controller up? `scontrol ping` tells."
         ) from None
     if done.returncode:
         message = (done.stderr or done.stdout).strip() or f"ended with code {done.returncode}, without a word"
-        raise SlurmError(f"{words[0]}: {message}")
+        raise SlurmError(f"{name}: {message}")
     return done.stdout
 
 
@@ -150,7 +154,7 @@ def requeue(job: str) -> None:
     Raises:
         SlurmError: Slurm refuses.
     """
-    command("scontrol", "requeue", job)
+    command(*_DEAF, "scontrol", "requeue", job)
 
 
 def exclude(job: str, nodes: str) -> None:
@@ -160,7 +164,7 @@ def exclude(job: str, nodes: str) -> None:
     Raises:
         SlurmError: Slurm refuses.
     """
-    command("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
+    command(*_DEAF, "scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
 
 
 def minimal_environment(passed: Iterable[str]) -> dict[str, str]:

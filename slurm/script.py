@@ -92,6 +92,8 @@ def script(
         *(f"module load {shlex.quote(module)}" for module in settings.modules),
         *settings.setup,
         f"export PYTHONPATH={shlex.quote(str(submission / 'code'))}",
+        # or the working folder would come first, and with it the tree that was submitted from
+        "export PYTHONSAFEPATH=1",
     ]
     executor = _Scripts(submission)
     executor.update_parameters(**options, setup=setup, additional_parameters=more)

@@ -140,7 +140,7 @@ def _state(
     tries = records.tries(run, stage)
     last = tries[-1].reason if tries else ""
     log = records.log_file(run, stage)
-    if records.is_finished(config, stage) and (job is None or job.is_over):
+    if records.is_finished(config, stage) and (job is None or job.state == "COMPLETED"):
         return "finished", ""
     if submission is None:
         return "not submitted", ""

@@ -106,6 +106,8 @@ def check(config: RunConfig, first: JobStage, say: Say) -> None:
     Raises:
         LbrError: see the messages.
     """
+    if ":" in str(config.run_path.absolute()):
+        raise ConfigError(f"run_dir: found {config.run_dir!r}, expected a path without colons: PYTHONPATH takes none.")
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
     preflight.check_prefixes(config)

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from lbr_dist import encode_parts
 from lbr_dist.data import build_tokens
 from lbr_dist.distributed import Ranks
 from lbr_dist.encode_parts import EncodeJob, encode_collection
@@ -16,16 +17,28 @@ from tests import tiny
 from tests.ranks import RankPool
 
 
-def encode_on(ranks: Ranks, job: EncodeJob) -> list[str]:
+def encode_on(ranks: Ranks, job: EncodeJob) -> tuple[list[str], int]:
+    """What was said, and how many parts this rank made."""
     said: list[str] = []
-    encode_collection(job, ranks, said.append)
-    return said
+    with patch.object(encode_parts, "_write_part", wraps=encode_parts._write_part) as write:
+        encode_collection(job, ranks, said.append)
+    return said, write.call_count
 
 
-def tokens_on(ranks: Ranks | None, corpus: Path, tokenizer: Path, cache: Path) -> tuple[Path, list[str]]:
+def tokens_on(ranks: Ranks | None, corpus: Path, tokenizer: Path, cache: Path) -> tuple[Path, list[str], int]:
+    """The cache, what was said, and how many parts this rank made."""
     said: list[str] = []
-    with patch.object(build_tokens, "_UNIT", 3000), patch.object(build_tokens, "_SMALL", 0):
-        return build_tokens.build(corpus, tokenizer, cache, 1, said.append, ranks=ranks).folder, said
+    with (
+        patch.object(build_tokens, "_UNIT", 3000),
+        patch.object(build_tokens, "_SMALL", 0),
+        patch.object(build_tokens, "write_part", wraps=build_tokens.write_part) as write,
+    ):
+        folder = build_tokens.build(corpus, tokenizer, cache, 1, said.append, ranks=ranks).folder
+    return folder, said, write.call_count
+
+
+def assert_shared(counts: list[int], total: int) -> None:
+    assert sum(counts) == total and max(counts) - min(counts) <= 1, counts
 
 
 @pytest.mark.parametrize("ending", ["npy", "parquet"])
@@ -33,8 +46,9 @@ def test_encoding(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: P
     collection = tiny_data / "corpus.jsonl"
     jobs = [EncodeJob(tiny_model, collection, tmp_path / f"{name}.{ending}", part_texts=7) for name in ("one", "more")]
     encode_on(Ranks(0, 1, 0, torch.device("cpu")), jobs[0])
-    said = pool.run(encode_on, job=jobs[1])
-    assert said == [[f"written to {jobs[1].out}: 96 vectors"]] + [[]] * (pool.world_size - 1)
+    found = pool.run(encode_on, job=jobs[1])
+    assert [said for said, _ in found] == [[f"written to {jobs[1].out}: 96 vectors"]] + [[]] * (pool.world_size - 1)
+    assert_shared([count for _, count in found], 14)
     assert jobs[1].out.read_bytes() == jobs[0].out.read_bytes()
     assert not list(tmp_path.glob("*.parts"))
 
@@ -49,11 +63,12 @@ def test_tokens(pool: RankPool, tiny_model: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     rows = [{"text": text} for text in tiny.texts().values()] + [{"text": ""}]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
-    alone, _ = tokens_on(None, corpus, tiny_model, tmp_path / "alone")
+    alone, _, parts = tokens_on(None, corpus, tiny_model, tmp_path / "alone")
     found = pool.run(tokens_on, corpus=corpus, tokenizer=tiny_model, cache=tmp_path / "cache")
-    assert {folder for folder, _ in found} == {tmp_path / "cache" / alone.name}
+    assert {folder for folder, _, _ in found} == {tmp_path / "cache" / alone.name}
+    assert_shared([count for _, _, count in found], parts)
     contents = [{path.name: path.read_bytes() for path in f.iterdir()} for f in (alone, found[0][0])]
     assert contents[0] == contents[1] and len(contents[0]) > 10
     # one that is there is used
     again = pool.run(tokens_on, corpus=corpus, tokenizer=tiny_model, cache=tmp_path / "cache")
-    assert all(folder == found[0][0] and len(said) == 1 for folder, said in again)
+    assert all((folder, len(said), count) == (found[0][0], 1, 0) for folder, said, count in again)

@@ -54,6 +54,39 @@ def assert_no_orphans(word: str) -> None:
         time.sleep(0.1)
 
 
+def test_a_fault_ends_ranks_that_wait_for_nobody(tmp_path: Path) -> None:
+    """MPI's own exit would have the faulty rank wait for the others."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\n"
+        "from lbr_dist.rendezvous import here\n"
+        "place = here()\n"
+        "print(place, flush=True)\n"
+        "if place.rank == 1:\n"
+        "    sys.exit('error: the fault')\n"
+        "time.sleep(300)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "WORLD_SIZE": "2"}
+    command = [*mpirun(2)[:-1], str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_END, env=environment, check=False)
+    assert done.returncode == 1 and "error: the fault" in done.stderr
+    for rank in (0, 1):
+        place = f"Placement(rank={rank}, world_size=2, local_rank={rank}, local_world_size=2, url='tcp://127.0.0.1:"
+        assert place in done.stdout
+    assert_no_orphans(str(script))
+    # left over from another launch
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_TO_END,
+        env=environment | {"WORLD_SIZE": "8"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "WORLD_SIZE: found 8 in the environment, but mpirun started this process as rank" in done.stderr
+
+
 # ---- training -----------------------------------------------------------------------------------------------------
 
 

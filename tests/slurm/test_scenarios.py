@@ -12,7 +12,7 @@ from lbr_dist.config import RunConfig
 from lbr_dist.slurm.testbed.bed import Bed
 from tests.slurm.scenarios import SCENARIOS, Place
 
-AT_ONCE = 4
+AT_ONCE = 3
 """Two cores start so many ranks without any of them missing a deadline; the longest scenario is the first."""
 
 
