@@ -322,7 +322,7 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="FILE.npy (with FILE.ids beside it) or FILE.parquet")
     sub.add_argument("--kind", choices=("query", "document"), default="document", help="whose prompt is put before")
     sub.add_argument("--part-texts", type=int, default=4096, help="texts of a part, which a killed rank loses at most")
-    sub.add_argument("--threads", type=int, default=1, help="of each rank on a CPU; mpirun starts more ranks")
+    sub.add_argument("--threads", type=int, help="of each rank on a CPU (default: its cores)")
     encoding(sub)
     sub = command("data", data, "Build a domain's data, or the base model of the demo.")
     kinds = sub.add_subparsers(dest="what", required=True, metavar="WHAT")

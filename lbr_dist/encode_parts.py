@@ -60,14 +60,16 @@ class EncodeJob:
     part_texts: int = 4096
     """Texts of a part: what a killed rank loses at most."""
 
-    threads: int = 1
-    """Threads of a rank on a CPU. Not taken from the number of ranks, since sums in bfloat16 depend on it."""
+    threads: int | None = None
+    """Threads of a rank on a CPU, on which sums depend. None: those with which the parts that are there were made, or
+    else as many as the first rank has cores for."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
         for name in ("chunk_tokens", "part_texts", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected one or more.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')}: found {value}, expected one or more.")
 
     @property
     def folder(self) -> Path:
@@ -87,12 +89,13 @@ class _Work:
 
     texts: int
     missing: list[int]
+    threads: int
 
 
 def encode_collection(job: EncodeJob, ranks: Ranks, say: Say) -> None:
     """Encode a collection into `job.out`, every rank its share. A collective.
 
-    The file's bytes depend on neither the number of ranks nor on what was cut off before.
+    With the same `threads` the file's bytes depend on neither the number of ranks nor on what was cut off before.
 
     Raises:
         ConfigError, DataError, ModelError: on the first rank before anything is encoded, where that can be; the parts
@@ -100,11 +103,11 @@ def encode_collection(job: EncodeJob, ranks: Ranks, say: Say) -> None:
         LaunchError: another job is encoding into the same file.
     """
     check_ending(job.out)
-    if ranks.device.type == "cpu":
-        torch.set_num_threads(job.threads)
     with _named_full_disk(job), _owned(job) if ranks.is_first else contextlib.nullcontext():
         before = [signature(file) for file in record_files(job.collection)] if ranks.is_first else []
-        work = from_first(_prepare(job, ranks, say) if ranks.is_first else _Work(0, []), ranks)
+        work = from_first(_prepare(job, ranks, say) if ranks.is_first else _Work(0, [], 1), ranks)
+        if ranks.device.type == "cpu":
+            torch.set_num_threads(work.threads)
         _encode(job, work, work.missing[ranks.rank :: ranks.world_size], say)
         from_all(None, ranks)  # every part is there
         if ranks.is_first:
@@ -124,8 +127,9 @@ def encode_collection(job: EncodeJob, ranks: Ranks, say: Say) -> None:
 
 def _prepare(job: EncodeJob, ranks: Ranks, say: Say) -> _Work:
     """Check the whole collection, or find that this was done before, and look which parts are missing."""
-    made_of = _made_of(job, ranks.device)
     path = job.folder / MANIFEST
+    threads = job.threads or _recorded_threads(path) or torch.get_num_threads()
+    made_of = _made_of(job, threads, ranks.device)
     if not path.exists():
         for left in job.folder.glob("*part-*"):  # a finished job was cut off while it cleaned up
             left.unlink()
@@ -148,10 +152,18 @@ def _prepare(job: EncodeJob, ranks: Ranks, say: Say) -> _Work:
     missing = [number for number in numbers if _shape(job.part(number)) != job.part_size(number, texts)]
     if len(missing) < len(numbers):
         say(f"{job.folder}: {len(numbers) - len(missing)} of {len(numbers)} parts are there already")
-    return _Work(texts, missing)
+    return _Work(texts, missing, threads)
 
 
-def _made_of(job: EncodeJob, device: torch.device) -> dict[str, Any]:
+def _recorded_threads(path: Path) -> int | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["--threads"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _made_of(job: EncodeJob, threads: int, device: torch.device) -> dict[str, Any]:
     """All that decides the bytes of a part, by the name under which a difference is reported."""
     cores, known = len(os.sched_getaffinity(0)), job.folder / "hashes"
     inside = [path for path in sorted(job.model.rglob("*")) if path.is_file() and not path.name.startswith(".")]
@@ -163,7 +175,7 @@ def _made_of(job: EncodeJob, device: torch.device) -> dict[str, Any]:
         "--kind": job.kind,
         "--chunk-tokens": job.chunk_tokens,
         "--part-texts": job.part_texts,
-        "--threads": job.threads if on_cpu else None,
+        "--threads": threads if on_cpu else None,
         "the device": device.type if on_cpu else torch.cuda.get_device_name(device),
         "the version of torch or transformers": [version("torch"), version("transformers")],
     }

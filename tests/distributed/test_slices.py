@@ -44,7 +44,8 @@ def assert_shared(counts: list[int], total: int) -> None:
 @pytest.mark.parametrize("ending", ["npy", "parquet"])
 def test_encoding(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, ending: str) -> None:
     collection = tiny_data / "corpus.jsonl"
-    jobs = [EncodeJob(tiny_model, collection, tmp_path / f"{name}.{ending}", part_texts=7) for name in ("one", "more")]
+    one, more = (tmp_path / f"{name}.{ending}" for name in ("one", "more"))
+    jobs = [EncodeJob(tiny_model, collection, out, part_texts=7, threads=1) for out in (one, more)]
     encode_on(Ranks(0, 1, 0, torch.device("cpu")), jobs[0])
     found = pool.run(encode_on, job=jobs[1])
     assert [said for said, _ in found] == [[f"written to {jobs[1].out}: 96 vectors"]] + [[]] * (pool.world_size - 1)

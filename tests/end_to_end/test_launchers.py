@@ -120,9 +120,10 @@ def test_the_deepspeed_launcher_gives_the_same_model(
 
 def test_encode_over_mpi_goes_on_after_a_killed_rank(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     collection = tiny_data / "corpus.jsonl"
-    encode_collection(EncodeJob(tiny_model, collection, tmp_path / "one.npy", part_texts=10), ALONE, lambda _: None)
+    job = EncodeJob(tiny_model, collection, tmp_path / "one.npy", part_texts=10, threads=1)
+    encode_collection(job, ALONE, lambda _: None)
     out = tmp_path / "vectors.npy"
-    arguments = ("encode", str(tiny_model), str(collection), "--out", str(out), "--part-texts", "10")
+    arguments = ("encode", str(tiny_model), str(collection), "--out", str(out), "--part-texts", "10", "--threads", "1")
     done = on_ranks(2, "1:2", *arguments)
     assert done.returncode != 0 and not out.exists(), done.stdout + done.stderr
     assert "signal 9 (Killed)" in done.stderr

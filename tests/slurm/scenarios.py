@@ -77,7 +77,7 @@ def time_limits(place: Place) -> None:
     assert found["learn"]["state"] == "finished", chains.told(config.run_path)
     assert {*outcomes(config)[:-1]} == {"interrupted"}, outcomes(config)
     assert {each.job for each in tries(config)} == {jobs["learn"]}, "a requeued job keeps its id"
-    assert all(each.progressed for each in tries(config)[:-1])
+    assert any(each.progressed for each in tries(config)[:-1])
     assert "told to stop, and saved" in tries(config)[0].reason
     assert_same_end(config, place.whole)
 
@@ -253,7 +253,9 @@ def sbatch_refuses(place: Place) -> None:
 @scenario
 def the_controller_starts_again(place: Place) -> None:
     """While all the others run: no job is lost, and a job that wants its requeue meanwhile asks again."""
-    config = place.long()
+    pause = place.folder / "pause"
+    pause.write_text("1")
+    config = place.long(environment={"LBR_TRIAL_PAUSE": str(pause)})
     submit(config, place.folder)
     wait_step(config, 3)
     place.bed.stop_controller()
@@ -264,6 +266,7 @@ def the_controller_starts_again(place: Place) -> None:
         wait("it asks for its requeue", lambda: "asking again" in _log(config), config.run_path, 60)
     finally:
         place.bed.start_controller()
+    pause.write_text("0")
     found = wait_over(config.run_path, 240)
     assert found["learn"]["state"] == "finished" and outcomes(config)[0] == "interrupted", found
     assert_same_end(config, place.whole)

@@ -203,3 +203,16 @@ def test_the_command(job: EncodeJob, capsys: pytest.CaptureFixture[str]) -> None
     assert f"written to {job.out}: 96 vectors" in capsys.readouterr().out
     assert cli.main([*arguments[:-1], "0"]) == 1
     assert "--part-texts: found 0, expected one or more" in capsys.readouterr().err
+
+
+def test_the_threads_of_the_parts_that_are_there(job: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun with one thread and gone on with by a process that would take two: the parts that are there decide."""
+    assert job.threads is None
+    torch.set_num_threads(1)
+    try:
+        cut_off(job, monkeypatch)
+        torch.set_num_threads(2)
+        encode(job)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
