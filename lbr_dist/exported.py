@@ -29,7 +29,7 @@ def verify_export(folder: Path) -> None:
         expected = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / CHECKSUMS}: cannot be read ({error}), so the model cannot be verified. Remove {folder}, and run "
+            f"{folder / CHECKSUMS}: cannot be read ({error}), so the model cannot be verified. Remove {folder} and run "
             "the stage that wrote it again: it only exports."
         ) from None
     for name, sum_of in expected.items():

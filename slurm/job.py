@@ -179,6 +179,9 @@ class StageJob:
         try:
             printed, _ = process.communicate(timeout=CHECK_SECONDS)
         except subprocess.TimeoutExpired:
+            process.terminate()  # which srun passes on
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10.0)
             process.kill()
             printed, _ = process.communicate()
         answered: dict[str, list[str]] = {}
@@ -297,7 +300,8 @@ class StageJob:
         before = [t for t in records.tries(self.run_path, self.stage) if t.job == self.job]
         state = self._state()
         if state == "PENDING":  # Slurm has requeued it already
-            return self._over(outcome, reason) or self._await_end()
+            self._over(outcome, reason)
+            return self._await_end()
         if state != "RUNNING":
             return self._over(outcome, f"{reason}; the job is {state}: it was cancelled, or reached its time limit")
         failed = outcome != "interrupted"
@@ -385,9 +389,10 @@ def _print_to(path: Path) -> None:
 def main() -> int:
     stage, folder = sys.argv[1:]
     assert stage in records.STAGES
-    index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     try:
         submission = Submission.read(Path(folder))
+        # left over from the job that this one was submitted in, the variable says nothing
+        index = int(os.environ["SLURM_ARRAY_TASK_ID"]) if submission.is_sweep else 0
         job = StageJob(submission, stage, index)
         if submission.is_sweep:
             _print_to(records.log_file(job.run_path, stage))

@@ -66,7 +66,7 @@ def command(*words: str, seconds: float = SECONDS, environment: Mapping[str, str
             text=True,
             timeout=seconds,
             check=False,
-            env=environment,
+            env=_plain(os.environ if environment is None else environment),
         )
     except FileNotFoundError:
         raise SlurmError(f"{name}: not found. Run this on a node from which jobs are submitted.") from None
@@ -78,6 +78,12 @@ def command(*words: str, seconds: float = SECONDS, environment: Mapping[str, str
         message = (done.stderr or done.stdout).strip() or f"ended with code {done.returncode}, without a word"
         raise SlurmError(f"{name}: {message}")
     return done.stdout
+
+
+def _plain(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what a user has set for these commands' output, or their defaults: filters, formats, times."""
+    own = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_", "SBATCH_", "SLURM_TIME_FORMAT")
+    return {name: value for name, value in environment.items() if not name.startswith(own)}
 
 
 def submit(script: str, options: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -30,6 +30,9 @@ from lbr_dist.slurm.records import JobStage, Try
 from tests.configs import tiny_run
 
 STEPS = 40
+ODD = {"SQUEUE_PARTITION": "urgent", "SLURM_TIME_FORMAT": "relative", "SINFO_FORMAT": "%P"}
+"""What a user may have set for Slurm's commands, and `lbr` must not care for."""
+
 SLOW = (sys.executable, str(Path(__file__).with_name("slow_rank.py")))
 """Before a rank's command: each step of its training takes a while longer, without the processor."""
 
@@ -73,7 +76,7 @@ def lbr(*arguments: str, seconds: float = 120.0, **environment: str) -> subproce
         capture_output=True,
         text=True,
         timeout=seconds,
-        env=os.environ | environment,
+        env=os.environ | ODD | environment,
         check=False,
     )
 

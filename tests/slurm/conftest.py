@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from lbr_dist.launch.config_file import write_config
 from lbr_dist.launch.ranks import run_stage
 from lbr_dist.slurm.testbed.bed import Bed, why_not
 from tests.slurm.chains import long_run
+from tests.slurm.scenarios import SCENARIOS, Place
 
-pytestmark = pytest.mark.slurm
 SMALL_DISK = "16m"
+AT_ONCE = 3
+"""Two cores start so many runs at a time without any of them missing a deadline."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,3 +76,26 @@ def whole(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
     return config
+
+
+@pytest.fixture(scope="session")
+def played(
+    request: pytest.FixtureRequest,
+    bed: Bed,
+    whole: RunConfig,
+    tiny_model: Path,
+    tiny_data: Path,
+    small_disk: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Future[None]]]:
+    """All scenarios whose tests were asked for, begun now, so many at once; the longest comes first."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    wanted = [str(item.callspec.params["name"]) for item in items if item.originalname == "test_scenario"]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {
+            name: pool.submit(
+                SCENARIOS[name],
+                Place(bed, whole, tiny_model, tiny_data, small_disk, tmp_path_factory.mktemp(name)),
+            )
+            for name in wanted
+        }

@@ -48,7 +48,7 @@ VALUE = "a; $(touch executed) `touch executed` \"b\" 'c' | & > executed\n%j %t \
 
 @pytest.fixture(scope="module")
 def finished(
-    bed: Bed, tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+    bed: Bed, played: object, tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, RunConfig, dict[str, str]]:
     """The folder of it all, the config, and the ids of the jobs."""
     folder = tmp_path_factory.mktemp("chain") / "a; $(touch executed) 'q' \"d\" %j\nü"
