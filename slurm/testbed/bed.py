@@ -84,7 +84,7 @@ class Bed:
     # ---- up ---------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
-        """Bring the cluster up; returns when all nodes are idle.
+        """Bring the cluster up; returns when all nodes are up.
 
         Raises:
             LaunchError: it cannot be, or isn't within half a minute; what was started is down again.
@@ -104,14 +104,15 @@ class Bed:
             self.start_controller()
             for name in NODES:
                 self.start_node(name)
-            self.wait_idle()
+            self.wait_up()
         except BaseException:
             self.down()
             raise
 
-    def wait_idle(self) -> None:
-        """Wait until nothing runs, and all nodes are up."""
-        self._wait("all nodes are idle", lambda: self.states() == dict.fromkeys(NODES, "idle"))
+    def wait_up(self) -> None:
+        """Wait until all nodes can take jobs, or have some."""
+        up = ("idle", "mixed", "allocated")
+        self._wait("all nodes are up", lambda: [state in up for state in self.states().values()] == [True] * len(NODES))
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

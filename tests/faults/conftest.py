@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from lbr_dist.config import CheckpointConfig, RunConfig
 from tests.configs import tiny_run
 from tests.distributed import on_ranks
+from tests.faults.waits import WAITS, Ended
 from tests.ranks import RankPool
 
 
@@ -32,3 +35,25 @@ def whole(
 def broken(whole: RunConfig, tmp_path: Path) -> RunConfig:
     """The same run, not begun, in a folder of its own."""
     return dataclasses.replace(whole, run_dir=str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def waits(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Ended]]]:
+    """The runs of `waits.py` whose tests were asked for, begun before the first test of this folder."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    wanted = [str(item.callspec.params["waited"]) for item in items if "waited" in item.fixturenames]
+    with ThreadPoolExecutor(len(WAITS)) as pool:
+        found: dict[str, Future[Ended]] = {}
+        for name in wanted:
+            place = tmp_path_factory.mktemp(name) / "run"
+            config = dataclasses.replace(request.getfixturevalue("whole"), run_dir=str(place))
+            found[name] = pool.submit(WAITS[name], config)
+        yield found
+
+
+@pytest.fixture
+def waited(request: pytest.FixtureRequest, waits: dict[str, Future[Ended]]) -> Ended:
+    """How the run ended that the test names; waits for that."""
+    return waits[request.param].result()

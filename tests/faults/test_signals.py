@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted
 from lbr_dist.launch.config_file import write_config
 from tests.distributed import on_ranks
 from tests.faults.runs import assert_same_end, checkpoints, losses, run, workers
+from tests.faults.waits import Ended
 from tests.ranks import RankPool
 
 CASES = [
@@ -64,22 +64,10 @@ def test_the_launcher_is_told(two_ranks: RankPool, whole: RunConfig, tmp_path: P
     assert_same_end(broken, whole)
 
 
-def test_ctrl_c_twice_ends_at_once(broken: RunConfig) -> None:
-    path = broken.run_path.parent / "config.yaml"
-    write_config(broken, path)
-    command = [sys.executable, "-m", "lbr_dist.launch.cli", "learn", str(path), "--ranks=2", "--learn.steps=100000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    _wait_for(lambda: 2 in checkpoints(broken).steps(), process)
-    for rank in workers(broken.run_path):
-        os.kill(rank, signal.SIGSTOP)  # so that they cannot stop politely
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, printed
-    assert not workers(broken.run_path)
+@pytest.mark.parametrize("waited", ["ctrl_c_twice"], indirect=True)
+def test_ctrl_c_twice_ends_at_once(waited: Ended) -> None:
+    assert waited.code == 130, waited.printed
+    assert not waited.left
 
 
 def _wait_for(condition: object, process: subprocess.Popen[str]) -> None:

@@ -69,6 +69,18 @@ def write(config: RunConfig, path: Path) -> Path:
     return path
 
 
+SHELL: dict[str, str] = {}
+"""The environment of a user of the test bed: set when it is up. The tests' own stays as it is."""
+
+
+def slurm(*command: str, seconds: float = 60.0, **environment: str) -> str:
+    """What one of Slurm's own commands prints."""
+    env = SHELL | environment
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds, check=False)
+    assert done.returncode == 0, done
+    return done.stdout
+
+
 def lbr(*arguments: str, seconds: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command as a user runs it."""
     return subprocess.run(
@@ -76,7 +88,7 @@ def lbr(*arguments: str, seconds: float = 120.0, **environment: str) -> subproce
         capture_output=True,
         text=True,
         timeout=seconds,
-        env=os.environ | ODD | environment,
+        env=SHELL | ODD | environment,
         check=False,
     )
 
@@ -179,8 +191,7 @@ def node_of(config: RunConfig, rank: int) -> str:
 
 def hosts(nodes: str) -> list[str]:
     """`n[1,3]` written out."""
-    command = ["scontrol", "show", "hostnames", nodes]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return slurm("scontrol", "show", "hostnames", nodes).split()
 
 
 def send(config: RunConfig, rank: int, number: signal.Signals) -> None:

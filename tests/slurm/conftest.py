@@ -16,6 +16,7 @@ from lbr_dist.config import RunConfig
 from lbr_dist.launch.config_file import write_config
 from lbr_dist.launch.ranks import run_stage
 from lbr_dist.slurm.testbed.bed import Bed, why_not
+from tests.slurm import chains
 from tests.slurm.chains import long_run
 from tests.slurm.scenarios import SCENARIOS, Place
 
@@ -28,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
+    # begun with the bed, and the longest: its end is waited for when all else is over
+    items.sort(key=lambda item: item.name == "test_scenario[time_limits]")
 
 
 @pytest.fixture(scope="session")
@@ -44,19 +47,15 @@ def small_disk() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def bed(small_disk: Path) -> Iterator[Bed]:
-    """A Slurm that is up; this process's commands talk to it."""
+    """A Slurm that is up."""
     reason = why_not()
     if reason:
         pytest.skip(f"no Slurm test bed: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="lbr-bed-"))
     found = Bed(folder)
     found.up()
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(found.environment)
+    chains.SHELL.update(found.environment)
     yield found
-    os.environ.clear()
-    os.environ.update(before)
     found.down()
     shutil.rmtree(folder)
 

