@@ -103,10 +103,10 @@ class StageJob:
         verdict = self._tokenise()
         if verdict.outcome == "finished":
             verdict = self._ranks()
-        if verdict.outcome == "finished" and not records.is_finished(self.config, self.stage):
-            verdict = Verdict("failed", "the ranks ended without a word, and the stage is not finished")
-        if verdict.outcome == "finished":
+        if records.is_finished(self.config, self.stage):  # whatever became of a rank afterwards
             return self._over("finished", "")
+        if verdict.outcome == "finished":
+            verdict = Verdict("failed", "the ranks ended without a word, and the stage is not finished")
         if verdict.outcome == "mistaken":
             return self._over("failed", self._words_of(verdict.rank))
         if verdict.outcome == "interrupted":

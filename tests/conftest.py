@@ -12,6 +12,8 @@ import torch
 from tests import tiny
 from tests.ranks import RankPool
 
+pytest_plugins = ["tests.slurm.fixtures"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # one suite for every machine: the tests run on the CPU unless GPU tests are asked for by name

@@ -51,13 +51,15 @@ def why_not() -> str | None:
 class Bed:
     """The cluster in a folder, up or not."""
 
-    def __init__(self, folder: Path, accounting: bool = True) -> None:
+    def __init__(self, folder: Path, accounting: bool = True, niceness: int = 0) -> None:
         """Args:
         folder: absolute, of fewer than 60 characters (sockets' names are short), without spaces.
         accounting: with slurmdbd and its database.
+        niceness: of all jobs, on a machine that has other work.
         """
         self.folder = folder
         self.accounting = accounting
+        self.niceness = niceness
 
     @property
     def environment(self) -> dict[str, str]:
@@ -189,7 +191,10 @@ class Bed:
             "-N",
             name,
             name=f"slurmd-{name}",
-            before=("unshare", "--mount", "--propagation", "slave", "sh", "-c", bind, "sh", str(self._etc / "hosts")),
+            before=(
+                *("nice", "-n", str(self.niceness)),
+                *("unshare", "--mount", "--propagation", "slave", "sh", "-c", bind, "sh", str(self._etc / "hosts")),
+            ),
         )
 
     # ---- faults, and down -------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from lbr_dist.config import (
 )
 from lbr_dist.slurm import records
 from lbr_dist.slurm.records import JobStage, Try
+from lbr_dist.slurm.scheduler import OVER
 from tests.configs import tiny_run
 
 STEPS = 40
@@ -40,7 +41,7 @@ SLOW = (sys.executable, str(Path(__file__).with_name("slow_rank.py")))
 def long_run(run_dir: Path, base: Path, files: Path, **slurm: Any) -> RunConfig:
     """Stage 1 alone, on two nodes with a rank each, long enough to be met in its midst."""
     optimizer = OptimizerConfig(lr=3e-3)
-    given = {"nodes": 2, "cpus_per_task": 1, "time_minutes": 10, "lead_seconds": 30, "wait_seconds": 5}
+    given = {"nodes": 2, "cpus_per_task": 1, "time_minutes": 10, "lead_seconds": 30, "wait_seconds": 15}
     config = tiny_run(
         run_dir,
         base,
@@ -50,7 +51,7 @@ def long_run(run_dir: Path, base: Path, files: Path, **slurm: Any) -> RunConfig:
         ),
         represent=RepresentConfig(steps=0),
         checkpoint=CheckpointConfig(every_steps=5, keep=2),
-        cluster=ClusterConfig(timeout_minutes=0.5),
+        cluster=ClusterConfig(timeout_minutes=1.5),
         slurm=SlurmConfig(**(given | {"container": SLOW, "node_check": False} | slurm)),
     )
     return without_test(config)
@@ -69,6 +70,7 @@ def write(config: RunConfig, path: Path) -> Path:
     return path
 
 
+ROOT = Path(__file__).parents[2]
 SHELL: dict[str, str] = {}
 """The environment of a user of the test bed: set when it is up. The tests' own stays as it is."""
 
@@ -89,6 +91,7 @@ def lbr(*arguments: str, seconds: float = 120.0, **environment: str) -> subproce
         text=True,
         timeout=seconds,
         env=SHELL | ODD | environment,
+        cwd=ROOT,
         check=False,
     )
 
@@ -102,34 +105,33 @@ def submit(config: RunConfig, folder: Path, *arguments: str, **environment: str)
 
 
 def status(run: Path) -> dict[str, dict[str, Any]]:
-    """What `lbr status --json` says of a run's stages; nothing while the controller is down."""
+    """What `lbr status --json` says of a run's stages."""
     done = lbr("status", str(run), "--json")
-    if "Unable to contact" in done.stderr or "no answer" in done.stderr:
-        return {}
     assert done.returncode == 0, done.stderr
     return {row["stage"]: row for row in json.loads(done.stdout)}
 
 
-def wait(what: str, ready: Callable[[], Any], run: Path, seconds: float = 120.0) -> Any:
+def wait(what: str, ready: Callable[[], Any], run: Path, seconds: float = 240.0) -> Any:
     """Wait until something is true; else fail with what the run's logs say."""
     deadline = time.monotonic() + seconds
     while not (found := ready()):
         if time.monotonic() > deadline:
             raise AssertionError(f"not so after {seconds:g} s: {what}\n{told(run)}")
-        time.sleep(0.2)
+        time.sleep(0.3)
     return found
 
 
-def wait_over(run: Path, seconds: float = 180.0) -> dict[str, dict[str, Any]]:
-    """Wait until no stage of a run is queued or runs any more."""
-    over = ("finished", "failed", "cancelled", "not submitted", "unknown")
+def wait_over(run: Path, seconds: float = 400.0) -> dict[str, dict[str, Any]]:
+    """Wait until no job of a run is queued or runs any more; then what `lbr status` says."""
+    ids = ",".join(job for submission in records.submissions(run) for job in submission.jobs.values())
 
-    def ready() -> dict[str, dict[str, Any]] | None:
-        found = status(run)
-        return found if found and all(row["state"] in over for row in found.values()) else None
+    def ready() -> bool:
+        command = ["squeue", "-h", "-r", "-t", "all", "-j", ids, "-o", "%T"]
+        done = subprocess.run(command, env=SHELL, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode == 0 and all(state in OVER for state in done.stdout.split())
 
-    found: dict[str, dict[str, Any]] = wait("all is over", ready, run, seconds)
-    return found
+    wait("all is over", ready, run, seconds)
+    return status(run)
 
 
 def told(run: Path) -> str:

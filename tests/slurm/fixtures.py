@@ -1,0 +1,125 @@
+"""One Slurm for all tests of this folder, and what plays on it beside the rest of the suite.
+
+A plugin, not a conftest: its first fixture runs before all tests, wherever they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbr_dist.config import RunConfig
+from lbr_dist.launch.config_file import write_config
+from lbr_dist.launch.ranks import run_stage
+from lbr_dist.slurm.testbed.bed import Bed, why_not
+from tests.slurm import chains
+from tests.slurm.chains import long_run
+from tests.slurm.scenarios import SCENARIOS, WHOLE_NODES, Place
+
+SMALL_DISK = "16m"
+AT_ONCE = 2
+"""Beside the other tests, two cores start so many runs without any of them missing a deadline."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Their runs begin before the first test of all, and play beside the others: their ends are looked at last."""
+    for item in items:
+        if _is_ours(item):
+            item.add_marker(pytest.mark.slurm)
+    items.sort(key=_is_ours)
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    return Path(__file__).parent in item.path.parents
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _begun(request: pytest.FixtureRequest) -> None:
+    if any(_is_ours(item) for item in request.session.items) and why_not() is None:
+        with contextlib.suppress(Exception):  # those who ask for it meet it again
+            request.getfixturevalue("played")
+
+
+@pytest.fixture(scope="session")
+def small_disk() -> Iterator[Path]:
+    """A disk that is soon full; mounted before the bed, whose daemons have their own view of mounts."""
+    if os.geteuid() != 0:
+        pytest.skip("a small disk is mounted by root")
+    folder = Path(tempfile.mkdtemp(prefix="lbr-small-"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+    folder.rmdir()
+
+
+@pytest.fixture(scope="session")
+def bed(small_disk: Path) -> Iterator[Bed]:
+    """A Slurm that is up."""
+    reason = why_not()
+    if reason:
+        pytest.skip(f"no Slurm test bed: {reason}")
+    folder = Path(tempfile.mkdtemp(prefix="lbr-bed-"))
+    found = Bed(folder, niceness=10)
+    found.up()
+    chains.SHELL.update(found.environment)
+    yield found
+    found.down()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Stage 1 of `long_run` on two ranks, without Slurm and without an interruption."""
+    config = long_run(tmp_path_factory.mktemp("whole") / "run", tiny_model, tiny_data)
+    path = config.run_path / "config.yaml"
+    write_config(config, path)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # as on the test bed: sums have an order
+    try:
+        run_stage("learn", path, 2, config.stage_path("learn") / "logs")
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+    return config
+
+
+@pytest.fixture(scope="session")
+def played(
+    request: pytest.FixtureRequest,
+    bed: Bed,
+    uninterrupted: RunConfig,
+    tiny_model: Path,
+    tiny_data: Path,
+    small_disk: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Future[Any]]]:
+    """All scenarios that the chosen tests look at, begun now: so many at once, then those that take whole nodes."""
+    ours = [item for item in request.session.items if _is_ours(item) and isinstance(item, pytest.Function)]
+    chosen = {str(item.callspec.params["name"]) for item in ours if item.originalname == "test_scenario"}
+    chosen |= {"chain"} if any(item.path.name == "test_chain.py" for item in ours) else set()
+
+    def begin(pool: ThreadPoolExecutor, name: str, after: list[Future[Any]]) -> Future[Any]:
+        place = Place(bed, uninterrupted, tiny_model, tiny_data, small_disk, tmp_path_factory.mktemp(name))
+
+        def play() -> Any:
+            wait(after)
+            return SCENARIOS[name](place)
+
+        return pool.submit(play)
+
+    with ThreadPoolExecutor(AT_ONCE) as together, ThreadPoolExecutor(1) as alone:
+        long_first = sorted(SCENARIOS, key=lambda name: name not in ("time_limits", "chain"))
+        found = {name: begin(together, name, []) for name in long_first if name in chosen - WHOLE_NODES}
+        others = [each for name, each in found.items() if name != "time_limits"]
+        found |= {name: begin(alone, name, others) for name in SCENARIOS if name in chosen & WHOLE_NODES}
+        yield found
