@@ -58,7 +58,7 @@ def cancel(args: argparse.Namespace, say: Say) -> None:
     if not living:
         say(f"{args.run_folder}: no job of it is queued or runs")
         return
-    # before the jobs: they look here when they end
+    # first, so that `lbr status` knows who it was
     dataclasses.replace(latest, cancelled=records.now()).write()
     for stage in reversed(STAGES):
         for submission in found:

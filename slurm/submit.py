@@ -90,14 +90,17 @@ def _silent(message: str) -> None:
 
 
 def left(config: RunConfig, first: JobStage) -> list[JobStage]:
-    """The stages of a run that are to run: wanted, from `first` on, and not finished."""
+    """The stages of a run that are to run: wanted, from `first` on, and not finished.
+
+    Where the second one is finished, the first one's export is needed no more, and may be gone.
+    """
     wanted: list[JobStage] = ["learn"] if config.learn.steps else []
     wanted += ["represent"] if config.represent.steps else []
     wanted += ["evaluate"] if config.data.test is not None else []
-    after = STAGES.index(first)
-    todo = [stage for stage in wanted if STAGES.index(stage) >= after and not is_finished(config, stage)]
-    # what follows a stage that runs again runs again
-    return [s for s in wanted if STAGES.index(s) >= after and todo and STAGES.index(s) >= STAGES.index(todo[0])]
+    begin = STAGES.index(first)
+    if config.represent.steps and is_finished(config, "represent"):
+        begin = max(begin, STAGES.index("evaluate"))
+    return [stage for stage in wanted if STAGES.index(stage) >= begin and not is_finished(config, stage)]
 
 
 def check(config: RunConfig, first: JobStage, say: Say) -> None:
@@ -113,11 +116,10 @@ def check(config: RunConfig, first: JobStage, say: Say) -> None:
     preflight.check_prefixes(config)
     preflight.check_data(config)
     todo = left(config, first)
-    needs: list[Stage] = [s for s in ("learn", "represent") if s not in todo]
-    for stage in needs:
-        steps = config.learn.steps if stage == "learn" else config.represent.steps
-        if steps and todo and STAGES.index(todo[0]) > STAGES.index(stage) and not is_finished(config, stage):
-            raise ConfigError(f"--from {first}: {stage} is not finished in {config.run_dir}. Begin with it.")
+    steps: dict[Stage, int] = {"learn": config.learn.steps, "represent": config.represent.steps}
+    before = [stage for stage in steps if steps[stage] and stage not in todo]
+    if todo and before and not is_finished(config, before[-1]):
+        raise ConfigError(f"--from {first}: {before[-1]} is not finished in {config.run_dir}. Begin with it.")
     preflight.check_disk(config, [s for s in ("learn", "represent") if s in todo], say)
     check_states(config, say)
 

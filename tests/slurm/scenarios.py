@@ -169,6 +169,10 @@ def scancelled(place: Place) -> None:
     found = wait_over(config.run_path)
     assert [row["state"] for row in found.values()] == ["cancelled", "cancelled"], found
     assert found["represent"]["reason"] == "learn cancelled"
+    later = status(config.run_path, **chains.forgotten(place.folder / "with", accounting=True))
+    assert later["learn"]["state"] == "cancelled" and later["learn"]["reason"] == "by scancel", later
+    later = status(config.run_path, **chains.forgotten(place.folder / "without", accounting=False))
+    assert "it was cancelled" in later["learn"]["reason"], later
     saved = records.saved_step(config, "learn")
     assert saved >= 10
     wait("no rank is left", lambda: not ranks(config), config.run_path, 30)
