@@ -33,13 +33,9 @@ def _read_run(args: argparse.Namespace) -> RunConfig:
     return read_config(args.config, overrides)
 
 
-def _finished(config: RunConfig, stage: Stage) -> bool:
-    export = config.learn_export if stage == "learn" else config.model_path
-    return (config.run_path / stage / "summary.json").exists() and (export / "lbr.json").exists()
-
-
 def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
     """Run the wanted stages that have steps and are not finished. Returns whether this process goes on alone."""
+    from lbr_dist.exported import is_finished
     from lbr_dist.launch import preflight
     from lbr_dist.launch.config_file import write_config
 
@@ -61,7 +57,7 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
     gpus = preflight.count_gpus()
     ranks = place.world_size if place else preflight.check_ranks(config, gpus)
     first_here = place is None or place.local_rank == 0
-    todo: tuple[Stage, ...] = tuple(stage for stage in stages if not _finished(config, stage))
+    todo: tuple[Stage, ...] = tuple(stage for stage in stages if not is_finished(config, stage))
     if "represent" in todo and first_here:
         preflight.check_plan(config, ranks, place.local_world_size if place else ranks, gpus)
     if todo and first_here:
@@ -84,7 +80,7 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
             preflight.check_text(config, _say)
         write_config(config, resolved)
         for stage in stages:
-            if _finished(config, stage):
+            if is_finished(config, stage):
                 _say(f"{stage}: finished before, nothing to do")
                 continue
             _say(f"{stage}: {steps[stage]} steps on {ranks} rank{'s' if ranks > 1 else ''}")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from lbr_dist.config import EvaluateConfig, RunConfig
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
+from lbr_dist.exported import SUMMARY
 from lbr_dist.files import write_atomic
 from lbr_dist.model.tokens import EmbeddingSettings
 from lbr_dist.report import LABELS
@@ -29,7 +30,6 @@ from lbr_dist.retrieval import (
     write_qrels,
     write_trec_run,
 )
-from lbr_dist.trainer import SUMMARY
 
 DEPTH = 100
 Say = Callable[[str], None]

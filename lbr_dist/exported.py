@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lbr_dist.config import RunConfig, Stage
 from lbr_dist.errors import CheckpointError
 from lbr_dist.files import checksum
 
+SUMMARY = "summary.json"
+"""In a stage's folder: the last thing that it writes."""
+
 CHECKSUMS = "checksums.json"
 """In the folder: XXH3-128 of every other file, by its path in the folder."""
+
+
+def is_finished(config: RunConfig, stage: Stage) -> bool:
+    """Whether a stage has done its steps, and its model is exported."""
+    export = config.learn_export if stage == "learn" else config.model_path
+    return (config.stage_path(stage) / SUMMARY).exists() and (export / "lbr.json").exists()
 
 
 def write_checksums(folder: Path) -> None:

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from lbr_dist import exported
 from lbr_dist.config import RunConfig
 from lbr_dist.errors import ConfigError
 from lbr_dist.files import make_private, open_private, write_atomic
@@ -203,5 +204,4 @@ def is_finished(config: RunConfig, stage: JobStage) -> bool:
         metrics, model = config.report_path / "metrics.json", config.model_path / "lbr.json"
         done = (config.report_path / "index.html").exists() and metrics.exists() and model.exists()
         return done and metrics.stat().st_mtime >= model.stat().st_mtime
-    export = config.learn_export if stage == "learn" else config.model_path
-    return (config.stage_path(stage) / "summary.json").exists() and (export / "lbr.json").exists()
+    return exported.is_finished(config, stage)
