@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,9 +29,26 @@ def _deepspeed() -> Any:
 
     # Its shared-memory helper serves inference alone, and would be compiled at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with _no_compiler():
+        # It looks whether an optimizer is Muon, whose import makes torch's compiler ready: two seconds of every start.
+        import deepspeed.runtime.zero.muon.muon_optimizer
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.init_distributed(verbose=False)
     return deepspeed
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    """Inside, `torch.compile` leaves functions as they are."""
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> dict[str, Any]:

