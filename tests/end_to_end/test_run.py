@@ -63,6 +63,7 @@ def test_another_config_is_refused(finished: tuple[Path, Path, str]) -> None:
     assert (run / "config.yaml").read_text() == before
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same_model(
     finished: tuple[Path, Path, str], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_read_only(
     assert_same_end(broken, whole)
 
 
+@pytest.mark.slow
 def test_a_slow_rank(whole: RunConfig, broken: RunConfig) -> None:
     """The others wait for its file before anything is published; training does not."""
     run(broken, rank=1, point="slow_disk", step=2, seconds=2)

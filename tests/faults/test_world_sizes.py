@@ -42,7 +42,6 @@ CASES: dict[str, tuple[Stage, str, int]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_other_world_sizes(
     pools: dict[int, RankPool], tiny_model: Path, tiny_data: Path, tmp_path: Path, case: str

@@ -429,7 +429,9 @@ def triton_for_an_h100() -> None:
             assert dtype == torch.float32 or "wgmma.mma_async" in made.asm["ptx"]
 
 
-@pytest.mark.parametrize("script", ["triton_in_the_interpreter", "triton_for_an_h100"])
+@pytest.mark.parametrize(
+    "script", ["triton_in_the_interpreter", pytest.param("triton_for_an_h100", marks=pytest.mark.slow)]
+)
 def test_triton(script: str) -> None:
     """Triton's interpreter is chosen before Triton is imported, so each has a process of its own."""
     environment = os.environ | {"TRITON_INTERPRET": str(int(script == "triton_in_the_interpreter"))}

@@ -128,7 +128,7 @@ def wait(what: str, ready: Callable[[], Any], run: Path, seconds: float = 240.0)
     while not (found := ready()):
         if time.monotonic() > deadline:
             raise AssertionError(f"not so after {seconds:g} s: {what}\n{told(run)}")
-        time.sleep(0.3)
+        time.sleep(0.5)
     return found
 
 
