@@ -59,7 +59,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=[1, 2, 3, 4], ids=lambda n: f"{n}ranks")
+@pytest.fixture(scope="session", params=[1, 2, 3, pytest.param(4, marks=pytest.mark.slow)], ids=lambda n: f"{n}ranks")
 def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
     """Pools of 1, 2, 3 and 4 ranks, one after another."""
     ranks = RankPool(request.param)

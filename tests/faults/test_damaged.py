@@ -196,6 +196,7 @@ def test_others_can_write(two_ranks: RankPool, stopped: RunConfig, place: str, m
             resume(two_ranks, stopped, trust_group=True)
 
 
+@pytest.mark.slow
 def test_a_run_under_any_umask_goes_on(two_ranks: RankPool, whole: RunConfig, broken: RunConfig) -> None:
     """What a run itself makes, others cannot write."""
     before = os.umask(0)

@@ -33,7 +33,9 @@ def _mount(place: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", place], check=True)
 
 
-@pytest.mark.parametrize("looks", [True, False], ids=["seen before", "met while writing"])
+@pytest.mark.parametrize(
+    "looks", [pytest.param(True, marks=pytest.mark.slow), False], ids=["seen before", "met while writing"]
+)
 def test_full(
     two_ranks: RankPool,
     whole: RunConfig,

@@ -21,12 +21,12 @@ from tests.ranks import RankPool
 
 CASES = [
     ("signals_in_backward", 1, {"call": 3, "name": "SIGTERM"}),
-    ("signals_in_backward", 0, {"call": 3, "name": "SIGINT"}),
+    pytest.param("signals_in_backward", 0, {"call": 3, "name": "SIGINT"}, marks=pytest.mark.slow),
     ("signals_in_save", 1, {"step": 2, "name": "SIGUSR2"}),
 ]
 
 
-@pytest.mark.parametrize(("point", "rank", "more"), CASES, ids=[f"{p}-rank{r}" for p, r, _ in CASES])
+@pytest.mark.parametrize(("point", "rank", "more"), CASES)
 def test_one_rank_is_told_twice(
     two_ranks: RankPool, whole: RunConfig, broken: RunConfig, point: str, rank: int, more: dict[str, object]
 ) -> None:
