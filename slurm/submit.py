@@ -90,7 +90,7 @@ def _silent(message: str) -> None:
 
 
 def left(config: RunConfig, first: JobStage) -> list[JobStage]:
-    """The stages of a run that are to run: wanted, from `first` on, and not finished.
+    """The stages of a run that are to run: from `first` on, the first one that is not finished, and all after it.
 
     Where the second one is finished, the first one's export is needed no more, and may be gone.
     """
@@ -100,7 +100,8 @@ def left(config: RunConfig, first: JobStage) -> list[JobStage]:
     begin = STAGES.index(first)
     if config.represent.steps and is_finished(config, "represent"):
         begin = max(begin, STAGES.index("evaluate"))
-    return [stage for stage in wanted if STAGES.index(stage) >= begin and not is_finished(config, stage)]
+    todo = [stage for stage in wanted if STAGES.index(stage) >= begin]
+    return list(itertools.dropwhile(lambda stage: is_finished(config, stage), todo))
 
 
 def check(config: RunConfig, first: JobStage, say: Say) -> None:
