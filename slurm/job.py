@@ -18,10 +18,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, TypeVar
+from typing import IO
 
 from lbr_dist.config import RunConfig
 from lbr_dist.data.record_files import record_files
@@ -32,19 +32,14 @@ from lbr_dist.launch.config_file import read_config, write_config
 from lbr_dist.launch.ranks import allocator
 from lbr_dist.slurm import records, scheduler
 from lbr_dist.slurm.records import JobStage, Outcome, Submission, Try
-from lbr_dist.slurm.scheduler import SlurmError
+from lbr_dist.slurm.scheduler import patiently
 from lbr_dist.slurm.verdict import Verdict, judge
 
 CHECK_SECONDS = 90.0
 """For the look at the nodes. One that does not answer by then is broken."""
 
-PATIENCE_SECONDS = 600.0
-"""For a controller that is down, when a job is to be requeued."""
-
 MUCH_TEXT = 64 * 2**20
 """Bytes of text that are worth a step of their own."""
-
-T = TypeVar("T")
 
 _OF_THE_JOB = (
     *("SLURM_CONF", "SLURM_CLUSTER_NAME", "SLURM_WORKING_CLUSTER", "SLURM_SUBMIT_DIR", "SLURM_RESTART_COUNT"),
@@ -318,17 +313,17 @@ class StageJob:
         avoiding = f", without {', '.join(without)}" if without else ""
         say(f"{self.stage}: {outcome} at step {self.step}: {reason}; requeued{avoiding}")
         try:
-            _patiently(lambda: scheduler.requeue(self.job))
+            patiently(lambda: scheduler.requeue(self.job), say)
             if without:
                 nodes = ",".join((*without, *([self.slurm.exclude] if self.slurm.exclude else [])))
-                _patiently(lambda: scheduler.exclude(self.job, nodes))
+                patiently(lambda: scheduler.exclude(self.job, nodes), say)
         except LbrError as error:
             say(f"{self.stage}: cannot be requeued, or nodes excluded: {error}")
             return 1
         return self._await_end()
 
     def _state(self) -> str:
-        found = _patiently(lambda: scheduler.jobs([self.job], accounting=False))
+        found = patiently(lambda: scheduler.jobs([self.job], accounting=False), say)
         return next((job.state for job in found.values()), "UNKNOWN")
 
     def _await_end(self) -> int:
@@ -340,7 +335,7 @@ class StageJob:
         """Nodes to leave out: those that are blamed now, then earlier ones, while the partition has enough others."""
         ask = ("sinfo", "-h", "-N", "-p", os.environ.get("SLURM_JOB_PARTITION", ""), "-o", "%N %T")
         try:
-            rows = [line.split() for line in _patiently(lambda: scheduler.command(*ask)).splitlines()]
+            rows = [line.split() for line in patiently(lambda: scheduler.command(*ask), say).splitlines()]
         except LbrError as error:
             say(f"note: {error}")
             return ()
@@ -352,24 +347,6 @@ class StageJob:
             elif node in blamed:
                 say(f"note: {node} would be left out, but the partition has too few other nodes")
         return tuple(dict.fromkeys(chosen))
-
-
-def _patiently(ask: Callable[[], T]) -> T:
-    """What Slurm answers, also when its controller is down for some minutes.
-
-    Raises:
-        SlurmError: it refuses, or has been down too long.
-    """
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return ask()
-        except SlurmError as error:
-            down = any(words in str(error) for words in ("Unable to contact", "no answer", "Socket timed out"))
-            if not down or time.monotonic() > deadline:
-                raise
-            say(f"note: {error}; asking again")
-            time.sleep(5.0)
 
 
 def _pass_on(stream: IO[str], lines: list[str]) -> None:

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lbr_dist.errors import LaunchError
 
 SECONDS = 20.0
+PATIENCE_SECONDS = 600.0
+"""For a controller that is down, when a job is to be requeued."""
+
+T = TypeVar("T")
 _FIELDS = ("%i", "%T", "%r", "%N", "%S", "%e", "%M")
 _ACCOUNTING = "JobID,State,ExitCode,NodeList,Start,End"
 _DEAF = ("sh", "-c", 'trap "" TERM; exec "$@"', "sh")
@@ -78,6 +84,24 @@ def command(*words: str, seconds: float = SECONDS, environment: Mapping[str, str
         message = (done.stderr or done.stdout).strip() or f"ended with code {done.returncode}, without a word"
         raise SlurmError(f"{name}: {message}")
     return done.stdout
+
+
+def patiently(ask: Callable[[], T], say: Callable[[str], None]) -> T:
+    """What Slurm answers, also when its controller is down for some minutes; `say` is told of each try.
+
+    Raises:
+        SlurmError: it refuses, or has been down too long.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except SlurmError as error:
+            down = any(words in str(error) for words in ("Unable to contact", "no answer", "Socket timed out"))
+            if not down or time.monotonic() > deadline:
+                raise
+            say(f"note: {error}; asking again")
+            time.sleep(5.0)
 
 
 def _plain(environment: Mapping[str, str]) -> dict[str, str]:

@@ -81,8 +81,8 @@ class Place:
 
 Scenario = Callable[[Place], Any]
 SCENARIOS: dict[str, Scenario] = {}
-WHOLE_NODES = {"nodes_die", "preemption"}
-"""These meet every run on the nodes, and are played when all others are over, but for the longest one."""
+WHOLE_NODES = {"nodes_die", "preemption", "the_controller_starts_again"}
+"""These meet every run on the cluster, and are played when all others are over, but for the longest one."""
 
 
 def scenario(function: Scenario) -> Scenario:
