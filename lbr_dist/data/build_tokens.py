@@ -322,13 +322,15 @@ def _run_pool(work: list[Unit], folder: Path, rules: Rules, processes: int) -> I
             # not pool.map: it cancels what is left, and a pool whose processes end takes that for a defect
             for future in _submitted(pool, work, arguments):
                 yield future.result()
-        except BrokenProcessPool as error:
-            raise LaunchError(
-                f"{folder}: one of the {processes} processes that tokenise was killed, often for want of memory: each "
-                "takes up to 1 GB where texts are long. Lower their number, or the longest text."
-            ) from error
-        except BaseException:
-            held.close()  # the others would end their parts first
+        except BaseException as error:
+            # without it the others would end their parts first; and a process that was started while the pool broke
+            # is terminated by nobody: it can wait for ever for a lock that the killed one holds, and the pool for it
+            held.close()
+            if isinstance(error, BrokenProcessPool):
+                raise LaunchError(
+                    f"{folder}: one of the {processes} processes that tokenise was killed, often for want of memory: "
+                    "each takes up to 1 GB where texts are long. Lower their number, or the longest text."
+                ) from error
             raise
 
 
