@@ -13,6 +13,7 @@ from pathlib import Path
 from lbr_dist.config import RunConfig, Stage
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LbrError
 from lbr_dist.files import make_private
+from lbr_dist.imports import large_imports, leave
 from lbr_dist.launch.config_file import read_config
 from lbr_dist.launch.ranks import USER_ERROR
 from lbr_dist.run_lock import run_lock
@@ -33,8 +34,10 @@ def quiet_libraries() -> None:
 
 def run_stages(config: RunConfig, stages: tuple[Stage, ...]) -> bool:
     """Run stages in this process, one rank of many. Returns whether this is the first rank."""
-    from lbr_dist import distributed
-
+    with large_imports():
+        from lbr_dist import distributed
+        from lbr_dist.learn import learn
+        from lbr_dist.represent import represent
     minutes = config.cluster.timeout_minutes
     ranks = distributed.start(minutes)
     quiet_libraries()
@@ -45,14 +48,7 @@ def run_stages(config: RunConfig, stages: tuple[Stage, ...]) -> bool:
                 make_private(config.stage_path(stage))
                 stacks = config.stage_path(stage) / "logs" / f"rank-{ranks.rank}.stacks"
                 with ranks.watchdog.watching(60 * minutes, name, f"the start of {stage}", stacks):
-                    if stage == "learn":
-                        from lbr_dist.learn import learn
-
-                        learn(config, ranks)
-                    else:
-                        from lbr_dist.represent import represent
-
-                        represent(config, ranks)
+                    (learn if stage == "learn" else represent)(config, ranks)
     finally:
         distributed.stop()
     return ranks.is_first
@@ -60,9 +56,9 @@ def run_stages(config: RunConfig, stages: tuple[Stage, ...]) -> bool:
 
 def evaluate(config: RunConfig) -> None:
     """Score a finished run in this process, write the report and print the table."""
-    from lbr_dist.evaluate import evaluate_run, table
-    from lbr_dist.report import write_report
-
+    with large_imports():
+        from lbr_dist.evaluate import evaluate_run, table
+        from lbr_dist.report import write_report
     quiet_libraries()
     metrics = evaluate_run(config, lambda message: print(message, flush=True))
     examples = json.loads((config.report_path / "examples.json").read_text(encoding="utf-8"))
@@ -107,4 +103,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lbr_dist.config import EngineConfig, OptimizerConfig
+from lbr_dist.imports import large_imports
 from lbr_dist.shards import extent
 from lbr_dist.traffic import Traffic
 
@@ -25,11 +26,12 @@ HOLDER = -1
 
 
 def _deepspeed() -> Any:
-    import deepspeed
+    with large_imports():
+        import deepspeed
 
     # Its shared-memory helper serves inference alone, and would be compiled at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with _no_compiler():
+    with large_imports(), _no_compiler():
         # It looks whether an optimizer is Muon, whose import makes torch's compiler ready: two seconds of every start.
         import deepspeed.runtime.zero.muon.muon_optimizer
     deepspeed.utils.logger.setLevel(logging.WARNING)

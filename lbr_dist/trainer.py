@@ -167,6 +167,7 @@ def train(
                 ranks.watchdog.beat(f"step {step + 1} of {stage}")
                 values, update = _take(step, config, stage, ranks, engine, run_step, guard, say)
                 done = step + 1
+                stop.look_ahead(saver.seconds)
                 told, late = _agree(stop, saved, config.checkpoint.every_minutes, ranks)
                 last = done == settings.steps
                 due = last or told or late or done % config.checkpoint.every_steps == 0

@@ -47,24 +47,32 @@ def _runs(given: Path | None) -> list[Path]:
 
 
 def cancel(args: argparse.Namespace, say: Say) -> None:
-    """End all jobs of a run, those that wait first; what is saved stays, and `lbr submit` goes on from it."""
-    root = args.run_folder.absolute()
-    found = records.submissions(root)
-    if not found:
-        raise ConfigError(f"{args.run_folder}: no submission. Name a run folder that `lbr submit` has seen.")
+    """End all jobs of a run, those that wait first; what is saved stays, and `lbr submit` goes on from it.
+
+    Of a sweep's run, these are its tasks of the arrays.
+
+    Raises:
+        ConfigError, SlurmError: there is no such run, or Slurm gives no answer.
+    """
+    found, only = records.chain(args.run_folder)
     ids = [job for submission in found for job in submission.jobs.values()]
-    living = {job.id.split("_")[0] for job in scheduler.jobs(ids, accounting=False).values() if not job.is_over}
-    latest = found[-1]
-    if not living:
-        say(f"{args.run_folder}: no job of it is queued or runs")
-        return
-    # first, so that `lbr status` knows who it was
-    dataclasses.replace(latest, cancelled=records.now()).write()
+    living = {job.id for job in scheduler.jobs(ids, accounting=False).values() if not job.is_over}
+    ours: list[tuple[JobStage, str]] = []
     for stage in reversed(STAGES):
         for submission in found:
-            if submission.jobs.get(stage) in living:
-                scheduler.cancel([submission.jobs[stage]])
-                say(f"{stage:<10} job {submission.jobs[stage]} is cancelled")
+            job = submission.jobs.get(stage, "")
+            names = {name for name in living if name.split("_")[0] == job}
+            if only is not None:
+                names &= {f"{job}_{submission.index_of(only)}"}
+            ours += [(stage, job if only is None else name) for name in sorted(names)]
+    if not ours:
+        say(f"{args.run_folder}: no job of it is queued or runs")
+        return
+    if only is None:  # first, so that `lbr status` knows who it was
+        dataclasses.replace(found[-1], cancelled=records.now()).write()
+    for stage, job in dict.fromkeys(ours):
+        scheduler.cancel([job])
+        say(f"{stage:<10} job {job} is cancelled")
 
 
 def logs(args: argparse.Namespace, say: Say) -> None:

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -28,11 +29,12 @@ from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import CheckpointError, LbrError
 from lbr_dist.exported import verify_export
 from lbr_dist.files import make_private
+from lbr_dist.interrupt import END_TIME
 from lbr_dist.launch.config_file import read_config, write_config
 from lbr_dist.launch.ranks import allocator
 from lbr_dist.slurm import records, scheduler
 from lbr_dist.slurm.records import JobStage, Outcome, Submission, Try
-from lbr_dist.slurm.scheduler import patiently
+from lbr_dist.slurm.scheduler import Job, patiently
 from lbr_dist.slurm.verdict import Verdict, judge
 
 CHECK_SECONDS = 90.0
@@ -63,7 +65,10 @@ class StageJob:
         self.config: RunConfig = read_config(self.config_file)
         self.run_path = self.config.run_path
         self.slurm = self.config.slurm
-        self.job = os.environ["SLURM_JOB_ID"]
+        # one task of an array has the number of the whole array, whose requeue would be that of all tasks
+        self.job = (
+            os.environ["SLURM_JOB_ID"] if not submission.is_sweep else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}"
+        )
         self.nodes = os.environ.get("SLURM_JOB_NODELIST", "")
         self.logs = records.rank_logs(self.run_path, stage)
         self._sizes: dict[Path, int] = {}
@@ -253,7 +258,7 @@ class StageJob:
             *self.slurm.container,
             *(self._python, "-u", "-m", *module),
         ]
-        environment = self._environment()
+        environment = self._environment() | self._end_time()
         if not alone:
             environment["LBR_RENDEZVOUS"] = f"tcp://{host}:{port}"
         process = subprocess.Popen(
@@ -267,6 +272,14 @@ class StageJob:
         reader.join(10.0)
         hosts = scheduler.command("scontrol", "show", "hostnames", self.nodes).split()
         return judge(code, lines, lambda rank: hosts[rank // each])
+
+    def _end_time(self) -> dict[str, str]:
+        """The moment of the time limit: the ranks stop earlier than the signal, where a step and a save need longer."""
+        try:
+            ends = datetime.fromisoformat(self._now().ends)
+        except (LbrError, ValueError):  # the controller is down, or there is no limit: the signal is enough
+            return {}
+        return {END_TIME: f"{ends.timestamp():.0f}"}
 
     def _words_of(self, rank: int | None) -> str:
         """A rank's last error in this try, or its last line; in its log, or in another's where it has none."""
@@ -293,7 +306,7 @@ class StageJob:
     def _again(self, outcome: Outcome, reason: str, blamed: Sequence[str] = ()) -> int:
         """Put this job back into the queue, where another try makes sense and nobody cancelled it."""
         before = [t for t in records.tries(self.run_path, self.stage) if t.job == self.job]
-        state = self._state()
+        state = patiently(self._now, say).state
         if state == "PENDING":  # Slurm has requeued it already
             self._over(outcome, reason)
             return self._await_end()
@@ -322,9 +335,13 @@ class StageJob:
             return 1
         return self._await_end()
 
-    def _state(self) -> str:
-        found = patiently(lambda: scheduler.jobs([self.job], accounting=False), say)
-        return next((job.state for job in found.values()), "UNKNOWN")
+    def _now(self) -> Job:
+        """This job as Slurm sees it.
+
+        Raises:
+            SlurmError: the controller gives no answer.
+        """
+        return scheduler.jobs([self.job], accounting=False).get(self.job, Job(self.job, "UNKNOWN"))
 
     def _await_end(self) -> int:
         """Slurm ends a requeued job; one that ended by itself before would count as done or failed."""

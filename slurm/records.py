@@ -70,6 +70,11 @@ class Submission:
     def is_sweep(self) -> bool:
         return len(self.points) > 1 or bool(self.points[0].label)
 
+    def index_of(self, run: Path) -> int | None:
+        """Which of its runs has this folder, if one has."""
+        folders = [Path(point.run_dir).resolve() for point in self.points]
+        return folders.index(run.resolve()) if run.resolve() in folders else None
+
     def write(self) -> None:
         content = {name: value for name, value in asdict(self).items() if name != "folder"}
         write_atomic(self.folder / "chain.json", json.dumps(content, indent=1) + "\n")
@@ -91,6 +96,20 @@ def submissions(run: Path) -> list[Submission]:
     """Those of a run folder, or of a sweep's, from the first to the last."""
     folders = (path for path in (run / "slurm").glob("[0-9]*") if (path / "chain.json").exists())
     return [Submission.read(folder) for folder in sorted(folders, key=lambda path: int(path.name))]
+
+
+def chain(run: Path) -> tuple[list[Submission], Path | None]:
+    """The submissions of a run folder, or a sweep's; and, where the folder is that of one of a sweep's runs, that run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    root = run.absolute()
+    if found := submissions(root):
+        return found, None
+    if found := [each for each in submissions(root.parent.parent) if each.index_of(root) is not None]:
+        return found, root
+    raise ConfigError(f"{run}: no submission. Name a run folder: the run_dir of a config that `lbr submit` has seen.")
 
 
 def new_folder(run: Path) -> Path:

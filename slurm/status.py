@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import RunConfig
-from lbr_dist.errors import ConfigError
 from lbr_dist.launch.config_file import read_config
 from lbr_dist.metrics import clock
 from lbr_dist.slurm import records, scheduler
@@ -62,25 +61,21 @@ class Row:
 
 
 def rows(run: Path) -> list[Row]:
-    """The chain of a run folder, or of each run of a sweep's.
+    """The chain of a run folder, of each run of a sweep's, or of one of a sweep's runs.
 
     Raises:
         ConfigError: nothing was submitted from this folder.
         SlurmError: the controller gives no answer.
     """
-    root = run.absolute()
-    found = records.submissions(root)
-    if not found:
-        raise ConfigError(
-            f"{run}: no submission. Name a run folder: the run_dir of a config that `lbr submit` has seen."
-        )
+    found, only = records.chain(run)
+    jobs = scheduler.jobs([job for submission in found for job in submission.jobs.values()])
     latest = found[-1]
-    asked = {stage: submission for submission in found for stage in submission.jobs}
-    jobs = scheduler.jobs([submission.jobs[stage] for stage, submission in asked.items()])
-    return [row for index in range(len(latest.points)) for row in _run_rows(latest, asked, index, jobs)]
+    indices = range(len(latest.points)) if only is None else [latest.index_of(only)]
+    return [row for index in indices if index is not None for row in _run_rows(found, index, jobs)]
 
 
-def _run_rows(latest: Submission, asked: dict[JobStage, Submission], index: int, jobs: dict[str, Job]) -> list[Row]:
+def _run_rows(found: Sequence[Submission], index: int, jobs: dict[str, Job]) -> list[Row]:
+    latest = found[-1]
     config = read_config(latest.config_file(index))
     run = Path(latest.points[index].run_dir)
     wanted: dict[JobStage, bool] = {
@@ -88,15 +83,19 @@ def _run_rows(latest: Submission, asked: dict[JobStage, Submission], index: int,
         "represent": config.represent.steps > 0,
         "evaluate": config.data.test is not None,
     }
-    found: list[Row] = []
+    rows: list[Row] = []
     for stage in STAGES:
         if wanted[stage]:
-            submission = asked.get(stage)
-            number = "" if submission is None else submission.jobs[stage]
-            name = f"{number}_{index}" if latest.is_sweep and number else number
-            before = found[-1] if found else None
-            found.append(_row(config, latest, run, index, stage, name, jobs.get(name), submission, before))
-    return found
+            asked = [
+                (each, place) for each in found if stage in each.jobs and (place := each.index_of(run)) is not None
+            ]
+            submission, name = None, ""
+            if asked:
+                submission, place = asked[-1]
+                name = submission.jobs[stage] + (f"_{place}" if submission.is_sweep else "")
+            before = rows[-1] if rows else None
+            rows.append(_row(config, latest, run, index, stage, name, jobs.get(name), submission, before))
+    return rows
 
 
 def _row(

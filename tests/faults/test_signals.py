@@ -1,4 +1,6 @@
-"""Told to stop: by a signal to any rank, at any moment, as often as it likes. All ranks stop together, and save."""
+"""Told to stop: by a signal to any rank, whenever and however often, or by a time limit that one rank sees ahead.
+All ranks stop together, and save.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lbr_dist import interrupt
 from lbr_dist.config import RunConfig
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted
 from lbr_dist.launch.config_file import write_config
@@ -23,11 +26,12 @@ CASES = [
     ("signals_in_backward", 1, {"call": 3, "name": "SIGTERM"}),
     pytest.param("signals_in_backward", 0, {"call": 3, "name": "SIGINT"}, marks=pytest.mark.slow),
     ("signals_in_save", 1, {"step": 2, "name": "SIGUSR2"}),
+    ("limit_ahead", 1, {"call": 3}),
 ]
 
 
 @pytest.mark.parametrize(("point", "rank", "more"), CASES)
-def test_one_rank_is_told_twice(
+def test_one_rank_is_told(
     two_ranks: RankPool, whole: RunConfig, broken: RunConfig, point: str, rank: int, more: dict[str, object]
 ) -> None:
     # in the background, a save that is slow to begin could be told after the last step
@@ -68,6 +72,30 @@ def test_the_launcher_is_told(two_ranks: RankPool, whole: RunConfig, tmp_path: P
 def test_ctrl_c_twice_ends_at_once(waited: Ended) -> None:
     assert waited.code == 130, waited.printed
     assert not waited.left
+
+
+def test_the_time_limit_is_seen_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step, the longest of the last ones, and a save must fit in what is left, half as long again."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stop = interrupt.StopRequest()
+
+    def after(step: float, save: float, left: float | str) -> str | None:
+        nonlocal now
+        now += step
+        end = left if isinstance(left, str) else str(time.time() + left)
+        monkeypatch.setenv(interrupt.END_TIME, end)
+        stop.look_ahead(save)
+        return stop.name
+
+    assert after(10, 20, "") is None and after(10, 20, "not a number") is None
+    assert after(10, 0, 20) is None, "nothing was saved yet"
+    assert after(10, 20, 50) is None
+    assert after(10, 20, -5) is None, "a limit that is over is that of another job"
+    assert after(1, 20, 40) == "the time limit, 40 s ahead,", "the longest of the last steps counts"
+    stop = interrupt.StopRequest()
+    stop.take(signal.SIGTERM, None)
+    assert after(10, 20, 1) == "SIGTERM"
 
 
 def _wait_for(condition: object, process: subprocess.Popen[str]) -> None:

@@ -10,14 +10,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from lbr_dist import manifest, shards
-from lbr_dist.engine import Engine
+from lbr_dist.imports import large_imports, leave
 from lbr_dist.launch import worker
+
+with large_imports():
+    from lbr_dist import interrupt, manifest, shards
+    from lbr_dist.engine import Engine
 
 VARIABLE = "LBR_FAULT"
 
@@ -124,6 +126,7 @@ POINTS: dict[str, Callable[..., None]] = {
     "hangs": lambda call, **_: _in_backward(call, lambda: time.sleep(1000)),
     "hangs_in_c": lambda call, **_: _in_backward(call, _held_interpreter),
     "stopped": lambda call, **_: _in_backward(call, lambda: _send("SIGSTOP")),
+    "limit_ahead": lambda call, **_: _in_backward(call, lambda: setattr(interrupt, "seconds_left", lambda: 0.001)),
     "not_a_number": lambda call, **_: _in_backward(call, lambda: float("nan")),
     "not_a_number_any_more": lambda call, **_: _in_backward(call, lambda: float("nan"), ever_since=True),
     "no_look_at_the_space": lambda **_: setattr(manifest, "free_bytes", lambda path: 1 << 60),
@@ -135,4 +138,4 @@ if __name__ == "__main__":
     fault = json.loads(os.environ.get(VARIABLE, "null"))
     if fault is not None and os.environ["RANK"] == str(fault.pop("rank")):
         POINTS[fault.pop("point")](**fault)
-    sys.exit(worker.main())
+    leave(worker.main())

@@ -105,11 +105,17 @@ def submit(config: RunConfig, folder: Path, *arguments: str, **environment: str)
     return dict(records.submissions(config.run_path)[-1].jobs)
 
 
-def status(run: Path, **environment: str) -> dict[str, dict[str, Any]]:
-    """What `lbr status --json` says of a run's stages."""
+def rows(run: Path, **environment: str) -> list[dict[str, Any]]:
+    """What `lbr status --json` says of a run, or of each of a sweep's."""
     done = lbr("status", str(run), "--json", **environment)
     assert done.returncode == 0, done.stderr
-    return {row["stage"]: row for row in json.loads(done.stdout)}
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def status(run: Path, **environment: str) -> dict[str, dict[str, Any]]:
+    """The same, by stage."""
+    return {row["stage"]: row for row in rows(run, **environment)}
 
 
 def forgotten(folder: Path, accounting: bool) -> dict[str, str]:
@@ -178,11 +184,14 @@ def outcomes(config: RunConfig, stage: JobStage = "learn") -> list[str]:
     return [each.outcome for each in tries(config, stage)]
 
 
-def ranks(config: RunConfig) -> dict[int, int]:
-    """Processes of a run's ranks on this machine, by rank."""
+def ranks(config: RunConfig, of: str = "") -> dict[int, int]:
+    """Processes of a run's ranks on this machine, by rank; of a sweep's, those whose config has this name."""
     found: dict[int, int] = {}
     for process, words, environment in _processes():
-        is_ours = any(str(config.run_path) in word for word in words) and "lbr_dist.launch.worker" in words
+        is_ours = (
+            any(str(config.run_path) in word and word.endswith(of) for word in words)
+            and "lbr_dist.launch.worker" in words
+        )
         if is_ours and "SLURM_STEP_ID" in environment:
             found[int(environment["SLURM_PROCID"])] = process
     return found
@@ -192,14 +201,18 @@ def _processes() -> Iterator[tuple[int, list[str], dict[str, str]]]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-            yield int(process.name), words, dict(each.split("=", 1) for each in variables if "=" in each)
+            yield int(process.name), words, variables(int(process.name))
+
+
+def variables(process: int) -> dict[str, str]:
+    """The environment that a process was started with."""
+    found = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(each.split("=", 1) for each in found if "=" in each)
 
 
 def node_of(config: RunConfig, rank: int) -> str:
     """The name of a rank's node."""
-    environment = Path(f"/proc/{ranks(config)[rank]}/environ").read_bytes().split(b"\0")
-    return next(each.decode().split("=")[1] for each in environment if each.startswith(b"SLURMD_NODENAME="))
+    return variables(ranks(config)[rank])["SLURMD_NODENAME"]
 
 
 def hosts(nodes: str) -> list[str]:

@@ -7,8 +7,11 @@ cluster has other runs on its nodes too.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import RepresentConfig, RunConfig, SlurmConfig
+from lbr_dist.interrupt import END_TIME
 from lbr_dist.slurm import records
 from lbr_dist.slurm.testbed.bed import Bed
 from tests.configs import tiny_run
@@ -99,6 +103,9 @@ def time_limits(place: Place) -> None:
     environment = {"LBR_TRIAL_PAUSE": str(pause)}
     config = place.long(time_minutes=2, lead_seconds=60, max_retries=10, environment=environment)
     jobs = submit(config, place.folder)
+    wait_step(config, 1)
+    left = float(chains.variables(chains.ranks(config)[1])[END_TIME]) - time.time()
+    assert 0 < left < 120, "the ranks know the time limit"
     wait("two limits have come", lambda: outcomes(config).count("interrupted") >= 2, config.run_path, 900)
     pause.write_text("0")
     found = wait_over(config.run_path, 400)
@@ -221,22 +228,33 @@ def a_full_disk(place: Place) -> None:
 
 @scenario
 def a_sweep(place: Place) -> None:
-    """A run for each value, as an array whose tasks wait for their own."""
+    """A run for each value, as an array whose tasks wait for their own, are requeued alone and cancelled alone."""
     config = _chain(place, nodes=1)
     config = dataclasses.replace(
         config,
-        learn=dataclasses.replace(config.learn, steps=2),
+        learn=dataclasses.replace(config.learn, steps=12),
         represent=RepresentConfig(steps=2, batch_pairs=4, chunk_tokens=192),
     )
-    submit(config, place.folder, "--sweep", "seed=0,1")
+    jobs = submit(config, place.folder, "--sweep", "seed=0,1,2")
+    runs = [config.run_path / "runs" / f"seed={seed}" for seed in range(3)]
+    alone = [dataclasses.replace(config, run_dir=str(run)) for run in runs]
+    # the last task has the number of the array
+    wait_step(alone[2], 2)
+    os.kill(chains.ranks(config, "config-2.yaml")[0], signal.SIGTERM)
+    wait("it has left", lambda: outcomes(alone[2])[:1] == ["interrupted"], config.run_path)
+    wait_step(alone[1], 1)
+    done = lbr("cancel", str(runs[1]))
+    assert done.returncode == 0 and f"job {jobs['learn']}_1 is cancelled" in done.stdout, done
     wait_over(config.run_path)
-    done = lbr("status", str(config.run_path)).stdout
-    assert done.count("finished") == 4, done
-    runs = sorted((config.run_path / "runs").iterdir())
-    assert [run.name for run in runs] == ["seed=0", "seed=1"]
-    weights = [(run / "model" / "model.safetensors").read_bytes() for run in runs]
+
+    whole = {(row["run"], row["stage"]): row for row in chains.rows(config.run_path)}
+    states = {run: [whole[str(run), stage]["state"] for stage in ("learn", "represent")] for run in runs}
+    assert states == {runs[0]: ["finished"] * 2, runs[1]: ["cancelled"] * 2, runs[2]: ["finished"] * 2}, whole
+    assert outcomes(alone[0]) == ["finished"] and outcomes(alone[2]) == ["interrupted", "finished"]
+    assert {each.job for each in tries(alone[2])} == {f"{jobs['learn']}_2"}
+    assert chains.rows(runs[2]) == [whole[str(runs[2]), stage] for stage in ("learn", "represent")]
+    weights = [(runs[seed] / "model" / "model.safetensors").read_bytes() for seed in (0, 2)]
     assert weights[0] != weights[1]
-    assert all((run / "slurm" / "learn.log").read_text().count("finished") == 1 for run in runs)
 
 
 @scenario
@@ -258,6 +276,44 @@ def a_broken_node(place: Place) -> None:
         assert_same_end(config, place.whole)
     finally:
         broken()
+
+
+@scenario
+def a_collection(place: Place) -> None:
+    """Encoded and tokenised on two nodes, by the ranks of srun and of mpirun: the bytes that one process makes."""
+    corpus = place.data / "corpus.jsonl"
+    small_parts = (sys.executable, "-m", "tests.end_to_end.with_fault", "none")
+    nodes = ("-N2", "--ntasks-per-node=1")
+    launchers = {
+        "alone": (),
+        "srun": ("srun", *nodes, "--mpi=none", "--kill-on-bad-exit=1"),
+        # the nodes of the test bed share one memory, through which Open MPI would not find its ranks
+        "mpirun": ("salloc", *nodes, "mpirun", "--allow-run-as-root", "--mca", "btl", "self,tcp"),
+    }
+    encode = ("encode", str(place.model), str(corpus), "--part-texts", "10", "--threads", "1", "--out")
+    tokens = ("data", "tokens", "--base", str(place.model), "--corpus", str(corpus), "--processes", "1", "--cache-dir")
+    for name, launcher in launchers.items():
+        out = place.folder / name
+        for command in ((*encode, str(out / "vectors.npy")), (*tokens, str(out / "cache"))):
+            out.mkdir(exist_ok=True)
+            done = subprocess.run(
+                [*launcher, *small_parts, *command],
+                cwd=chains.ROOT,
+                env=chains.SHELL,
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
+            assert done.returncode == 0, (name, done)
+            assert not launcher or "2 ranks" in done.stdout, (name, done)
+    made = [_files(place.folder / name) for name in launchers]
+    assert made[0] == made[1] == made[2]
+    assert {"vectors.npy", "vectors.ids"} < made[0].keys() and len(made[0]) > 4
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @scenario

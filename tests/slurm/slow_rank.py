@@ -11,12 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+from lbr_dist.imports import large_imports
+
 
 def main() -> None:
     module = sys.argv[sys.argv.index("-m") + 1]
     sys.argv = sys.argv[sys.argv.index("-m") + 1 :]
     if module == "lbr_dist.launch.worker":
-        from lbr_dist import trainer
+        with large_imports():
+            from lbr_dist import trainer
 
         take, told = trainer._take, Path(os.environ.get("LBR_TRIAL_PAUSE", "/nowhere"))
 
