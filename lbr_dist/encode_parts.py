@@ -118,7 +118,8 @@ def encode_collection(job: EncodeJob, ranks: Ranks, say: Say) -> None:
                 )
             _join(job, work.texts)
     if ranks.is_first:
-        say(f"written to {job.out}: {work.texts:,} vectors")
+        by = f", by {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+        say(f"written to {job.out}: {work.texts:,} vectors{by}")
     from_all(None, ranks)
 
 

@@ -127,6 +127,20 @@ class StageJob:
             reason = f"job {before[-1].job} on {before[-1].nodes} ended without a word: a node failed, or it was killed"
             records.end(self.run_path, self.stage, "lost", reason, self.step)
             say(f"{self.stage}: {reason}")
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            return
+        known = {node for each in before for node in each.blamed}
+        try:
+            known |= set(scheduler.hosts(self.slurm.exclude or ""))
+            left_out = [node for node in scheduler.excluded(self.job) if node not in known]
+        except LbrError as error:
+            say(f"note: {error}")
+            return
+        for node in left_out:  # by the script, which could write nowhere there
+            reason = f"node {node}: a try began there, and could not use the run folder, the working folder or Python"
+            records.begin(self.run_path, self.stage, self.job, node, self.step)
+            records.end(self.run_path, self.stage, "refused", reason, self.step, [node])
+            say(f"{self.stage}: {reason}")
 
     def _why_no_further_try(self) -> str | None:
         """Why this job must not try again: its tries before made no progress, or failed too often."""
@@ -193,7 +207,7 @@ class StageJob:
         if not answered:
             say("the check of the nodes gave no answer; going on without it")
             return {}
-        expected = scheduler.command("scontrol", "show", "hostnames", self.nodes).split()[:nodes]
+        expected = scheduler.hosts(self.nodes)[:nodes]
         silent = [f"no answer to the check within {CHECK_SECONDS:g} s"]
         faults_of = {node: answered.get(node, silent) for node in expected}
         return {node: "; ".join(faults) for node, faults in faults_of.items() if faults}
@@ -270,7 +284,7 @@ class StageJob:
         reader.start()
         code = process.wait()
         reader.join(10.0)
-        hosts = scheduler.command("scontrol", "show", "hostnames", self.nodes).split()
+        hosts = scheduler.hosts(self.nodes)
         return judge(code, lines, lambda rank: hosts[rank // each])
 
     def _end_time(self) -> dict[str, str]:

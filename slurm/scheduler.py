@@ -6,6 +6,7 @@ Every command has a time limit: a client of a cluster whose controller is down w
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -185,6 +186,25 @@ def requeue(job: str) -> None:
         SlurmError: Slurm refuses.
     """
     command(*_DEAF, "scontrol", "requeue", job)
+
+
+def hosts(nodes: str) -> list[str]:
+    """`gpu[01,03-04]` written out, in the order of Slurm.
+
+    Raises:
+        SlurmError: Slurm cannot read it.
+    """
+    return command("scontrol", "show", "hostnames", nodes).split() if nodes else []
+
+
+def excluded(job: str) -> list[str]:
+    """The nodes that a job must not use.
+
+    Raises:
+        SlurmError: there is no such job, or the controller gives no answer.
+    """
+    found = re.search(r" ExcNodeList=([^ (]+)", command("scontrol", "-o", "show", "job", job))
+    return hosts(found[1]) if found else []
 
 
 def exclude(job: str, nodes: str) -> None:

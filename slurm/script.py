@@ -13,6 +13,21 @@ from lbr_dist.config import SlurmConfig
 from lbr_dist.slurm.records import JobStage, log_file
 from lbr_dist.slurm.scheduler import KEPT
 
+# Our own part of the job could write nowhere on such a node, nor be started there.
+_ELSEWHERE = r"""
+# where the log, the working folder or Python cannot be used on the first node: another try without it
+elsewhere() {{
+    local job={job} bad left
+    bad=$(scontrol -o show job "$job" | sed -nE 's/.* ExcNodeList=([^ (]+).*/\1/p')
+    bad=$(scontrol show hostnames "$SLURMD_NODENAME${{bad:+,$bad}}" | sort -u)
+    left=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o '%N %T' | grep -Ev ' (down|drain|fail|unknown)' | cut -d' ' -f1)
+    left=$(sort -u <<<"$left" | grep -cvxF "$bad")
+    [ "$left" -ge {nodes} ] && [ "$(wc -l <<<"$bad")" -le $(({most})) ] || exit 1
+    scontrol requeue "$job" && scontrol update JobId="$job" ExcNodeList="$(paste -sd, <<<"$bad")"
+    sleep 120
+    exit 1
+}}"""
+
 
 class _Scripts(SlurmExecutor):  # type: ignore[misc]
     """submitit's way to a script, without its pickles: what a job runs is a command and a folder of plain files."""
@@ -82,12 +97,20 @@ def script(
         more["array"] = f"0-{points - 1}"
     more |= {key: value or True for key, value in settings.extra.items()}
     log = shlex.quote(str(log_file(log_root, stage))) + ('"-$SLURM_ARRAY_TASK_ID"' if points else "")
+    excluded = f" + $(scontrol show hostnames {shlex.quote(settings.exclude)} | wc -l)" if settings.exclude else ""
+    elsewhere = _ELSEWHERE.format(
+        job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if points else "$SLURM_JOB_ID",
+        nodes=nodes,
+        most=f"{settings.max_retries}{excluded}",
+    )
     setup = [
         # until Python heeds them; the ranks have their own
         "trap '' TERM USR2 HUP",
-        f"exec >>{log} 2>&1",
+        elsewhere.strip(),
+        f"exec >>{log} 2>&1 || elsewhere",
+        f"cd {shlex.quote(str(working_folder))} || elsewhere",
+        f"[ -x {shlex.quote(python)} ] || elsewhere",
         "set -e",
-        f"cd {shlex.quote(str(working_folder))}",
         *(["module purge"] if settings.modules else []),
         *(f"module load {shlex.quote(module)}" for module in settings.modules),
         *settings.setup,
