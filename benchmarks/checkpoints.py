@@ -9,8 +9,9 @@ figure is a median over the turns, in each of which all ways come once:
   `save_checkpoint` beside it, which neither flushes to the disk nor computes a checksum.
 - *steps*: the step of stage 1 right after a save that goes on in the background, and one while nothing is written.
 - *bandwidth*: bytes a second of a blocking save until it is published (the stall has the deletion of the old one too),
-  and of a resume (verified, then loaded) whose files the page cache has
-  and has not; against `dd` of zeros into as many files at once, with the same flush. Without root the page cache stays.
+  and of a resume (verified, then loaded) whose files the page cache has and has not; against `dd` of zeros into as many
+  files at once, with the same flush. Every writer finds a file system that is done with what was deleted before.
+  Without root the page cache stays.
 - *verify*: `lbr checkpoints verify`'s reading against `sha256sum` of the same files, in turn, both from the page cache.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -33,6 +35,7 @@ from measure import print_result, record, run_ranks
 
 RANKS = 2
 STEPS_BESIDE = 2
+SETTLE_SECONDS = 2.0
 
 
 def measure(base: Path, folder: Path, turns: int) -> None:
@@ -88,6 +91,13 @@ def measure(base: Path, folder: Path, turns: int) -> None:
             Path("/proc/sys/vm/drop_caches").write_text("1")
         dist.barrier()
 
+    def settle() -> None:
+        """What was deleted before is none of the next writer's work: a file system clears up when it is flushed."""
+        if ranks.is_first:
+            os.sync()
+            time.sleep(SETTLE_SECONDS)
+        dist.barrier()
+
     def size() -> int:
         return checkpoints.read(checkpoints.steps()[-1]).num_bytes
 
@@ -108,17 +118,18 @@ def measure(base: Path, folder: Path, turns: int) -> None:
         for turn in range(turns + 1):
             for _ in range(STEPS_BESIDE):
                 clocked("step alone", step)
-            dist.barrier()
+            settle()
             blocking.save(state(), {}, None)
             times["blocking stall"].append(blocking.stall)
             times["blocking save, published"].append(blocking.seconds)
-            dist.barrier()  # the first rank alone has deleted the old one
+            settle()
             behind.save(state(), {}, None)
             times["background stall"].append(behind.stall)
             began = time.perf_counter()
             clocked("step beside a save", step)
             behind.wait()
             times["background save, and a step"].append(time.perf_counter() - began + behind.stall)
+            settle()
             clocked("DeepSpeed save_checkpoint", lambda: engine._engine.save_checkpoint(str(folder / "ds"), tag="t"))
             if ranks.is_first:
                 shutil.rmtree(folder / "ds")
@@ -126,6 +137,7 @@ def measure(base: Path, folder: Path, turns: int) -> None:
                 if name.endswith("disk"):
                     drop_cache()
                 clocked(name, lambda: resume(engine, checkpoints, ranks, config, identity))
+            settle()
             if ranks.is_first:
                 times["dd"].append(dd(folder / f"dd-{turn}", size(), RANKS))
                 shutil.rmtree(folder / f"dd-{turn - 1}", ignore_errors=True)  # as the saves do: after the new one
@@ -188,7 +200,8 @@ def main() -> None:
         ways = {way for rank in ranks for way in rank["times"]}
         of_ranks = {way: [rank["times"][way] for rank in ranks if way in rank["times"]] for way in sorted(ways)}
         # of each turn, the rank that took longest
-        found = {way: statistics.median(map(max, zip(*times, strict=True))) for way, times in of_ranks.items()}
+        slower = {way: [max(each) for each in zip(*times, strict=True)] for way, times in of_ranks.items()}
+        found = {way: statistics.median(times) for way, times in slower.items()}
         size = ranks[0]["bytes"]
         found |= verify_against_sha256sum(folder / "run" / "learn" / "checkpoints", args.turns)
     ratios = {
@@ -201,6 +214,7 @@ def main() -> None:
         "time, verify / sha256sum": found["verify"] / found["sha256sum"],
     }
     row = {"ranks": RANKS, "bytes": size, "turns": args.turns, "seconds": found, "ratios": ratios}
+    row["of each turn"] = {way: slower[way] for way in ("blocking save, published", "dd")}
     row = json.loads(json.dumps(row), parse_float=lambda text: round(float(text), 4))
     print(json.dumps(row, indent=1))
     record("checkpoints", row)

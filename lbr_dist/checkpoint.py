@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -188,13 +189,22 @@ class Saver:
         if self._buffer is None:
             elements = sum(tensor.numel() for tensor in tensors.values())
             self._buffer = torch.empty(elements, dtype=torch.float32, pin_memory=self.ranks.device.type == "cuda")
-        copies, offset = {}, 0
-        for name, tensor in tensors.items():
-            copies[name] = self._buffer[offset : offset + len(tensor)].copy_(tensor, non_blocking=True)
-            offset += len(tensor)
+        copies: dict[str, Tensor] = {}
+        offset = 0
+        for names in _runs(tensors):
+            first, length = tensors[names[0]], sum(len(tensors[name]) for name in names)
+            source = first.as_strided((length,), (1,), first.storage_offset())
+            copy = self._buffer[offset : offset + length]
+            if source.device.type == "cpu":
+                # the C library's copy leaves the caches alone where it is long: half the time of torch's
+                np.copyto(copy.numpy(), source.numpy())
+            else:
+                copy.copy_(source, non_blocking=True)
+            copies |= dict(zip(names, copy.split([len(tensors[name]) for name in names]), strict=True))
+            offset += length
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)
-        return copies
+        return {name: copies[name] for name in tensors}
 
     def _prepare(self, step: int, num_bytes: int) -> str:
         """Make the folder, and look whether there is room. Returns what is wrong, the same on every rank."""
@@ -266,6 +276,22 @@ class Saver:
         reports: list[Report] = [report] * self.ranks.world_size
         dist.all_gather_object(reports, report, group=self._group)
         return reports
+
+
+def _runs(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Names of flat tensors that lie one behind the other in one storage."""
+    run: list[str] = []
+    end = None
+    for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):
+        tensor = tensors[name]
+        place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        if run and place != end:
+            yield run
+            run = []
+        run.append(name)
+        end = place[0], place[1] + len(tensor)
+    if run:
+        yield run
 
 
 def _random_state(ranks: Ranks) -> tuple[dict[str, str], dict[str, Tensor]]:

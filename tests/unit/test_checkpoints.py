@@ -10,8 +10,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from lbr_dist import inventory
+from lbr_dist.checkpoint import _runs
 from lbr_dist.config import CheckpointConfig, Stage, to_dict
 from lbr_dist.files import checksum
 from lbr_dist.inventory import Row
@@ -395,3 +397,9 @@ def test_prune_takes_the_runs_own_rule(run: Path, tmp_path: Path) -> None:
     write_config(config, run / "config.yaml")
     assert command(run, "prune") == 0
     assert checkpoints(run).steps() == [20, 30, 40]
+
+
+def test_tensors_that_lie_one_behind_the_other_are_copied_at_once() -> None:
+    flat, other = torch.arange(10.0), torch.arange(4.0)
+    tensors = {"a": flat[:3], "x": other[:2], "b": flat[3:5], "c": flat[6:8], "y": other[2:], "d": flat[8:]}
+    assert sorted(_runs(tensors)) == [["a", "b"], ["c", "d"], ["x", "y"]]
