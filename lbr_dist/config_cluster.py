@@ -62,7 +62,8 @@ class SlurmConfig:
     """Time limit of the evaluation's job."""
 
     lead_seconds: int = 300
-    """So long before the time limit the ranks are told to save and stop. Longer than a step and a save."""
+    """So long before the time limit the ranks are told to save and stop. Longer than a step and a save: once both are
+    measured, the ranks stop earlier where they need more."""
 
     partition: str | None = None
     """Partition; null is the cluster's default. So with the following."""

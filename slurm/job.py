@@ -10,7 +10,6 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -32,13 +31,10 @@ from lbr_dist.files import make_private
 from lbr_dist.interrupt import END_TIME
 from lbr_dist.launch.config_file import read_config, write_config
 from lbr_dist.launch.ranks import allocator
-from lbr_dist.slurm import records, scheduler
-from lbr_dist.slurm.records import JobStage, Outcome, Submission, Try
+from lbr_dist.slurm import nodes, records, scheduler
+from lbr_dist.slurm.records import JobStage, Outcome, Submission
 from lbr_dist.slurm.scheduler import Job, patiently
 from lbr_dist.slurm.verdict import Verdict, judge
-
-CHECK_SECONDS = 90.0
-"""For the look at the nodes. One that does not answer by then is broken."""
 
 MUCH_TEXT = 64 * 2**20
 """Bytes of text that are worth a step of their own."""
@@ -85,6 +81,7 @@ class StageJob:
             say(f"{self.stage}: finished before, nothing to do")
             return 0
         self._end_what_was_lost()
+        self._note_where_it_could_not_begin()
         why = self._why_no_further_try()
         if why is not None:
             say(f"{self.stage}: {why}")
@@ -94,7 +91,7 @@ class StageJob:
         try:
             write_config(self.config, self.run_path / "config.yaml")
             self._check_before()
-            faults = self._check_nodes() if self.slurm.node_check else {}
+            faults = self._faults_of_nodes() if self.slurm.node_check else {}
         except LbrError as error:
             return self._over("failed", str(error))
         if faults:
@@ -127,16 +124,21 @@ class StageJob:
             reason = f"job {before[-1].job} on {before[-1].nodes} ended without a word: a node failed, or it was killed"
             records.end(self.run_path, self.stage, "lost", reason, self.step)
             say(f"{self.stage}: {reason}")
-        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+
+    def _note_where_it_could_not_begin(self) -> None:
+        """The script asks for another try where the job's own part can be neither started nor heard."""
+        before = records.tries(self.run_path, self.stage)
+        starts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        if starts <= sum(each.job == self.job for each in before):
             return
         known = {node for each in before for node in each.blamed}
         try:
             known |= set(scheduler.hosts(self.slurm.exclude or ""))
-            left_out = [node for node in scheduler.excluded(self.job) if node not in known]
+            found = [node for node in scheduler.excluded(self.job) if node not in known]
         except LbrError as error:
             say(f"note: {error}")
             return
-        for node in left_out:  # by the script, which could write nowhere there
+        for node in found:
             reason = f"node {node}: a try began there, and could not use the run folder, the working folder or Python"
             records.begin(self.run_path, self.stage, self.job, node, self.step)
             records.end(self.run_path, self.stage, "refused", reason, self.step, [node])
@@ -177,40 +179,12 @@ class StageJob:
             )
         verify_export(folder)
 
-    def _check_nodes(self) -> dict[str, str]:
+    def _faults_of_nodes(self) -> dict[str, str]:
         """Nodes that cannot be used, and why."""
+        number = 1 if self.stage == "evaluate" else self.slurm.nodes
         gpus = self.slurm.gpus_per_node if self.slurm.gpus_per_node and self.slurm.check_gpus else 0
-        words = ["-m", "lbr_dist.launch.cli", "doctor", "--node", "--json", "--run-dir", str(self.run_path)]
-        nodes = 1 if self.stage == "evaluate" else self.slurm.nodes
-        command = [
-            *("srun", "--export=ALL", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--mpi=none"),
-            *("--kill-on-bad-exit=0", "--no-kill", "--quit-on-interrupt"),
-            *(*self.slurm.container, self._python, *words, *(("--gpus", str(gpus)) if gpus else ())),
-        ]
-        process = subprocess.Popen(
-            command, env=self._environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-        )
-        try:
-            printed, _ = process.communicate(timeout=CHECK_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # which srun passes on
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10.0)
-            process.kill()
-            printed, _ = process.communicate()
-        answered: dict[str, list[str]] = {}
-        for line in printed.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                report = json.loads(line)
-                faults = [f for f in report["findings"] if f["state"] == "fault"]
-                answered[report["node"]] = [f"{f['name']}: {f['found']}. {f['advice']}" for f in faults]
-        if not answered:
-            say("the check of the nodes gave no answer; going on without it")
-            return {}
-        expected = scheduler.hosts(self.nodes)[:nodes]
-        silent = [f"no answer to the check within {CHECK_SECONDS:g} s"]
-        faults_of = {node: answered.get(node, silent) for node in expected}
-        return {node: "; ".join(faults) for node, faults in faults_of.items() if faults}
+        python = [*self.slurm.container, self._python]
+        return nodes.faults(scheduler.hosts(self.nodes)[:number], python, self.run_path, gpus, self._environment(), say)
 
     # ---- the ranks ---------------------------------------------------------------------------------------------
 
@@ -251,7 +225,7 @@ class StageJob:
     def _srun(self, module: Sequence[str]) -> Verdict:
         """Run a module of Python on all ranks; the evaluation's is one."""
         alone = self.stage == "evaluate"
-        nodes, each = (1, 1) if alone else (self.slurm.nodes, self.slurm.ranks_per_node)
+        number, each = (1, 1) if alone else (self.slurm.nodes, self.slurm.ranks_per_node)
         logs = self.logs
         make_private(logs.parent)
         make_private(logs)
@@ -263,7 +237,7 @@ class StageJob:
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         command = [
             *("srun", "--export=ALL", "--unbuffered", "--mpi=none", "--open-mode=append"),
-            *(f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}"),
+            *(f"--nodes={number}", f"--ntasks={number * each}", f"--ntasks-per-node={each}"),
             f"--cpus-per-task={self.slurm.cpus_per_task}",
             # a rank that was told to stop has code 75: the others must not be killed for it while they do the same
             *("--kill-on-bad-exit=0", f"--wait={self.slurm.wait_seconds}"),
@@ -327,7 +301,7 @@ class StageJob:
         if state != "RUNNING":
             return self._over(outcome, f"{reason}; the job is {state}: it was cancelled, or reached its time limit")
         failed = outcome != "interrupted"
-        without = self._without(blamed, before) if failed and blamed else ()
+        without = nodes.to_leave_out(blamed, before, self.slurm.nodes, say) if failed and blamed else ()
         earlier = before[-2] if len(before) > 1 else None
         again_here = earlier is not None and earlier.outcome == "failed" and earlier.last_step == self.step
         if failed and again_here and not without and not before[-1].first_step < self.step:
@@ -342,8 +316,8 @@ class StageJob:
         try:
             patiently(lambda: scheduler.requeue(self.job), say)
             if without:
-                nodes = ",".join((*without, *([self.slurm.exclude] if self.slurm.exclude else [])))
-                patiently(lambda: scheduler.exclude(self.job, nodes), say)
+                excluded = ",".join((*without, *([self.slurm.exclude] if self.slurm.exclude else [])))
+                patiently(lambda: scheduler.exclude(self.job, excluded), say)
         except LbrError as error:
             say(f"{self.stage}: cannot be requeued, or nodes excluded: {error}")
             return 1
@@ -361,23 +335,6 @@ class StageJob:
         """Slurm ends a requeued job; one that ended by itself before would count as done or failed."""
         time.sleep(120.0)
         return 1
-
-    def _without(self, blamed: Sequence[str], before: Sequence[Try]) -> tuple[str, ...]:
-        """Nodes to leave out: those that are blamed now, then earlier ones, while the partition has enough others."""
-        ask = ("sinfo", "-h", "-N", "-p", os.environ.get("SLURM_JOB_PARTITION", ""), "-o", "%N %T")
-        try:
-            rows = [line.split() for line in patiently(lambda: scheduler.command(*ask), say).splitlines()]
-        except LbrError as error:
-            say(f"note: {error}")
-            return ()
-        usable = {name for name, state in rows if not state.startswith(("down", "drain", "fail", "unknown"))}
-        chosen: list[str] = []
-        for node in (*blamed, *(node for each in reversed(before) for node in each.blamed)):
-            if len(usable - {*chosen, node}) >= self.slurm.nodes:
-                chosen.append(node)
-            elif node in blamed:
-                say(f"note: {node} would be left out, but the partition has too few other nodes")
-        return tuple(dict.fromkeys(chosen))
 
 
 def _pass_on(stream: IO[str], lines: list[str]) -> None:

@@ -23,7 +23,7 @@ from lbr_dist.launch.ranks import run_stage
 from lbr_dist.slurm.testbed.bed import Bed, why_not
 from tests.slurm import chains
 from tests.slurm.chains import long_run
-from tests.slurm.scenarios import SCENARIOS, WHOLE_NODES, Place
+from tests.slurm.scenarios import ALONE, SCENARIOS, Place
 
 SMALL_DISK = "16m"
 AT_ONCE = 2
@@ -103,7 +103,7 @@ def played(
     small_disk: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, Future[Any]]]:
-    """All scenarios that the chosen tests look at, begun now: so many at once, then those that take whole nodes."""
+    """All scenarios that the chosen tests look at, begun now: so many at once, then those that play alone."""
     ours = [item for item in request.session.items if _is_ours(item) and isinstance(item, pytest.Function)]
     chosen = {str(item.callspec.params["name"]) for item in ours if item.originalname == "test_scenario"}
     chosen |= {"chain"} if any(item.path.name == "test_chain.py" for item in ours) else set()
@@ -119,7 +119,7 @@ def played(
 
     with ThreadPoolExecutor(AT_ONCE) as together, ThreadPoolExecutor(1) as alone:
         long_first = sorted(SCENARIOS, key=lambda name: name not in ("time_limits", "chain"))
-        found = {name: begin(together, name, []) for name in long_first if name in chosen - WHOLE_NODES}
-        others = [each for name, each in found.items() if name != "time_limits"]
-        found |= {name: begin(alone, name, others) for name in SCENARIOS if name in chosen & WHOLE_NODES}
+        found = {name: begin(together, name, []) for name in long_first if name in chosen - ALONE}
+        others = list(found.values())
+        found |= {name: begin(alone, name, others) for name in SCENARIOS if name in chosen & ALONE}
         yield found

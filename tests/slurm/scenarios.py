@@ -86,9 +86,9 @@ class Place:
 
 Scenario = Callable[[Place], Any]
 SCENARIOS: dict[str, Scenario] = {}
-WHOLE_NODES = {"nodes_die", "preemption", "the_controller_starts_again", "a_broken_first_node"}
-"""These meet every run on the cluster, or want it idle, and are played when all others are over, but for the longest
-one."""
+ALONE = {"nodes_die", "preemption", "the_controller_starts_again", "a_broken_node", "a_broken_first_node"}
+"""These meet every run on the cluster, or want the nodes that Slurm takes first: they are played when all others are
+over, one after another."""
 
 
 def scenario(function: Scenario) -> Scenario:
@@ -269,25 +269,22 @@ def a_broken_node(place: Place) -> None:
 def a_broken_first_node(place: Place) -> None:
     """The same, where not even the job's own log can be opened."""
     tried = _on_a_broken_node(place, "n1")
-    assert tried is None or (tried.nodes == "n1" and "a try began there" in tried.reason)
+    assert tried.nodes == "n1" and "a try began there" in tried.reason
 
 
-def _on_a_broken_node(place: Place, node: str) -> Try | None:
-    """The try that met it, unless other runs were there first."""
+def _on_a_broken_node(place: Place, node: str) -> Try:
+    """The try that met it."""
     config = place.long(node_check=True)
     (place.folder / "run").mkdir(mode=0o700)
     mend = place.bed.read_only(node, place.folder / "run")
     try:
         jobs = submit(config, place.folder)
         assert wait_over(config.run_path, 240)["learn"]["state"] == "finished", chains.told(config.run_path)
-        last = tries(config)[-1]
+        first, last = tries(config)
+        assert first.outcome == "refused" and first.reason.startswith(f"node {node}: "), first
+        assert first.blamed == [node]
         assert node not in chains.hosts(last.nodes) and last.job == jobs["learn"]
         assert_same_end(config, place.whole)
-        if len(tries(config)) == 1:
-            return None
-        first = tries(config)[0]
-        assert first.outcome == "refused" and first.reason.startswith(f"node {node}: "), first
-        assert first.blamed == [node] and len(tries(config)) == 2
         return first
     finally:
         mend()

@@ -1,0 +1,91 @@
+"""Nodes that must not be used: found broken before the ranks start, or to blame for the end of an earlier try.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lbr_dist.errors import LbrError
+from lbr_dist.slurm import scheduler
+from lbr_dist.slurm.records import Try
+from lbr_dist.slurm.scheduler import patiently
+
+CHECK_SECONDS = 90.0
+"""For the look at the nodes. One that does not answer by then is broken."""
+
+Say = Callable[[str], None]
+
+
+def faults(
+    nodes: Sequence[str], python: Sequence[str], run_path: Path, gpus: int, environment: Mapping[str, str], say: Say
+) -> dict[str, str]:
+    """Run `lbr doctor --node` on each node of this job; gives those that cannot be used, and why.
+
+    Args:
+        nodes: the first ones of the job.
+        python: the command that starts it there.
+        run_path: the folder in which a node must be able to write.
+        gpus: how many each node must have; 0: they are not looked at.
+        environment: of srun.
+        say: prints a line.
+    """
+    words = ["-m", "lbr_dist.launch.cli", "doctor", "--node", "--json", "--run-dir", str(run_path)]
+    number = len(nodes)
+    command = [
+        *("srun", "--export=ALL", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1", "--mpi=none"),
+        *("--kill-on-bad-exit=0", "--no-kill", "--quit-on-interrupt"),
+        *(*python, *words, *(("--gpus", str(gpus)) if gpus else ())),
+    ]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    try:
+        printed, _ = process.communicate(timeout=CHECK_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # which srun passes on
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10.0)
+        process.kill()
+        printed, _ = process.communicate()
+    answered: dict[str, list[str]] = {}
+    for line in printed.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            report = json.loads(line)
+            found = [f for f in report["findings"] if f["state"] == "fault"]
+            answered[report["node"]] = [f"{f['name']}: {f['found']}. {f['advice']}" for f in found]
+    if not answered:
+        say("the check of the nodes gave no answer; going on without it")
+        return {}
+    silent = [f"no answer to the check within {CHECK_SECONDS:g} s"]
+    found_of = {node: answered.get(node, silent) for node in nodes}
+    return {node: "; ".join(found) for node, found in found_of.items() if found}
+
+
+def to_leave_out(blamed: Sequence[str], before: Sequence[Try], needed: int, say: Say) -> tuple[str, ...]:
+    """Nodes that the next try is to avoid: those that are blamed now, then earlier ones, while enough others are left.
+
+    Args:
+        blamed: for the end of this try.
+        before: the job's tries.
+        needed: how many nodes it wants.
+        say: prints a line.
+    """
+    ask = ("sinfo", "-h", "-N", "-p", os.environ.get("SLURM_JOB_PARTITION", ""), "-o", "%N %T")
+    try:
+        rows = [line.split() for line in patiently(lambda: scheduler.command(*ask), say).splitlines()]
+    except LbrError as error:
+        say(f"note: {error}")
+        return ()
+    usable = {name for name, state in rows if not state.startswith(("down", "drain", "fail", "unknown"))}
+    chosen: list[str] = []
+    for node in (*blamed, *(node for each in reversed(before) for node in each.blamed)):
+        if len(usable - {*chosen, node}) >= needed:
+            chosen.append(node)
+        elif node in blamed:
+            say(f"note: {node} would be left out, but the partition has too few other nodes")
+    return tuple(dict.fromkeys(chosen))
