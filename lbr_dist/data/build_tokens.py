@@ -31,7 +31,7 @@ from lbr_dist.data.record_files import record_files
 from lbr_dist.data.token_cache import MANIFEST, SCHEMA, TokenCache
 from lbr_dist.data.token_parts import DONE, TOKENIZER_FILE, Part, Rules, Unit, units, write_part
 from lbr_dist.data.token_work import finished_numbers, finished_parts, plan_of, work_folder
-from lbr_dist.data.whole_folder import locked, publish, remove_stale
+from lbr_dist.data.whole_folder import discard, locked, publish, remove_stale
 from lbr_dist.errors import DataError, LaunchError, ModelError
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _help(processes: int, ranks: Ranks) -> Path:
         parts = list(_run(mine, task.building, task.rules, min(processes, len(mine) or 1)))
     except (DataError, OSError) as error:
         if isinstance(error, DataError) or error.errno in _FULL:
-            shutil.rmtree(task.building, ignore_errors=True)
+            discard(task.building)
         raise
     _all_parts(parts, ranks)
     _all_parts([], ranks)  # the cache is published
@@ -217,7 +217,7 @@ class _Build:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            shutil.rmtree(self.building, ignore_errors=True)
+            discard(self.building)
             free = shutil.disk_usage(self.folder.parent).free
             raise DataError(
                 f"{self.folder.parent}: no room for the token cache of {self.corpus} ({error.strerror}): found "
@@ -231,7 +231,7 @@ class _Build:
             raise
         finally:
             if not keep:
-                shutil.rmtree(self.building, ignore_errors=True)
+                discard(self.building)
 
     def _parts(self, work: Sequence[Unit], mine: list[Unit], rules: Rules, processes: int) -> Iterator[Part]:
         """What became of every unit of this process, in their order."""

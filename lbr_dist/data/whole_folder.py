@@ -44,6 +44,16 @@ def publish(building: Path, folder: Path) -> bool:
     return True
 
 
+def discard(building: Path) -> None:
+    """Remove a folder that is being made, though others may write in it: they find it gone, and no part of it stays."""
+    gone = building_folder(building)
+    try:
+        building.rename(gone)
+    except OSError:  # it is not there, or the disk takes no new name
+        gone = building
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
     """Holds a lock that dies with its process, and says while it waits; False where the file system has no locks."""

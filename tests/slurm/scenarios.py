@@ -348,7 +348,7 @@ def sbatch_refuses(place: Place) -> None:
 def the_controller_starts_again(place: Place) -> None:
     """While all the others run: no job is lost, and a job that wants its requeue meanwhile asks again."""
     pause = place.folder / "pause"
-    pause.write_text("1")
+    pause.write_text("5")  # or it is over before a command has given up waiting for the controller
     config = place.long(nodes=1, environment={"LBR_TRIAL_PAUSE": str(pause)})
     submit(config, place.folder)
     wait_step(config, 3)
