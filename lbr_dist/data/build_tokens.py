@@ -337,10 +337,11 @@ def _run_pool(work: list[Unit], folder: Path, rules: Rules, processes: int) -> I
 def _submitted(pool: ProcessPoolExecutor, work: list[Unit], arguments: tuple[Path, Path, Rules]) -> list[Future[Part]]:
     try:
         return [pool.submit(write_part, unit, *arguments) for unit in work]
-    except OSError as error:
-        if error.errno is not None:  # the system refused a process
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system refused a process
             raise
-        # "handle is closed": one process died and the pool closed its pipes while the others were being started
+        # "handle is closed", "bad value(s) in fds_to_keep": one process died, and the pool closed its pipes while the
+        # others were being started
         raise BrokenProcessPool(str(error)) from error
 
 
