@@ -8,6 +8,7 @@ pieces it needs. Nothing is converted, and nothing here is a pickle.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -78,7 +79,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -
                 if size - on_its_way >= _CHUNK:
                     # of pages that are not on the disk yet, Linux takes this as the wish to begin with them: the disk
                     # works while the next chunk is copied, and the flush at the end finds little left
-                    os.posix_fadvise(stream.fileno(), on_its_way, size - on_its_way, os.POSIX_FADV_DONTNEED)
+                    with contextlib.suppress(OSError):  # a hint, which a file system need not know
+                        os.posix_fadvise(stream.fileno(), on_its_way, size - on_its_way, os.POSIX_FADV_DONTNEED)
                     on_its_way = size
         os.fsync(stream.fileno())
     return Written(path.name, size, hashed.hexdigest())
