@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lbr_dist import inventory
+from lbr_dist import inventory, shards
 from lbr_dist.checkpoint import _runs
 from lbr_dist.config import CheckpointConfig, Stage, to_dict
 from lbr_dist.files import checksum
@@ -403,3 +405,15 @@ def test_tensors_that_lie_one_behind_the_other_are_copied_at_once() -> None:
     flat, other = torch.arange(10.0), torch.arange(4.0)
     tensors = {"a": flat[:3], "x": other[:2], "b": flat[3:5], "c": flat[6:8], "y": other[2:], "d": flat[8:]}
     assert sorted(_runs(tensors)) == [["a", "b"], ["c", "d"], ["x", "y"]]
+
+
+def test_a_file_system_need_not_know_the_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(*arguments: int) -> None:
+        asked.append(arguments)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    written = shards.write(tmp_path / "file", {"master/a": torch.ones(5 << 20)}, {})
+    assert len(asked) == 2 and checksum(tmp_path / "file") == written.xxh3_128

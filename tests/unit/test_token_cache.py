@@ -715,3 +715,20 @@ def test_a_span_of_a_large_file_begins_where_it_should(tmp_path: Path) -> None:
     size = path.stat().st_size
     place, row = next(iter(span_rows(Span(path, size // 2, size))))
     assert row is not None and str(place) == f"{path}:{row['n'] + 1}"
+
+
+def test_what_is_discarded_takes_no_more_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is removed, another rank writes one: it would keep the folder from going."""
+    building = tmp_path / ".key.building"
+    (building / "done").mkdir(parents=True)
+    remove = whole_folder.shutil.rmtree
+
+    def meanwhile(path: Path, ignore_errors: bool) -> None:
+        with pytest.raises(FileNotFoundError):
+            (building / "done" / "part.json").write_text("{}")
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(whole_folder.shutil, "rmtree", meanwhile)
+    whole_folder.discard(building)
+    assert not list(tmp_path.iterdir())
+    whole_folder.discard(building)  # another rank was first

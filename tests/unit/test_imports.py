@@ -1,0 +1,27 @@
+"""A rank's quick start and end."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+import pytest
+
+from lbr_dist.imports import large_imports
+
+
+def test_the_collector_rests_and_works_again() -> None:
+    with pytest.raises(KeyError), large_imports():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
+
+
+def test_what_asked_to_be_called_at_the_end_is_called() -> None:
+    code = (
+        "import atexit, sys; from lbr_dist.imports import leave; atexit.register(print, 'called'); "
+        "print('said'); sys.stderr.write('complained'); leave(75)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "said\ncalled\n", "complained")
