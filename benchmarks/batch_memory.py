@@ -77,14 +77,14 @@ def counted_bytes(batch: PairBatch, world_size: int) -> tuple[float, float]:
 
 def measure_step(model: Path, pairs: int) -> None:
     """In this process: a small step, then the peak of a step of this size above what is held before it."""
-    from lbr_dist import distributed
     from lbr_dist.config import DataConfig, LearnConfig, ModelConfig, RepresentConfig, RunConfig
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.model.tokens import TextTokenizer
+    from lbr_dist.ranks import group
     from lbr_dist.represent import ContrastiveStep
     from lbr_dist.trainer import load_engine
 
-    ranks = distributed.start()
+    ranks = group.start()
     quiet_libraries()
     config = RunConfig(
         run_dir="unused",
@@ -119,7 +119,7 @@ def measure_step(model: Path, pairs: int) -> None:
         chunks=int(values["chunks"]),
     )
     engine.close()
-    distributed.stop()
+    group.stop()
 
 
 def draw(points: dict[int, list[dict[str, Any]]], path: Path) -> None:

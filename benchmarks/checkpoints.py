@@ -43,17 +43,18 @@ def measure(base: Path, folder: Path, turns: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from lbr_dist import distributed, learn
+    from lbr_dist import learn
     from lbr_dist.checkpoint import Saver, base_identity
     from lbr_dist.config import CheckpointConfig, DataConfig, LearnConfig, ModelConfig, RunConfig
     from lbr_dist.data.packing import Sequence
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.manifest import Checkpoints
     from lbr_dist.model.tokens import TextTokenizer
+    from lbr_dist.ranks import group
     from lbr_dist.resume import resume
     from lbr_dist.trainer import load_engine
 
-    ranks = distributed.start()
+    ranks = group.start()
     quiet_libraries()
     config = RunConfig(
         run_dir=str(folder / "run"),
@@ -145,7 +146,7 @@ def measure(base: Path, folder: Path, turns: int) -> None:
                 times.clear()  # it warms up
     print_result(ranks.rank, bytes=size(), times=times)
     engine.close()
-    distributed.stop()
+    group.stop()
 
 
 def dd(folder: Path, size: int, files: int) -> float:

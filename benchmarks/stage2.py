@@ -87,15 +87,15 @@ class System:
 
 def prepare(base: Path, data: Path, count: int, folder: Path) -> None:
     """Write the model that all systems start from, `model/`, and `pairs.jsonl`, in which no text stands twice."""
-    from lbr_dist import distributed
     from lbr_dist.config import DataConfig, ModelConfig, RunConfig
     from lbr_dist.data.records import read_corpus, read_pairs
     from lbr_dist.export import export
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.model.bottleneck import load_model
     from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
+    from lbr_dist.ranks import group
 
-    ranks = distributed.start()
+    ranks = group.start()
     quiet_libraries()
     corpus, train = str(data / "corpus.jsonl"), str(data / "train.jsonl")
     config = RunConfig(
@@ -107,7 +107,7 @@ def prepare(base: Path, data: Path, count: int, folder: Path) -> None:
     model = load_model(config.model, base, TextTokenizer(base), seed=0)
     settings = EmbeddingSettings.of(config.data, "bottleneck_last")
     export(model, TextTokenizer(base), settings, config, folder / "model", ranks)
-    distributed.stop()
+    group.stop()
     tokenizer = TextTokenizer(folder / "model").hf
     found = read_pairs(train, read_corpus(corpus))
     pairs = random.Random(0).sample(found.pairs, len(found.pairs))

@@ -169,7 +169,7 @@ def export(run: Path, stages: Sequence[Stage], wanted: str, out: Path, base: Pat
         others = ", ".join(tag(other) for other in checkpoints.steps() if other != step) or "no other"
         raise CheckpointError(f"{str(error).rstrip('.')}. {checkpoints.path} also has {others}.") from None
 
-    from lbr_dist.launch.config_file import from_plain
+    from lbr_dist.config.file import from_plain
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.stored import export_checkpoint
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lbr_dist import __version__
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LbrError
-from lbr_dist.rendezvous import here, started_as
+from lbr_dist.ranks.rendezvous import here, started_as
 
 if TYPE_CHECKING:
     from lbr_dist.config import RunConfig, Stage
@@ -25,7 +25,7 @@ def _say(message: str) -> None:
 
 
 def _read_run(args: argparse.Namespace) -> RunConfig:
-    from lbr_dist.launch.config_file import read_config
+    from lbr_dist.config.file import read_config
 
     overrides = list(args.overrides)
     if args.ranks is not None:
@@ -35,9 +35,9 @@ def _read_run(args: argparse.Namespace) -> RunConfig:
 
 def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
     """Run the wanted stages that have steps and are not finished. Returns whether this process goes on alone."""
+    from lbr_dist import preflight
+    from lbr_dist.config.file import write_config
     from lbr_dist.exported import is_finished
-    from lbr_dist.launch import preflight
-    from lbr_dist.launch.config_file import write_config
 
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
@@ -71,8 +71,8 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
         if place.rank == 0:
             write_config(config, resolved)
         return run_stages(config, todo)
-    from lbr_dist.launch.ranks import run_stage
-    from lbr_dist.run_lock import run_lock
+    from lbr_dist.launch.local_ranks import run_stage
+    from lbr_dist.storage.lock import run_lock
 
     with run_lock(config.run_path) as lock:
         preflight.check_run_folder(config)
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
 
         evaluate_here(config)
         return
-    from lbr_dist.launch.ranks import run_stage
+    from lbr_dist.launch.local_ranks import run_stage
 
     run_stage("evaluate", config.run_path / "config.yaml", 1, config.report_path)
 
@@ -139,9 +139,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def encode(args: argparse.Namespace) -> None:
-    from lbr_dist.distributed import joined
     from lbr_dist.encode_parts import EncodeJob, encode_collection
     from lbr_dist.launch.worker import quiet_libraries
+    from lbr_dist.ranks.group import joined
 
     job = EncodeJob(args.model, args.input, args.out, args.kind, args.chunk_tokens, args.part_texts, args.threads)
     with joined() as ranks:
@@ -158,7 +158,7 @@ def _tokens(args: argparse.Namespace) -> None:
         tokens = build(args.corpus, args.base, cache, args.processes or cores, _say, args.longest_document)
         _say(f"{tokens.report}\nwritten to {tokens.folder}")
         return
-    from lbr_dist.distributed import joined
+    from lbr_dist.ranks.group import joined
 
     with joined() as ranks:
         say = _say if ranks.is_first else lambda _: None
@@ -196,8 +196,8 @@ def data(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
+    from lbr_dist.config.file import read_config
     from lbr_dist.launch import plan as planning
-    from lbr_dist.launch.config_file import read_config
 
     planning.run(args, read_config(args.config, args.overrides), _say)
 
@@ -230,7 +230,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def config(args: argparse.Namespace) -> None:
-    from lbr_dist.launch.config_file import describe
+    from lbr_dist.config.file import describe
 
     _say(describe())
 

@@ -93,7 +93,7 @@ def look(run_dir: Path, gpus: int | None, min_free_bytes: int) -> Topics:
 
 def _count_gpus() -> int:
     try:
-        from lbr_dist.launch.preflight import count_gpus
+        from lbr_dist.preflight import count_gpus
     except ImportError:  # said where packages are looked at
         return 0
     return count_gpus()

@@ -17,7 +17,7 @@ from typing import get_args
 
 from lbr_dist.launch.findings import Finding, fault, gib, ok, warning
 from lbr_dist.launch.node_check import visible
-from lbr_dist.launch.preflight import count_gpus
+from lbr_dist.preflight import count_gpus
 
 HEAD_DIM = 128
 """Of most models from one to seventy thousand million parameters."""

@@ -48,10 +48,10 @@ def run(args: argparse.Namespace, say: Say) -> None:
     Raises:
         ConfigError, DataError, ModelError, LaunchError: before a model is loaded or a rank started, where it can be.
     """
+    from lbr_dist import preflight
     from lbr_dist.data.candidates import Candidates
-    from lbr_dist.launch import preflight
     from lbr_dist.mining_work import MiningSettings
-    from lbr_dist.rendezvous import started_as
+    from lbr_dist.ranks.rendezvous import started_as
 
     gpus = preflight.count_gpus()
     miner: Literal["model", "bm25"] = args.miner or ("model" if args.model else "bm25")
@@ -104,22 +104,22 @@ def run(args: argparse.Namespace, say: Say) -> None:
 
 
 def _run_here(settings: MiningSettings, candidates: Candidates, ranks: int, say: Say) -> None:
-    from lbr_dist.data.whole_folder import locked
     from lbr_dist.mining_work import SETTINGS, clean, prepare
+    from lbr_dist.storage.whole_folder import locked
 
     settings.work.mkdir(parents=True, exist_ok=True)
     with locked(settings.work / "lock", say):
         prepare(settings, say)
         if ranks > 1:
-            from lbr_dist.launch.ranks import run_stage
+            from lbr_dist.launch.local_ranks import run_stage
 
             run_stage("negatives", settings.work / SETTINGS, ranks, settings.work / "logs")
         else:
             import torch
 
-            from lbr_dist.distributed import Ranks
             from lbr_dist.launch.worker import quiet_libraries
             from lbr_dist.negatives import mine
+            from lbr_dist.ranks.group import Ranks
 
             quiet_libraries()
             mine(settings, candidates, Ranks(0, 1, 0, torch.device(settings.device)), say)
@@ -130,12 +130,12 @@ def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> 
     """One rank of another launcher's; the first one makes the work folder and removes it."""
     import torch.distributed as dist
 
-    from lbr_dist import distributed
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.mining_work import clean, prepare
     from lbr_dist.negatives import mine
+    from lbr_dist.ranks import group
 
-    with distributed.joined() as ranks:
+    with group.joined() as ranks:
         quiet_libraries()
         if ranks.is_first:
             prepare(settings, say)
@@ -148,13 +148,13 @@ def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> 
 
 def run_rank(settings_path: Path, say: Say) -> None:
     """One rank of our own launcher's, whose parent has prepared the work folder and will remove it."""
-    from lbr_dist import distributed
     from lbr_dist.data.candidates import Candidates
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.mining_work import read_settings
     from lbr_dist.negatives import mine
+    from lbr_dist.ranks import group
 
     settings = read_settings(settings_path)
-    with distributed.joined() as ranks:
+    with group.joined() as ranks:
         quiet_libraries()
         mine(settings, Candidates.read(settings.pairs, settings.documents), ranks, say)

@@ -155,7 +155,7 @@ def visible() -> str:
 def check_gpus(wanted: int) -> Finding:
     """That as many devices are here as are wanted."""
     # here, so that a package that is missing is a finding
-    from lbr_dist.launch.preflight import count_gpus
+    from lbr_dist.preflight import count_gpus
 
     there = count_gpus()
     found = f"{there} in /dev{visible()}, {wanted} wanted"

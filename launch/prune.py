@@ -14,7 +14,7 @@ from lbr_dist.errors import CheckpointError, ConfigError
 from lbr_dist.inventory import checkpoints_of, name, num_bytes, set_aside, size_text
 from lbr_dist.launch.checkpoints import read_whole
 from lbr_dist.manifest import Checkpoints, superfluous
-from lbr_dist.run_lock import run_lock
+from lbr_dist.storage.lock import run_lock
 
 Say = Callable[[str], None]
 
@@ -58,7 +58,7 @@ def prune(args: argparse.Namespace, stages: Sequence[Stage], say: Say) -> None:
 def _settings(args: argparse.Namespace) -> CheckpointConfig:
     path = args.folder / "config.yaml"
     if path.is_file():
-        from lbr_dist.launch.config_file import read_config
+        from lbr_dist.config.file import read_config
 
         settings = read_config(path).checkpoint
     elif args.keep is None:

@@ -11,12 +11,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from lbr_dist.config import RunConfig, Stage
+from lbr_dist.config.file import read_config
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LbrError
-from lbr_dist.files import make_private
-from lbr_dist.imports import large_imports, leave
-from lbr_dist.launch.config_file import read_config
-from lbr_dist.launch.ranks import USER_ERROR
-from lbr_dist.run_lock import run_lock
+from lbr_dist.launch.local_ranks import USER_ERROR
+from lbr_dist.ranks.process import large_imports, leave
+from lbr_dist.storage.files import make_private
+from lbr_dist.storage.lock import run_lock
 
 PEER_GONE = "by peer"
 """In gloo's message for a connection that the other rank's end has closed."""
@@ -35,11 +35,11 @@ def quiet_libraries() -> None:
 def run_stages(config: RunConfig, stages: tuple[Stage, ...]) -> bool:
     """Run stages in this process, one rank of many. Returns whether this is the first rank."""
     with large_imports():
-        from lbr_dist import distributed
         from lbr_dist.learn import learn
+        from lbr_dist.ranks import group
         from lbr_dist.represent import represent
     minutes = config.cluster.timeout_minutes
-    ranks = distributed.start(minutes)
+    ranks = group.start(minutes)
     quiet_libraries()
     name = f"rank {ranks.rank} of {ranks.world_size}"
     try:
@@ -50,7 +50,7 @@ def run_stages(config: RunConfig, stages: tuple[Stage, ...]) -> bool:
                 with ranks.watchdog.watching(60 * minutes, name, f"the start of {stage}", stacks):
                     (learn if stage == "learn" else represent)(config, ranks)
     finally:
-        distributed.stop()
+        group.stop()
     return ranks.is_first
 
 

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from lbr_dist import __version__, manifest, shards
 from lbr_dist.config import RunConfig, to_dict
-from lbr_dist.distributed import Ranks
 from lbr_dist.engine import Engine
-from lbr_dist.files import checksum, sync, text_checksum
 from lbr_dist.manifest import Checkpoints, Manifest
+from lbr_dist.ranks.group import Ranks
+from lbr_dist.storage.files import checksum, sync, text_checksum
 
 _SPARE = 1.02  # manifest, file system's own
 _PATIENCE = timedelta(days=1)  # of a background thread for the slowest rank's disk; what hangs is the watchdog's

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lbr_dist.config import RunConfig
 from lbr_dist.data.packing import PackedRow, Sequence, assign_rows, filler, pack_row
 from lbr_dist.data.pairs import PairBatch
-from lbr_dist.distributed import Ranks
+from lbr_dist.ranks.group import Ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from torch import Tensor
 from lbr_dist.config import Pooling, RunConfig
 from lbr_dist.data.packing import Sequence, rank_rows
 from lbr_dist.data.targets import LearnData
-from lbr_dist.distributed import Ranks, total
 from lbr_dist.engine import Engine
 from lbr_dist.model.bottleneck import LossWeights
+from lbr_dist.ranks.group import Ranks, total
 
 
 def effective_rank(vectors: Tensor) -> float:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from lbr_dist.config import EvaluateConfig, RunConfig
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
 from lbr_dist.exported import SUMMARY
-from lbr_dist.files import write_atomic
 from lbr_dist.model.tokens import EmbeddingSettings
 from lbr_dist.report import LABELS
 from lbr_dist.retrieval import (
@@ -30,6 +29,7 @@ from lbr_dist.retrieval import (
     write_qrels,
     write_trec_run,
 )
+from lbr_dist.storage.files import write_atomic
 
 DEPTH = 100
 Say = Callable[[str], None]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lbr_dist.distributed import Ranks
+from lbr_dist.ranks.group import Ranks
 
 Route = Literal["auto", "flat", "two_level"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lbr_dist.config import RunConfig, Stage
 from lbr_dist.errors import CheckpointError
-from lbr_dist.files import checksum
+from lbr_dist.storage.files import checksum
 
 SUMMARY = "summary.json"
 """In a stage's folder: the last thing that it writes."""

@@ -25,11 +25,11 @@ from lbr_dist.data.records import read_corpus, read_pairs
 from lbr_dist.data.targets import LearnData
 from lbr_dist.data.token_cache import Tokens, learn_texts
 from lbr_dist.diagnostics import Diagnostics
-from lbr_dist.distributed import Ranks, total
 from lbr_dist.engine import Engine
 from lbr_dist.export import export, stage_settings
 from lbr_dist.model.bottleneck import LossWeights
 from lbr_dist.model.tokens import TextTokenizer
+from lbr_dist.ranks.group import Ranks, total
 from lbr_dist.trainer import load_engine, train, write_summary
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from lbr_dist.config import CheckpointConfig
 from lbr_dist.errors import CheckpointError
-from lbr_dist.files import checksum, make_private, sync, text_checksum, write_atomic
+from lbr_dist.storage.files import checksum, make_private, sync, text_checksum, write_atomic
 
 MANIFEST, POINTER, SET_ASIDE, REASON = "manifest.json", "latest.json", "set-aside", "reason.json"
 FORMAT = 1

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lbr_dist.data.candidates import Rules
-from lbr_dist.data.fingerprint import fingerprint
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.records import write_jsonl
 from lbr_dist.errors import ConfigError
+from lbr_dist.storage.fingerprint import fingerprint
 
 Say = Callable[[str], None]
 

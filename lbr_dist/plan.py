@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from lbr_dist.config import RunConfig
-from lbr_dist.distributed import Ranks, largest
 from lbr_dist.errors import ConfigError
 from lbr_dist.manifest import STATE_BYTES
 from lbr_dist.plan_machine import Cluster, Machine, available_memory
 from lbr_dist.plan_model import GraphBytes, ModelSizes, Parameter, graph_bytes, model_sizes
 from lbr_dist.plan_step import Batch, Bytes, StepPlan
+from lbr_dist.ranks.group import Ranks, largest
 
 HEADROOM = 0.9
 """Share of the device's memory that is planned with; the rest is the allocator's, the kernels' and NCCL's."""

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from lbr_dist import shards
 from lbr_dist.checkpoint import restore_random_state, versions
 from lbr_dist.config import RunConfig, to_dict
-from lbr_dist.config_changes import CHANGES_NO_RESULT, forbidden_changes
-from lbr_dist.distributed import Ranks, together
+from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.engine import Engine
 from lbr_dist.errors import CheckpointError
-from lbr_dist.files import others_who_write
 from lbr_dist.manifest import Checkpoints, Manifest, tag
+from lbr_dist.ranks.group import Ranks, together
+from lbr_dist.storage.files import others_who_write
 
 
 def resume(

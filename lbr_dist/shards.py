@@ -22,7 +22,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from lbr_dist.files import open_private
+from lbr_dist.storage.files import open_private
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 _NAMES = {torch.float32: "F32", torch.uint8: "U8"}

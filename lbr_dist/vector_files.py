@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lbr_dist.errors import DataError
-from lbr_dist.files import sync
+from lbr_dist.storage.files import sync
 
 Vectors = NDArray[np.float32]
 

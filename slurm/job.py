@@ -24,17 +24,17 @@ from types import FrameType
 from typing import IO
 
 from lbr_dist.config import RunConfig
+from lbr_dist.config.file import read_config, write_config
 from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import CheckpointError, LbrError
 from lbr_dist.exported import verify_export
-from lbr_dist.files import make_private
-from lbr_dist.interrupt import END_TIME
-from lbr_dist.launch.config_file import read_config, write_config
-from lbr_dist.launch.ranks import allocator
+from lbr_dist.launch.local_ranks import allocator
+from lbr_dist.ranks.interrupt import END_TIME
 from lbr_dist.slurm import nodes, records, scheduler
 from lbr_dist.slurm.records import JobStage, Outcome, Submission
 from lbr_dist.slurm.scheduler import Job, patiently
 from lbr_dist.slurm.verdict import Verdict, judge
+from lbr_dist.storage.files import make_private
 
 MUCH_TEXT = 64 * 2**20
 """Bytes of text that are worth a step of their own."""

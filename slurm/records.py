@@ -23,8 +23,8 @@ from typing import Any, Literal
 from lbr_dist import exported
 from lbr_dist.config import RunConfig
 from lbr_dist.errors import ConfigError
-from lbr_dist.files import make_private, open_private, write_atomic
 from lbr_dist.manifest import Checkpoints
+from lbr_dist.storage.files import make_private, open_private, write_atomic
 
 JobStage = Literal["learn", "represent", "evaluate"]
 STAGES: tuple[JobStage, ...] = ("learn", "represent", "evaluate")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import RunConfig
-from lbr_dist.launch.config_file import read_config
+from lbr_dist.config.file import read_config
 from lbr_dist.metrics import clock
 from lbr_dist.slurm import records, scheduler
 from lbr_dist.slurm.records import STAGES, JobStage, Submission

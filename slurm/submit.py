@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import lbr_dist
+from lbr_dist import preflight
 from lbr_dist.config import RunConfig, SlurmConfig, Stage
+from lbr_dist.config.file import read_config, write_config
 from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import ConfigError, LaunchError, LbrError
-from lbr_dist.launch import preflight
-from lbr_dist.launch.config_file import read_config, write_config
 from lbr_dist.plan_machine import MACHINES
 from lbr_dist.slurm import scheduler
 from lbr_dist.slurm.records import (

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lbr_dist.errors import EXIT_INTERRUPTED
-from lbr_dist.launch.ranks import USER_ERROR
-from lbr_dist.watchdog import EXIT_HUNG
+from lbr_dist.launch.local_ranks import USER_ERROR
+from lbr_dist.ranks.watchdog import EXIT_HUNG
 
 _TASKS = re.compile(r"srun: error: (?P<node>[^\s:]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)")
 _NODE = re.compile(r"srun: error: Node failure on (?P<nodes>\S+)")

@@ -27,10 +27,10 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
         "LBR_RENDEZVOUS": rendezvous,
         "OMP_NUM_THREADS": "1",
     }
-    from lbr_dist import distributed
     from lbr_dist.launch.worker import quiet_libraries
+    from lbr_dist.ranks import group
 
-    ranks = distributed.start(timeout_minutes=3)
+    ranks = group.start(timeout_minutes=3)
     quiet_libraries()
     while True:
         call = pipe.recv()
@@ -41,7 +41,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
             pipe.send((True, function(ranks, **arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-    distributed.stop()
+    group.stop()
     os._exit(0)  # libraries take seconds to take themselves down
 
 

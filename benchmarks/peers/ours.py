@@ -13,12 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-from lbr_dist import distributed
 from lbr_dist.config import DataConfig, LearnConfig, ModelConfig, RunConfig
 from lbr_dist.data.packing import Sequence
 from lbr_dist.launch.worker import quiet_libraries
 from lbr_dist.learn import accumulate_step
 from lbr_dist.model.tokens import TextTokenizer
+from lbr_dist.ranks import group
 from lbr_dist.trainer import load_engine
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     args = parser.parse_args()
-    ranks = distributed.start()
+    ranks = group.start()
     quiet_libraries()
     plain = args.form == "plain"
     k = 0 if plain else 8
@@ -74,7 +74,7 @@ def main() -> None:
     sys.stdout.write(json.dumps(result) + "\n")
     sys.stdout.flush()
     engine.close()
-    distributed.stop()
+    group.stop()
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch.distributed as dist
 from measure import print_result, status_bytes
 
-from lbr_dist import distributed
 from lbr_dist.config import DataConfig, LearnConfig, ModelConfig, OptimizerConfig, RepresentConfig, RunConfig
 from lbr_dist.data.pairs import PairBatch
 from lbr_dist.launch.worker import quiet_libraries
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
+from lbr_dist.ranks import group
 from lbr_dist.represent import ContrastiveStep
 from lbr_dist.trainer import load_engine
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args()
-    ranks = distributed.start()
+    ranks = group.start()
     quiet_libraries()
     settings = EmbeddingSettings.read(args.model)
     assert settings is not None, f"{args.model} is not a model of ours"
@@ -107,7 +107,7 @@ def main() -> None:
         kept_graphs=kept,
     )
     engine.close()
-    distributed.stop()
+    group.stop()
 
 
 if __name__ == "__main__":

@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr_dist.config import RunConfig
-from lbr_dist.data.fingerprint import fingerprint, signature
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.token_cache import MANIFEST, SCHEMA, TokenCache
 from lbr_dist.data.token_parts import DONE, TOKENIZER_FILE, Part, Rules, Unit, units, write_part
 from lbr_dist.data.token_work import finished_numbers, finished_parts, plan_of, work_folder
-from lbr_dist.data.whole_folder import discard, locked, publish, remove_stale
 from lbr_dist.errors import DataError, LaunchError, ModelError
+from lbr_dist.storage.fingerprint import fingerprint, signature
+from lbr_dist.storage.whole_folder import discard, locked, publish, remove_stale
 
 if TYPE_CHECKING:
-    from lbr_dist.distributed import Ranks
+    from lbr_dist.ranks.group import Ranks
 
 Say = Callable[[str], None]
 
@@ -143,7 +143,7 @@ class _Task:
 def _share(task: _Task | None, ranks: Ranks | None) -> _Task:
     """The first rank's task, on every rank."""
     if ranks is not None:
-        from lbr_dist.distributed import from_first
+        from lbr_dist.ranks.group import from_first
 
         task = from_first(task, ranks)
     assert task is not None
@@ -154,7 +154,7 @@ def _all_parts(parts: Sequence[Part], ranks: Ranks | None) -> list[Part]:
     """Every rank's parts, when all have written theirs."""
     if ranks is None:
         return list(parts)
-    from lbr_dist.distributed import from_all
+    from lbr_dist.ranks.group import from_all
 
     return [part for theirs in from_all(list(parts), ranks) for part in theirs]
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from lbr_dist.data.record_files import Place, Span, span_rows, spans
 from lbr_dist.data.records import titled_text
-from lbr_dist.files import sync, write_atomic
+from lbr_dist.storage.files import sync, write_atomic
 
 DONE = "done"
 TOKENIZER_FILE = "tokenizer.json"

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from lbr_dist.data.fingerprint import signature
 from lbr_dist.data.token_parts import DONE, LENGTH, TOKENIZER_FILE, Part, Rules, part_file
-from lbr_dist.data.whole_folder import building_folder, host
-from lbr_dist.files import checksum, write_atomic
+from lbr_dist.storage.files import checksum, write_atomic
+from lbr_dist.storage.fingerprint import signature
+from lbr_dist.storage.whole_folder import building_folder, host
 
 _HOST, _PLAN = "host", "plan.json"
 _AT_WORK = 60.0

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from lbr_dist.data.candidates import Candidates
-from lbr_dist.distributed import Ranks
 from lbr_dist.launch import cli
 from lbr_dist.mining_work import SETTINGS, MiningSettings, prepare, read_settings
 from lbr_dist.negatives import mine
+from lbr_dist.ranks.group import Ranks
 from tests.ranks import RankPool
 
 DEADLINE_SECONDS = 60

@@ -11,8 +11,8 @@ import torch
 
 from lbr_dist import encode_parts
 from lbr_dist.data import build_tokens
-from lbr_dist.distributed import Ranks
 from lbr_dist.encode_parts import EncodeJob, encode_collection
+from lbr_dist.ranks.group import Ranks
 from tests import tiny
 from tests.ranks import RankPool
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from lbr_dist import export, stored
 from lbr_dist.config import LoraConfig, ModelConfig, RunConfig, Stage
+from lbr_dist.config.file import from_plain, write_config
 from lbr_dist.engine import whole
 from lbr_dist.launch import cli
-from lbr_dist.launch.config_file import from_plain, write_config
 from lbr_dist.manifest import Checkpoints
 from lbr_dist.shards import ShardReader
 from lbr_dist.stored import stored_model
@@ -268,7 +268,7 @@ def test_prune_waits_for_no_job(copied: Path, capsys: pytest.CaptureFixture[str]
 def _training(run: Path) -> Iterator[None]:
     """Another process that holds the run's lock."""
     code = (
-        "import sys; from pathlib import Path; from lbr_dist.run_lock import run_lock\n"
+        "import sys; from pathlib import Path; from lbr_dist.storage.lock import run_lock\n"
         "with run_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     arguments = [sys.executable, "-c", code, str(run)]

@@ -16,8 +16,8 @@ import torch
 
 from lbr_dist.data import build_tokens
 from lbr_dist.data.token_cache import TokenCache
-from lbr_dist.distributed import Ranks
 from lbr_dist.encode_parts import EncodeJob, encode_collection
+from lbr_dist.ranks.group import Ranks
 from tests import tiny
 from tests.end_to_end.runs import config_file, lbr
 
@@ -59,7 +59,7 @@ def test_a_fault_ends_ranks_that_wait_for_nobody(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, time\n"
-        "from lbr_dist.rendezvous import here\n"
+        "from lbr_dist.ranks.rendezvous import here\n"
         "place = here()\n"
         "print(place, flush=True)\n"
         "if place.rank == 1:\n"

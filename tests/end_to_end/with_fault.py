@@ -14,7 +14,7 @@ from typing import Any
 from lbr_dist import encode_parts
 from lbr_dist.data import build_tokens
 from lbr_dist.launch import cli
-from lbr_dist.rendezvous import here
+from lbr_dist.ranks.rendezvous import here
 
 
 def killed_after(parts: int, real: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from lbr_dist.errors import Interrupted, LaunchError
-from lbr_dist.launch.ranks import run_stage
+from lbr_dist.launch.local_ranks import run_stage
 
 ENDED = "ended.json"
 """In the run folder: the name of the error that the launcher raised, and its text."""

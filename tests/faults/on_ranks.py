@@ -17,9 +17,9 @@ from lbr_dist.checkpoint import base_identity
 from lbr_dist.config import RunConfig, Stage
 from lbr_dist.data.pairs import TrainingPairs
 from lbr_dist.data.targets import LearnData
-from lbr_dist.distributed import Ranks
 from lbr_dist.engine import Engine, whole
 from lbr_dist.manifest import Checkpoints
+from lbr_dist.ranks.group import Ranks
 from lbr_dist.resume import resume
 from tests.distributed import on_ranks
 

@@ -27,8 +27,8 @@ from torch import equal
 
 from lbr_dist import learn, represent
 from lbr_dist.config import CheckpointConfig, RunConfig, Stage
+from lbr_dist.config.file import write_config
 from lbr_dist.launch import worker
-from lbr_dist.launch.config_file import write_config
 from lbr_dist.manifest import SET_ASIDE
 from tests import tiny
 from tests.configs import tiny_run

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from lbr_dist.config import RunConfig
+from lbr_dist.config.file import write_config
 from lbr_dist.errors import LaunchError
-from lbr_dist.launch.config_file import write_config
-from lbr_dist.run_lock import run_lock
+from lbr_dist.storage.lock import run_lock
 from tests.faults.runs import workers
 
 

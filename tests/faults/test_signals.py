@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from lbr_dist import interrupt
 from lbr_dist.config import RunConfig
+from lbr_dist.config.file import write_config
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted
-from lbr_dist.launch.config_file import write_config
+from lbr_dist.ranks import interrupt
 from tests.distributed import on_ranks
 from tests.faults.runs import assert_same_end, checkpoints, losses, run, workers
 from tests.faults.waits import Ended

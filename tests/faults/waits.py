@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from lbr_dist.config import RunConfig
-from lbr_dist.launch.config_file import write_config
+from lbr_dist.config.file import write_config
 from tests.faults.launcher import ENDED
 from tests.faults.runs import checkpoints, workers
 from tests.faults.worker import VARIABLE

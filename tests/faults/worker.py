@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lbr_dist.imports import large_imports, leave
 from lbr_dist.launch import worker
+from lbr_dist.ranks.process import large_imports, leave
 
 with large_imports():
-    from lbr_dist import interrupt, manifest, shards
+    from lbr_dist import manifest, shards
     from lbr_dist.engine import Engine
+    from lbr_dist.ranks import interrupt
 
 VARIABLE = "LBR_FAULT"
 

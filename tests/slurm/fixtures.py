@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from lbr_dist.config import RunConfig
-from lbr_dist.launch.config_file import write_config
-from lbr_dist.launch.ranks import run_stage
+from lbr_dist.config.file import write_config
+from lbr_dist.launch.local_ranks import run_stage
 from lbr_dist.slurm.testbed.bed import Bed, why_not
 from tests.slurm import chains
 from tests.slurm.chains import long_run

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import RepresentConfig, RunConfig, SlurmConfig
-from lbr_dist.interrupt import END_TIME
+from lbr_dist.ranks.interrupt import END_TIME
 from lbr_dist.slurm import records
 from lbr_dist.slurm.records import Try
 from lbr_dist.slurm.testbed.bed import Bed

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from lbr_dist.imports import large_imports
+from lbr_dist.ranks.process import large_imports
 
 
 def main() -> None:

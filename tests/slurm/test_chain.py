@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from lbr_dist.config import RunConfig
+from lbr_dist.config.file import read_config
 from lbr_dist.errors import CheckpointError
 from lbr_dist.exported import verify_export
-from lbr_dist.launch.config_file import read_config
 from lbr_dist.slurm import records
 from tests.slurm import chains
 from tests.slurm.chains import lbr, status, submit, wait_over

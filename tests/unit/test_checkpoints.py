@@ -17,11 +17,11 @@ import torch
 from lbr_dist import inventory, shards
 from lbr_dist.checkpoint import _runs
 from lbr_dist.config import CheckpointConfig, Stage, to_dict
-from lbr_dist.files import checksum
+from lbr_dist.config.file import write_config
 from lbr_dist.inventory import Row
 from lbr_dist.launch import cli
-from lbr_dist.launch.config_file import write_config
 from lbr_dist.manifest import Checkpoints, Manifest
+from lbr_dist.storage.files import checksum
 from tests.configs import tiny_run
 
 

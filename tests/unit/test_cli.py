@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lbr_dist.config import RunConfig, to_dict
-from lbr_dist.launch import cli, config_file, preflight
+from lbr_dist import preflight
+from lbr_dist.config import RunConfig, file, to_dict
+from lbr_dist.launch import cli
 from tests import tiny
 from tests.configs import tiny_run
 
@@ -38,18 +39,18 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_shipped_configs_load() -> None:
-    folder = Path(config_file.__file__).parent / "configs"
-    names = {path.name: config_file.read_config(path) for path in folder.glob("*.yaml")}
+    folder = Path(cli.__file__).parent / "configs"
+    names = {path.name: file.read_config(path) for path in folder.glob("*.yaml")}
     assert {"demo.yaml", "medical-7b.yaml"} <= set(names)
     assert names["demo.yaml"].learn.bottleneck == "mask"
 
 
 def test_config_round_trip(run: tuple[Path, RunConfig], tmp_path: Path) -> None:
     path, config = run
-    assert config_file.read_config(path) == config
-    config_file.write_config(config, tmp_path / "again.yaml")
-    assert config_file.read_config(tmp_path / "again.yaml") == config
-    changed = config_file.read_config(path, ["--learn.optimizer.lr=0.5", "--data.query_prompt", "a: b"])
+    assert file.read_config(path) == config
+    file.write_config(config, tmp_path / "again.yaml")
+    assert file.read_config(tmp_path / "again.yaml") == config
+    changed = file.read_config(path, ["--learn.optimizer.lr=0.5", "--data.query_prompt", "a: b"])
     assert changed.learn.optimizer.lr == 0.5 and changed.data.query_prompt == "a: b"
     assert changed.represent == config.represent
 
@@ -57,7 +58,7 @@ def test_config_round_trip(run: tuple[Path, RunConfig], tmp_path: Path) -> None:
 def test_config_command_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config"]) == 0
     printed = capsys.readouterr().out
-    for key in config_file._known_keys(RunConfig):
+    for key in file._known_keys(RunConfig):
         assert key.split(".")[-1] in printed
     assert "--represent.temperature  (float, default 0.05)" in printed
 
@@ -204,7 +205,7 @@ def test_bad_development_pairs(run: tuple[Path, RunConfig], capsys: pytest.Captu
         assert expected in message(capsys, "run", str(path), chosen)
     assert not config.run_path.exists()
     dev.write_text(good)
-    preflight.check_data(config_file.read_config(path, [chosen]))
+    preflight.check_data(file.read_config(path, [chosen]))
 
 
 def test_a_path_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from lbr_dist import encode_parts
-from lbr_dist.distributed import Ranks
 from lbr_dist.encode import Encoder
 from lbr_dist.encode_parts import EncodeJob, encode_collection
 from lbr_dist.errors import ConfigError, DataError, LaunchError
 from lbr_dist.launch import cli
+from lbr_dist.ranks.group import Ranks
 from tests import tiny
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from lbr_dist import distributed, export
+from lbr_dist import export
 from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
 from lbr_dist.data.packing import Sequence, pack_row
 from lbr_dist.encode import Encoder, open_encoder
 from lbr_dist.errors import DataError, ModelError
 from lbr_dist.model.bottleneck import load_model
 from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
+from lbr_dist.ranks import group
 from lbr_dist.vector_files import write_vectors
 from tests import tiny
 from tests.configs import tiny_run
@@ -36,7 +37,7 @@ def exported(base: Path, data: Path, folder: Path, pooling: str) -> tuple[Path, 
     learn = LearnConfig(bottleneck="mask" if k else "none")
     config = tiny_run(folder, base, data, model=model_config, learn=learn, represent=represent)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_query_tokens=40))
-    ranks = distributed.start()
+    ranks = group.start()
     tokenizer = TextTokenizer(base)
     model = load_model(model_config, base, tokenizer, seed=1)
     tokens = tokenizer.encode(["find: " + text for text in TEXTS], 40)
@@ -83,7 +84,7 @@ def test_adapters_are_folded_in(tiny_model: Path, tiny_data: Path, tmp_path: Pat
     after = vectors()
     assert (after - before).abs().max() > 0.05, "the adapters do nothing"
     settings = EmbeddingSettings.of(config.data, "bottleneck_last")
-    export.export(model, tokenizer, settings, config, tmp_path / "model", distributed.start())
+    export.export(model, tokenizer, settings, config, tmp_path / "model", group.start())
     base, weights = (load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "model"))
     assert set(weights) == set(base)
     changed = {n.split(".")[-2] for n in base if not torch.equal(weights[n][: len(base[n])], base[n])}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lbr_dist.imports import large_imports
+from lbr_dist.ranks.process import large_imports
 
 
 def test_the_collector_rests_and_works_again() -> None:
@@ -20,7 +20,7 @@ def test_the_collector_rests_and_works_again() -> None:
 
 def test_what_asked_to_be_called_at_the_end_is_called() -> None:
     code = (
-        "import atexit, sys; from lbr_dist.imports import leave; atexit.register(print, 'called'); "
+        "import atexit, sys; from lbr_dist.ranks.process import leave; atexit.register(print, 'called'); "
         "print('said'); sys.stderr.write('complained'); leave(75)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from lbr_dist import mining_index, negatives
-from lbr_dist import progress as progress_lines
+from lbr_dist import console as progress_lines
+from lbr_dist import mining_index, negatives, preflight
 from lbr_dist.data.candidates import Candidates, Rules
 from lbr_dist.data.records import read_corpus, read_pairs
-from lbr_dist.distributed import Ranks
 from lbr_dist.encode import Encoder
 from lbr_dist.errors import ConfigError, DataError
-from lbr_dist.launch import cli, preflight
+from lbr_dist.launch import cli
 from lbr_dist.mining_index import Ivf, Vectors, build_ivf, ivf_lists
 from lbr_dist.mining_work import MiningSettings, clean, prepare
+from lbr_dist.ranks.group import Ranks
 from lbr_dist.retrieval import Bm25, exact_search
 from tests import tiny
 
@@ -426,7 +426,7 @@ def test_mistakes(
     import re
 
     monkeypatch.chdir(data)
-    monkeypatch.setattr("lbr_dist.launch.ranks.run_stage", lambda *_: pytest.fail("a rank was started"))
+    monkeypatch.setattr("lbr_dist.launch.local_ranks.run_stage", lambda *_: pytest.fail("a rank was started"))
     given, expected = MISTAKES[name]
     arguments = ["data", "negatives", "--pairs", "train.jsonl", "--documents", "corpus.jsonl", "--out", "mined.jsonl"]
     if name == "no candidates":

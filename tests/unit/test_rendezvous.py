@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from lbr_dist.errors import LaunchError
-from lbr_dist.peers import Peer, misplaced
-from lbr_dist.rendezvous import PORTS, Placement, first_host, launcher_of, placement
+from lbr_dist.ranks.peers import Peer, misplaced
+from lbr_dist.ranks.rendezvous import PORTS, Placement, first_host, launcher_of, placement
 
 BATCH = {
     "SLURM_JOB_ID": "41",
@@ -227,15 +227,15 @@ def test_cores_are_shared_by_those_who_may_use_them() -> None:
 
 JOIN = """
 import sys
-from lbr_dist import distributed
+from lbr_dist.ranks import group
 from lbr_dist.errors import LaunchError
 try:
-    ranks = distributed.start(1)
+    ranks = group.start(1)
 except LaunchError as error:
     sys.exit(f"LaunchError: {error}")
 print(ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size, ranks.traffic.counts)
-print(distributed.from_all(ranks.rank, ranks), distributed.from_first(ranks.rank, ranks))
-distributed.stop()
+print(group.from_all(ranks.rank, ranks), group.from_first(ranks.rank, ranks))
+group.stop()
 """
 
 

@@ -23,12 +23,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbr_dist.data import build_tokens, fingerprint, token_parts, whole_folder
+from lbr_dist.data import build_tokens, token_parts
 from lbr_dist.data.build_tokens import build
 from lbr_dist.data.record_files import Span, span_rows, spans
 from lbr_dist.data.token_cache import Pieces, TokenCache
 from lbr_dist.errors import DataError, LaunchError
 from lbr_dist.model.tokens import TextTokenizer
+from lbr_dist.storage import fingerprint, whole_folder
 from tests import tiny
 
 ROWS = [
@@ -419,7 +420,8 @@ def test_a_damaged_cache_is_refused(corpus: Path, tokenizer: Path, tmp_path: Pat
 DRIVER = """
 import os, shutil, signal, sys, time
 from pathlib import Path
-from lbr_dist.data import build_tokens, token_parts, whole_folder
+from lbr_dist.data import build_tokens, token_parts
+from lbr_dist.storage import whole_folder
 from lbr_dist.errors import LbrError
 
 real = token_parts.write_part

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lbr_dist.rendezvous import Launcher, Placement, node_name
+from lbr_dist.ranks.rendezvous import Launcher, Placement, node_name
 
 _AGENTS: dict[Launcher, str] = {"torchrun": "GROUP_RANK", "deepspeed": "CROSS_RANK"}
 

@@ -13,7 +13,7 @@ import yaml
 
 from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.errors import ConfigError
-from lbr_dist.files import make_private, write_atomic
+from lbr_dist.storage.files import make_private, write_atomic
 
 
 def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:

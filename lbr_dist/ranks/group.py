@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from lbr_dist import rendezvous
 from lbr_dist.errors import LaunchError
-from lbr_dist.peers import Peer, misplaced
-from lbr_dist.rendezvous import Placement
-from lbr_dist.traffic import Traffic
-from lbr_dist.watchdog import Watchdog
+from lbr_dist.ranks import rendezvous
+from lbr_dist.ranks.peers import Peer, misplaced
+from lbr_dist.ranks.rendezvous import Placement
+from lbr_dist.ranks.traffic import Traffic
+from lbr_dist.ranks.watchdog import Watchdog
 
 T = TypeVar("T")
 

@@ -15,11 +15,11 @@ from types import FrameType
 from typing import IO
 
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LaunchError
-from lbr_dist.files import make_private
-from lbr_dist.interrupt import taking_stops
-from lbr_dist.launch.preflight import count_gpus
-from lbr_dist.run_lock import HELD
-from lbr_dist.watchdog import EXIT_HUNG, STACKS_SIGNAL
+from lbr_dist.preflight import count_gpus
+from lbr_dist.ranks.interrupt import taking_stops
+from lbr_dist.ranks.watchdog import EXIT_HUNG, STACKS_SIGNAL
+from lbr_dist.storage.files import make_private
+from lbr_dist.storage.lock import HELD
 
 USER_ERROR = 2  # a rank's exit code for an `LbrError`, whose message it has printed
 GRACE_SECONDS = 10.0

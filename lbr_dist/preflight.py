@@ -18,12 +18,12 @@ from typing import Any
 import yaml
 
 from lbr_dist.config import RunConfig, Stage, to_dict
-from lbr_dist.config_changes import CHANGES_NO_RESULT, forbidden_changes
+from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
-from lbr_dist.files import others_who_write
 from lbr_dist.manifest import STATE_BYTES, Checkpoints, free_bytes
 from lbr_dist.mining_work import MiningSettings
+from lbr_dist.storage.files import others_who_write
 
 RANK_BYTES = 900 * 2**20  # interpreter, torch and buffers of one rank, measured on a CPU
 OPTIMIZER_BYTES = 18  # bf16 weight and gradient, fp32 gradient, master weight and two moments

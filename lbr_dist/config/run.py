@@ -12,37 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lbr_dist.config_cluster import ClusterConfig, SlurmConfig
-from lbr_dist.config_stages import (
-    LearnConfig,
-    OptimizerConfig,
-    Pooling,
-    RepresentConfig,
-    TargetsConfig,
-    require,
-)
+from lbr_dist.config.cluster import ClusterConfig, SlurmConfig
+from lbr_dist.config.stages import LearnConfig, RepresentConfig, require
 from lbr_dist.errors import ConfigError
 
 Stage = Literal["learn", "represent"]
-
-__all__ = [
-    "CheckpointConfig",
-    "ClusterConfig",
-    "DataConfig",
-    "EngineConfig",
-    "EvaluateConfig",
-    "LearnConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "Pooling",
-    "RepresentConfig",
-    "RunConfig",
-    "SlurmConfig",
-    "Stage",
-    "TargetsConfig",
-    "to_dict",
-]
 
 
 @dataclass(frozen=True)

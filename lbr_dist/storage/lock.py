@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lbr_dist.errors import LaunchError
-from lbr_dist.files import make_private
+from lbr_dist.storage.files import make_private
 
 LOCK = ".lock"
 HELD = "LBR_RUN_LOCK"

@@ -1,0 +1,34 @@
+"""The configuration of a run; `run.py` holds the tree, `file.py` reads it. Imports no torch."""
+
+from lbr_dist.config.cluster import ClusterConfig, SlurmConfig
+from lbr_dist.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluateConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    Stage,
+    to_dict,
+)
+from lbr_dist.config.stages import LearnConfig, OptimizerConfig, Pooling, RepresentConfig, TargetsConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "LearnConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Pooling",
+    "RepresentConfig",
+    "RunConfig",
+    "SlurmConfig",
+    "Stage",
+    "TargetsConfig",
+    "to_dict",
+]
