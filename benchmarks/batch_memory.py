@@ -78,8 +78,8 @@ def counted_bytes(batch: PairBatch, world_size: int) -> tuple[float, float]:
 def measure_step(model: Path, pairs: int) -> None:
     """In this process: a small step, then the peak of a step of this size above what is held before it."""
     from lbr_dist.config import DataConfig, LearnConfig, ModelConfig, RepresentConfig, RunConfig
+    from lbr_dist.data.tokenizer import TextTokenizer
     from lbr_dist.launch.worker import quiet_libraries
-    from lbr_dist.model.tokens import TextTokenizer
     from lbr_dist.ranks import group
     from lbr_dist.represent import ContrastiveStep
     from lbr_dist.trainer import load_engine

@@ -47,9 +47,9 @@ def measure(base: Path, folder: Path, turns: int) -> None:
     from lbr_dist.checkpoint import Saver, base_identity
     from lbr_dist.config import CheckpointConfig, DataConfig, LearnConfig, ModelConfig, RunConfig
     from lbr_dist.data.packing import Sequence
+    from lbr_dist.data.tokenizer import TextTokenizer
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.manifest import Checkpoints
-    from lbr_dist.model.tokens import TextTokenizer
     from lbr_dist.ranks import group
     from lbr_dist.resume import resume
     from lbr_dist.trainer import load_engine

@@ -25,11 +25,11 @@ from typing import Any
 from measure import record, run_ranks
 
 from lbr_dist.config import EngineConfig, LearnConfig
-from lbr_dist.data.build_tokens import build
 from lbr_dist.data.targets import LearnData
-from lbr_dist.data.token_cache import Pieces
+from lbr_dist.data.token_cache.build import build
+from lbr_dist.data.token_cache.cache import Pieces
+from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.engine import deepspeed_config
-from lbr_dist.model.tokens import TextTokenizer
 
 PEERS = Path(__file__).parent / "peers"
 RANKS = 2

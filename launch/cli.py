@@ -118,10 +118,10 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     from lbr_dist.config import EvaluateConfig
+    from lbr_dist.data.tokenizer import EmbeddingSettings
     from lbr_dist.errors import ConfigError
     from lbr_dist.evaluate import TestSet, evaluate_folders, table
     from lbr_dist.launch.worker import quiet_libraries
-    from lbr_dist.model.tokens import EmbeddingSettings
 
     quiet_libraries()
     test = TestSet.read(args.pairs, args.documents)
@@ -150,7 +150,7 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def _tokens(args: argparse.Namespace) -> None:
-    from lbr_dist.data.build_tokens import build
+    from lbr_dist.data.token_cache.build import build
 
     cache, cores = Path(args.cache_dir).expanduser(), len(os.sched_getaffinity(0))
     place = here()
@@ -169,13 +169,13 @@ def _tokens(args: argparse.Namespace) -> None:
 
 def data(args: argparse.Namespace) -> None:
     if args.what == "model":
-        from lbr_dist.data.smollm2 import build_smollm2
+        from lbr_dist.data.domains.smollm2 import build_smollm2
 
         _say(f"model: {build_smollm2(args.out)}")
         return
     if args.what == "vocab":
         from lbr_dist.launch.worker import quiet_libraries
-        from lbr_dist.model.vocabulary import add_vocabulary
+        from lbr_dist.vocabulary.add import add_vocabulary
 
         quiet_libraries()
         _say(add_vocabulary(args.base, args.corpus, args.out, args.pieces, args.min_count, _say).summary())
@@ -188,7 +188,7 @@ def data(args: argparse.Namespace) -> None:
 
         mine(args, _say)
         return
-    from lbr_dist.data.build import build_domain
+    from lbr_dist.data.domains.write import build_domain
 
     manifest = build_domain(args.what, args.out)
     counts = ", ".join(f"{name} {count:,}" for name, count in manifest["counts"].items())

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from lbr_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from lbr_dist.data.candidates import Candidates
-    from lbr_dist.mining_work import MiningSettings
+    from lbr_dist.mining.candidates import Candidates
+    from lbr_dist.mining.work import MiningSettings
 
 Say = Callable[[str], None]
 
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace, say: Say) -> None:
         ConfigError, DataError, ModelError, LaunchError: before a model is loaded or a rank started, where it can be.
     """
     from lbr_dist import preflight
-    from lbr_dist.data.candidates import Candidates
-    from lbr_dist.mining_work import MiningSettings
+    from lbr_dist.mining.candidates import Candidates
+    from lbr_dist.mining.work import MiningSettings
     from lbr_dist.ranks.rendezvous import started_as
 
     gpus = preflight.count_gpus()
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
 
 
 def _run_here(settings: MiningSettings, candidates: Candidates, ranks: int, say: Say) -> None:
-    from lbr_dist.mining_work import SETTINGS, clean, prepare
+    from lbr_dist.mining.work import SETTINGS, clean, prepare
     from lbr_dist.storage.whole_folder import locked
 
     settings.work.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def _run_here(settings: MiningSettings, candidates: Candidates, ranks: int, say:
             import torch
 
             from lbr_dist.launch.worker import quiet_libraries
-            from lbr_dist.negatives import mine
+            from lbr_dist.mining.mine import mine
             from lbr_dist.ranks.group import Ranks
 
             quiet_libraries()
@@ -131,8 +131,8 @@ def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> 
     import torch.distributed as dist
 
     from lbr_dist.launch.worker import quiet_libraries
-    from lbr_dist.mining_work import clean, prepare
-    from lbr_dist.negatives import mine
+    from lbr_dist.mining.mine import mine
+    from lbr_dist.mining.work import clean, prepare
     from lbr_dist.ranks import group
 
     with group.joined() as ranks:
@@ -148,10 +148,10 @@ def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> 
 
 def run_rank(settings_path: Path, say: Say) -> None:
     """One rank of our own launcher's, whose parent has prepared the work folder and will remove it."""
-    from lbr_dist.data.candidates import Candidates
     from lbr_dist.launch.worker import quiet_libraries
-    from lbr_dist.mining_work import read_settings
-    from lbr_dist.negatives import mine
+    from lbr_dist.mining.candidates import Candidates
+    from lbr_dist.mining.mine import mine
+    from lbr_dist.mining.work import read_settings
     from lbr_dist.ranks import group
 
     settings = read_settings(settings_path)

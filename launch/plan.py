@@ -148,7 +148,7 @@ def _measured(config: RunConfig) -> tuple[tuple[float, float], str]:
     documents = [data.document_prompt + text for text in texts[:: -(-len(texts) // SAMPLE)]]
     folder = Path(config.model.base)
     if (folder / "tokenizer.json").exists():
-        from lbr_dist.model.tokens import TextTokenizer
+        from lbr_dist.data.tokenizer import TextTokenizer
 
         tokenizer = TextTokenizer(folder)
         ids = (tokenizer.encode(queries, data.max_query_tokens), tokenizer.encode(documents, data.max_document_tokens))

@@ -13,9 +13,9 @@ from torch import Tensor
 from lbr_dist.config import ModelConfig
 from lbr_dist.data.packing import Sequence as PackedSequence
 from lbr_dist.data.packing import pack_row
+from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.model.backbone import read_json
 from lbr_dist.model.bottleneck import load_model
-from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 
 Kind = Literal["query", "document"]
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from lbr_dist.config import EvaluateConfig, RunConfig
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
+from lbr_dist.data.tokenizer import EmbeddingSettings
 from lbr_dist.exported import SUMMARY
-from lbr_dist.model.tokens import EmbeddingSettings
 from lbr_dist.report import LABELS
 from lbr_dist.retrieval import (
     Run,

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from lbr_dist.config import LearnConfig, RunConfig
-from lbr_dist.data.build_tokens import token_cache
 from lbr_dist.data.packing import PackedRow, Sequence, digest, rank_rows
 from lbr_dist.data.records import read_corpus, read_pairs
 from lbr_dist.data.targets import LearnData
-from lbr_dist.data.token_cache import Tokens, learn_texts
+from lbr_dist.data.token_cache.build import token_cache
+from lbr_dist.data.token_cache.cache import Tokens, learn_texts
+from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.diagnostics import Diagnostics
 from lbr_dist.engine import Engine
 from lbr_dist.export import export, stage_settings
 from lbr_dist.model.bottleneck import LossWeights
-from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.ranks.group import Ranks, total
 from lbr_dist.trainer import load_engine, train, write_summary
 

@@ -22,7 +22,7 @@ from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
 from lbr_dist.manifest import STATE_BYTES, Checkpoints, free_bytes
-from lbr_dist.mining_work import MiningSettings
+from lbr_dist.mining.work import MiningSettings
 from lbr_dist.storage.files import others_who_write
 
 RANK_BYTES = 900 * 2**20  # interpreter, torch and buffers of one rank, measured on a CPU
@@ -116,8 +116,8 @@ def check_text(config: RunConfig, say: Callable[[str], None]) -> None:
     Raises:
         DataError, ModelError, LaunchError: the text cannot be read or written, or is too little.
     """
-    from lbr_dist.data.build_tokens import token_cache
-    from lbr_dist.data.token_cache import learn_texts
+    from lbr_dist.data.token_cache.build import token_cache
+    from lbr_dist.data.token_cache.cache import learn_texts
 
     texts, held_out = learn_texts(token_cache(config, len(os.sched_getaffinity(0)), say), config)
     short = f", {texts.num_too_short:,} documents of one token left out" if texts.num_too_short else ""

@@ -22,12 +22,12 @@ from lbr_dist.chunks import RankChunks
 from lbr_dist.config import RepresentConfig, RunConfig
 from lbr_dist.contrast import Contrast, check_agreement, temperature_of
 from lbr_dist.data.pairs import PairBatch, load_with_dev
+from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.dev_pairs import DevPairs
 from lbr_dist.engine import Engine
 from lbr_dist.exchange import Exchange
 from lbr_dist.export import export, stage_settings
 from lbr_dist.grad_cache import forward_backward, surrogate
-from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.plan import StepPlanner
 from lbr_dist.ranks.group import Ranks
 from lbr_dist.trainer import load_engine, train, write_summary

@@ -20,7 +20,7 @@ from torch import Tensor
 from lbr_dist.config import DataConfig, RepresentConfig, RunConfig
 from lbr_dist.data import sampler
 from lbr_dist.data.records import Pair, PairSet, by_source, check_apart, check_enough, read_corpus, read_pairs
-from lbr_dist.model.tokens import TextTokenizer
+from lbr_dist.data.tokenizer import TextTokenizer
 
 Tokens = tuple[int, ...]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from lbr_dist.config import LearnConfig, TargetsConfig
 from lbr_dist.data import sampler
 from lbr_dist.data.packing import Sequence
-from lbr_dist.data.token_cache import Tokens
+from lbr_dist.data.token_cache.cache import Tokens
 
 
 @dataclass(frozen=True, slots=True)

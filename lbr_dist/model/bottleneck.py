@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from lbr_dist.config import ModelConfig, Pooling
 from lbr_dist.data.packing import NO_LABEL, TARGET_LOSS, PackedRow, without
+from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.errors import ModelError
 from lbr_dist.kernels.attention import Backend
 from lbr_dist.kernels.cross_entropy import linear_cross_entropy
 from lbr_dist.kernels.layout import BOTTLENECK, CONTEXT, TARGET
 from lbr_dist.model.adapters import add_adapters
 from lbr_dist.model.backbone import embedding_table, load_backbone
-from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 
 
 class LanguageModelLoss(nn.Module):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfig
 from lbr_dist.data.packing import Sequence
 from lbr_dist.data.targets import LearnData
-from lbr_dist.model.vocabulary import add_vocabulary
+from lbr_dist.vocabulary.add import add_vocabulary
 from tests import tiny
 from tests.configs import tiny_run
 from tests.distributed import on_ranks, single

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from lbr_dist.data.candidates import Candidates
 from lbr_dist.launch import cli
-from lbr_dist.mining_work import SETTINGS, MiningSettings, prepare, read_settings
-from lbr_dist.negatives import mine
+from lbr_dist.mining.candidates import Candidates
+from lbr_dist.mining.mine import mine
+from lbr_dist.mining.work import SETTINGS, MiningSettings, prepare, read_settings
 from lbr_dist.ranks.group import Ranks
 from tests.ranks import RankPool
 

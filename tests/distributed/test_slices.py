@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lbr_dist import encode_parts
-from lbr_dist.data import build_tokens
+from lbr_dist.data.token_cache import build as build_tokens
 from lbr_dist.encode_parts import EncodeJob, encode_collection
 from lbr_dist.ranks.group import Ranks
 from tests import tiny

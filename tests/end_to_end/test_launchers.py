@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lbr_dist.data import build_tokens
-from lbr_dist.data.token_cache import TokenCache
+from lbr_dist.data.token_cache import build as build_tokens
+from lbr_dist.data.token_cache.cache import TokenCache
 from lbr_dist.encode_parts import EncodeJob, encode_collection
 from lbr_dist.ranks.group import Ranks
 from tests import tiny

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lbr_dist import encode_parts
-from lbr_dist.data import build_tokens
+from lbr_dist.data.token_cache import build as build_tokens
 from lbr_dist.launch import cli
 from lbr_dist.ranks.rendezvous import here
 

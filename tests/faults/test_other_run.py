@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lbr_dist.config import LoraConfig, RunConfig
-from lbr_dist.data.build_tokens import build
+from lbr_dist.data.token_cache.build import build
 from tests.distributed import on_ranks
 from tests.faults.runs import assert_same_end, losses
 from tests.faults.test_damaged import resume, stopped

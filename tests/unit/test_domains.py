@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbr_dist.data.build import build_domain, write_domain
 from lbr_dist.data.domains import Domain, chemistry, code, medical
 from lbr_dist.data.domains.domain import hash_order, hash_split, nearest, normalise, package_file, word_features
+from lbr_dist.data.domains.write import build_domain, write_domain
 from lbr_dist.data.records import read_corpus, read_pairs
 from lbr_dist.errors import DataError
 
@@ -142,7 +142,7 @@ def test_written_files_are_the_same_in_every_process(
 ) -> None:
     manifest = write_domain(domains[name], tmp_path / "one")
     program = (
-        "from lbr_dist.data.build import write_domain; from pathlib import Path;"
+        "from lbr_dist.data.domains.write import write_domain; from pathlib import Path;"
         f"from lbr_dist.data.domains import {name};"
         f"write_domain({name}.build(Path({str(inputs[name])!r})), Path({str(tmp_path / 'two')!r}))"
     )
@@ -231,7 +231,7 @@ def test_nearest_puts_the_most_alike_first() -> None:
 
 def test_importing_the_builders_is_quick_and_free_of_heavy_packages() -> None:
     program = (
-        "import sys, lbr_dist.data.build, lbr_dist.data.smollm2, lbr_dist.data.domains.medical; "
+        "import sys, lbr_dist.data.domains.write, lbr_dist.data.domains.smollm2, lbr_dist.data.domains.medical; "
         "sys.exit(bool({'torch', 'transformers', 'pyarrow', 'datasets', 'numpy'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

@@ -15,10 +15,10 @@ from sentence_transformers import SentenceTransformer
 from lbr_dist import export
 from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
 from lbr_dist.data.packing import Sequence, pack_row
+from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.encode import Encoder, open_encoder
 from lbr_dist.errors import DataError, ModelError
 from lbr_dist.model.bottleneck import load_model
-from lbr_dist.model.tokens import EmbeddingSettings, TextTokenizer
 from lbr_dist.ranks import group
 from lbr_dist.vector_files import write_vectors
 from tests import tiny

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from lbr_dist.config import LearnConfig, ModelConfig
 from lbr_dist.data.packing import PackedRow, Sequence, pack_row
+from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.errors import ModelError
 from lbr_dist.kernels.attention import bottleneck_attention
 from lbr_dist.kernels.layout import BOTTLENECK, TARGET
 from lbr_dist.model import backbone
 from lbr_dist.model.bottleneck import LBRModel, LossWeights, Posterior, load_model
-from lbr_dist.model.tokens import TextTokenizer
 from tests import tiny
 from tests.distributed import single
 

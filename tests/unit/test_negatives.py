@@ -16,14 +16,16 @@ import pytest
 import torch
 
 from lbr_dist import console as progress_lines
-from lbr_dist import mining_index, negatives, preflight
-from lbr_dist.data.candidates import Candidates, Rules
+from lbr_dist import preflight
 from lbr_dist.data.records import read_corpus, read_pairs
 from lbr_dist.encode import Encoder
 from lbr_dist.errors import ConfigError, DataError
 from lbr_dist.launch import cli
-from lbr_dist.mining_index import Ivf, Vectors, build_ivf, ivf_lists
-from lbr_dist.mining_work import MiningSettings, clean, prepare
+from lbr_dist.mining import index as mining_index
+from lbr_dist.mining import mine as mining
+from lbr_dist.mining.candidates import Candidates, Rules
+from lbr_dist.mining.index import Ivf, Vectors, build_ivf, ivf_lists
+from lbr_dist.mining.work import MiningSettings, clean, prepare
 from lbr_dist.ranks.group import Ranks
 from lbr_dist.retrieval import Bm25, exact_search
 from tests import tiny
@@ -63,7 +65,7 @@ def settings(folder: Path, model: Path | None, **changes: Any) -> MiningSettings
 def mine(chosen: MiningSettings, told: list[str] | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     say: Callable[[str], None] = [].append if told is None else told.append  # type: ignore[assignment]
     prepare(chosen, say)
-    summary = negatives.mine(chosen, Candidates.read(chosen.pairs, chosen.documents), ALONE, say)
+    summary = mining.mine(chosen, Candidates.read(chosen.pairs, chosen.documents), ALONE, say)
     assert summary is not None
     return [json.loads(line) for line in Path(chosen.out).read_text().splitlines()], summary
 
@@ -288,13 +290,13 @@ def test_the_result_is_there_as_a_whole_or_not_at_all(data: Path) -> None:
     Path(chosen.out).write_text("what was there before")
     prepare(chosen, print)
     candidates = Candidates.read(chosen.pairs, chosen.documents)
-    negatives.mine(chosen, candidates, ALONE, print)
+    mining.mine(chosen, candidates, ALONE, print)
     Path(chosen.out).write_text("what was there before")
     part = chosen.work / "part-00004.jsonl"
     part.unlink()
     part.mkdir()  # it is there, and cannot be read
     with pytest.raises(OSError, match="part-00004"):
-        negatives.mine(chosen, candidates, ALONE, print)
+        mining.mine(chosen, candidates, ALONE, print)
     assert Path(chosen.out).read_text() == "what was there before"
     assert not list(data.glob(".*"))
 

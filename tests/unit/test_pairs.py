@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from lbr_dist.config import LearnConfig, RepresentConfig, RunConfig
 from lbr_dist.data import sampler
 from lbr_dist.data.pairs import PairBatch, TrainingPairs, load_pairs, load_with_dev, padded
+from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.errors import DataError
-from lbr_dist.model.tokens import TextTokenizer
 from tests.configs import tiny_run
 
 

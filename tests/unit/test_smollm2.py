@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lbr_dist.data import smollm2
+from lbr_dist.data.domains import smollm2
 from lbr_dist.errors import DataError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lbr_dist.config import LearnConfig, TargetsConfig
 from lbr_dist.data.targets import LearnData
-from lbr_dist.data.token_cache import split
+from lbr_dist.data.token_cache.cache import split
 from tests import tiny
 
 TEXTS = [tuple(range(100 * i, 100 * i + 7 + i)) for i in range(40)]

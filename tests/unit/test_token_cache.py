@@ -23,12 +23,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbr_dist.data import build_tokens, token_parts
-from lbr_dist.data.build_tokens import build
 from lbr_dist.data.record_files import Span, span_rows, spans
-from lbr_dist.data.token_cache import Pieces, TokenCache
+from lbr_dist.data.token_cache import build as build_tokens
+from lbr_dist.data.token_cache import part as token_parts
+from lbr_dist.data.token_cache.build import build
+from lbr_dist.data.token_cache.cache import Pieces, TokenCache
+from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.errors import DataError, LaunchError
-from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.storage import fingerprint, whole_folder
 from tests import tiny
 
@@ -303,7 +304,7 @@ def test_a_process_holds_a_few_lines_not_the_file(tokenizer: Path, tmp_path: Pat
     code = f"""
 import resource
 from pathlib import Path
-from lbr_dist.data.token_parts import Rules, Unit, _load, write_part
+from lbr_dist.data.token_cache.part import Rules, Unit, _load, write_part
 from lbr_dist.data.record_files import Span
 _load(Path({str(tokenizer / "tokenizer.json")!r}))
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -420,7 +421,8 @@ def test_a_damaged_cache_is_refused(corpus: Path, tokenizer: Path, tmp_path: Pat
 DRIVER = """
 import os, shutil, signal, sys, time
 from pathlib import Path
-from lbr_dist.data import build_tokens, token_parts
+from lbr_dist.data.token_cache import build as build_tokens
+from lbr_dist.data.token_cache import part as token_parts
 from lbr_dist.storage import whole_folder
 from lbr_dist.errors import LbrError
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.errors import ConfigError, DataError, ModelError
-from lbr_dist.model import merges, pieces, vocabulary
 from lbr_dist.model.backbone import WeightFiles, load_backbone
-from lbr_dist.model.merges import Entry
-from lbr_dist.model.tokens import TextTokenizer
-from lbr_dist.model.vocabulary import VocabularyReport, add_vocabulary
+from lbr_dist.vocabulary import add, merges, pieces
+from lbr_dist.vocabulary.add import VocabularyReport, add_vocabulary
+from lbr_dist.vocabulary.merges import Entry
 from tests import tiny
 
 STEMS = ("cardio", "nephro", "hepato", "myo", "neuro", "osteo", "dermato", "encephalo")
@@ -378,7 +378,7 @@ def test_a_tokenizer_of_sentencepieces_kind_glues_alone(corpora: dict[str, Path]
 # ---- refusals -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pieces", [0, -3, vocabulary.CANDIDATES + 1])
+@pytest.mark.parametrize("pieces", [0, -3, add.CANDIDATES + 1])
 def test_a_number_of_pieces_that_cannot_be(
     tiny_model: Path, corpora: dict[str, Path], tmp_path: Path, pieces: int
 ) -> None:
@@ -447,7 +447,7 @@ def test_a_piece_that_breaks_a_text_is_refused(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a byte-level decoder takes é for the byte that it writes so
-    monkeypatch.setattr(vocabulary, "choose", lambda *_: [Entry("é(", (0,), 1, None)])
+    monkeypatch.setattr(add, "choose", lambda *_: [Entry("é(", (0,), 1, None)])
     corpus = write_corpus(tmp_path / "corpus.jsonl", lambda generator: smiles(generator) + " é( y")
     with pytest.raises(ModelError, match=r"with the new pieces, it changes 400 of 400 texts that it kept"):
         add_vocabulary(tiny_model, [corpus], tmp_path / "out", 1)
@@ -460,7 +460,7 @@ def test_a_failed_write_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(vocabulary, "write_json", full)
+    monkeypatch.setattr(add, "write_json", full)
     with pytest.raises(ModelError, match=r"out: could not be written .*No space left"):
         add_vocabulary(tiny_model, [corpora["prose"]], tmp_path / "out", 10)
     assert list(tmp_path.iterdir()) == []

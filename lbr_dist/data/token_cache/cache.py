@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lbr_dist.config import RunConfig
 from lbr_dist.data import sampler
-from lbr_dist.data.token_parts import LENGTH, part_file
+from lbr_dist.data.token_cache.part import LENGTH, part_file
 from lbr_dist.errors import DataError
 
 SCHEMA = 1

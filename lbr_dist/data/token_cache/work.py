@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lbr_dist.data.token_parts import DONE, LENGTH, TOKENIZER_FILE, Part, Rules, part_file
+from lbr_dist.data.token_cache.part import DONE, LENGTH, TOKENIZER_FILE, Part, Rules, part_file
 from lbr_dist.storage.files import checksum, write_atomic
 from lbr_dist.storage.fingerprint import signature
 from lbr_dist.storage.whole_folder import building_folder, host

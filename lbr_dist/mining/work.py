@@ -16,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from lbr_dist.data.candidates import Rules
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.records import write_jsonl
 from lbr_dist.errors import ConfigError
+from lbr_dist.mining.candidates import Rules
 from lbr_dist.storage.fingerprint import fingerprint
 
 Say = Callable[[str], None]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from tokenizers import Tokenizer
 
 from lbr_dist.errors import DataError
-from lbr_dist.model.merges import Content, Entry, encoded, glued, restores, tokenizer_of
+from lbr_dist.vocabulary.merges import Content, Entry, encoded, glued, restores, tokenizer_of
 
 CANDIDATES = 50_000
 """Pieces that sentencepiece proposes."""

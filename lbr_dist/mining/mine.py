@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 
 from lbr_dist.console import Progress
-from lbr_dist.data.candidates import REASONS, Candidates
 from lbr_dist.data.records import read_corpus, write_jsonl
 from lbr_dist.errors import DataError
-from lbr_dist.mining_index import Ivf, Search, Vectors, bm25_search, build_ivf, model_search
-from lbr_dist.mining_work import MiningSettings, Say
+from lbr_dist.mining.candidates import REASONS, Candidates
+from lbr_dist.mining.index import Ivf, Search, Vectors, bm25_search, build_ivf, model_search
+from lbr_dist.mining.work import MiningSettings, Say
 from lbr_dist.ranks.group import Ranks, share
 
 _LOW_RECALL = 0.9

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lbr_dist.data.candidates import Candidates
 from lbr_dist.errors import ConfigError, DataError
+from lbr_dist.mining.candidates import Candidates
 from lbr_dist.retrieval import Bm25, best_positive, search_blocks
 
 Ranked = list[tuple[int, float]]

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 
 from lbr_dist.config import RunConfig
 from lbr_dist.data.record_files import record_files
-from lbr_dist.data.token_cache import MANIFEST, SCHEMA, TokenCache
-from lbr_dist.data.token_parts import DONE, TOKENIZER_FILE, Part, Rules, Unit, units, write_part
-from lbr_dist.data.token_work import finished_numbers, finished_parts, plan_of, work_folder
+from lbr_dist.data.token_cache.cache import MANIFEST, SCHEMA, TokenCache
+from lbr_dist.data.token_cache.part import DONE, TOKENIZER_FILE, Part, Rules, Unit, units, write_part
+from lbr_dist.data.token_cache.work import finished_numbers, finished_parts, plan_of, work_folder
 from lbr_dist.errors import DataError, LaunchError, ModelError
 from lbr_dist.storage.fingerprint import fingerprint, signature
 from lbr_dist.storage.whole_folder import discard, locked, publish, remove_stale
@@ -285,7 +285,7 @@ class _Build:
 
 def _write_tokenizer(folder: Path, to: Path, max_characters: int) -> Rules:
     """The tokenizer as transformers sets it up, for processes that do without transformers."""
-    from lbr_dist.model.tokens import TextTokenizer
+    from lbr_dist.data.tokenizer import TextTokenizer
 
     tokenizer = TextTokenizer(folder)
     to.write_text(tokenizer.hf.backend_tokenizer.to_str(), encoding="utf-8")

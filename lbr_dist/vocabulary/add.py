@@ -19,13 +19,13 @@ from tokenizers import Tokenizer
 
 from lbr_dist.data.record_files import records
 from lbr_dist.data.records import titled_text
+from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.errors import ConfigError, DataError, ModelError
 from lbr_dist.model.backbone import WeightFiles
-from lbr_dist.model.merges import Entry, bpe_content, encoded, extended, restores, tokenizer_of
-from lbr_dist.model.pieces import CANDIDATES, choose, first, token_counts
-from lbr_dist.model.tables import vocabulary_tables, write_grown, write_json
-from lbr_dist.model.tokens import TextTokenizer
 from lbr_dist.storage.whole_folder import building_folder, publish, remove_stale
+from lbr_dist.vocabulary.merges import Entry, bpe_content, encoded, extended, restores, tokenizer_of
+from lbr_dist.vocabulary.pieces import CANDIDATES, choose, first, token_counts
+from lbr_dist.vocabulary.tables import vocabulary_tables, write_grown, write_json
 
 REPORT = "vocabulary.json"
 
