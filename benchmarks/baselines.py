@@ -17,7 +17,7 @@ from typing import Any
 
 from measure import record
 
-from lbr_dist.retrieval import paired_bootstrap, per_query_values
+from lbr_dist.evaluation.retrieval import paired_bootstrap, per_query_values
 
 NO_TOKENS = ("--model.bottleneck_tokens=0", "--learn.bottleneck=none")
 

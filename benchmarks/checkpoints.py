@@ -44,14 +44,14 @@ def measure(base: Path, folder: Path, turns: int) -> None:
     import torch.distributed as dist
 
     from lbr_dist import learn
-    from lbr_dist.checkpoint import Saver, base_identity
+    from lbr_dist.checkpoint.manifest import Checkpoints
+    from lbr_dist.checkpoint.resume import resume
+    from lbr_dist.checkpoint.saver import Saver, base_identity
     from lbr_dist.config import CheckpointConfig, DataConfig, LearnConfig, ModelConfig, RunConfig
     from lbr_dist.data.packing import Sequence
     from lbr_dist.data.tokenizer import TextTokenizer
     from lbr_dist.launch.worker import quiet_libraries
-    from lbr_dist.manifest import Checkpoints
     from lbr_dist.ranks import group
-    from lbr_dist.resume import resume
     from lbr_dist.trainer import load_engine
 
     ranks = group.start()
@@ -165,7 +165,7 @@ def dd(folder: Path, size: int, files: int) -> float:
 
 
 def verify_against_sha256sum(folder: Path, turns: int) -> dict[str, float]:
-    from lbr_dist.manifest import Checkpoints
+    from lbr_dist.checkpoint.manifest import Checkpoints
 
     checkpoints = Checkpoints(folder)
     step = checkpoints.steps()[-1]

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from measure import record
 
+from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config.file import read_config
-from lbr_dist.manifest import Checkpoints
 from lbr_dist.slurm import records, scheduler
 from lbr_dist.slurm.testbed.bed import Bed
 

@@ -10,9 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lbr_dist.config import Stage
-from lbr_dist.errors import CheckpointError, ConfigError
-from lbr_dist.inventory import (
+from lbr_dist.checkpoint.inventory import (
     STAGES,
     best_step,
     check_run,
@@ -23,10 +21,12 @@ from lbr_dist.inventory import (
     size_text,
     table,
 )
-from lbr_dist.manifest import MANIFEST, Checkpoints, tag
+from lbr_dist.checkpoint.manifest import MANIFEST, Checkpoints, tag
+from lbr_dist.config import Stage
+from lbr_dist.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from lbr_dist.manifest import Manifest
+    from lbr_dist.checkpoint.manifest import Manifest
 
 Say = Callable[[str], None]
 
@@ -170,8 +170,8 @@ def export(run: Path, stages: Sequence[Stage], wanted: str, out: Path, base: Pat
         raise CheckpointError(f"{str(error).rstrip('.')}. {checkpoints.path} also has {others}.") from None
 
     from lbr_dist.config.file import from_plain
+    from lbr_dist.export.from_checkpoint import export_checkpoint
     from lbr_dist.launch.worker import quiet_libraries
-    from lbr_dist.stored import export_checkpoint
 
     quiet_libraries()
     # a run folder that was moved is where it is now

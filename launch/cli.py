@@ -37,7 +37,7 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
     """Run the wanted stages that have steps and are not finished. Returns whether this process goes on alone."""
     from lbr_dist import preflight
     from lbr_dist.config.file import write_config
-    from lbr_dist.exported import is_finished
+    from lbr_dist.export.checksums import is_finished
 
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
@@ -120,7 +120,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from lbr_dist.config import EvaluateConfig
     from lbr_dist.data.tokenizer import EmbeddingSettings
     from lbr_dist.errors import ConfigError
-    from lbr_dist.evaluate import TestSet, evaluate_folders, table
+    from lbr_dist.evaluation.evaluate import TestSet, evaluate_folders, table
     from lbr_dist.launch.worker import quiet_libraries
 
     quiet_libraries()
@@ -139,7 +139,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def encode(args: argparse.Namespace) -> None:
-    from lbr_dist.encode_parts import EncodeJob, encode_collection
+    from lbr_dist.encode.collection import EncodeJob, encode_collection
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.ranks.group import joined
 

@@ -12,9 +12,9 @@ from lbr_dist.errors import ConfigError, LbrError
 
 if TYPE_CHECKING:
     from lbr_dist.config import RunConfig
-    from lbr_dist.plan import StepPlanner
-    from lbr_dist.plan_machine import Machine
-    from lbr_dist.plan_step import Batch, StepPlan
+    from lbr_dist.plan.machine import Machine
+    from lbr_dist.plan.planner import StepPlanner
+    from lbr_dist.plan.step import Batch, StepPlan
 
 GPUS = ("a100-80g", "b200", "cpu", "h100", "h200")
 SAMPLE = 512
@@ -45,9 +45,9 @@ def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None])
     Raises:
         ConfigError, ModelError: the step fits nowhere, or the options are out of range.
     """
-    from lbr_dist.plan import HEADROOM, StepPlanner
-    from lbr_dist.plan_machine import Cluster
-    from lbr_dist.plan_model import graph_bytes, model_sizes
+    from lbr_dist.plan.machine import Cluster
+    from lbr_dist.plan.model import graph_bytes, model_sizes
+    from lbr_dist.plan.planner import HEADROOM, StepPlanner
 
     for name in ("nodes", "gpus_per_node"):
         if getattr(args, name) < 1:
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None])
 
 
 def _machine(args: argparse.Namespace) -> Machine:
-    from lbr_dist.plan_machine import GB, MACHINES, available_memory
+    from lbr_dist.plan.machine import GB, MACHINES, available_memory
 
     machine = MACHINES[args.gpu]
     if args.gpu == "cpu":
@@ -115,7 +115,7 @@ def _machine(args: argparse.Namespace) -> Machine:
 
 def _batch(config: RunConfig, args: argparse.Namespace) -> tuple[Batch, str]:
     """The batch by its means, and where its lengths come from."""
-    from lbr_dist.plan_step import Batch
+    from lbr_dist.plan.step import Batch
 
     data, represent = config.data, config.represent
     means, source = _measured(config)
@@ -199,7 +199,7 @@ def _scaling(planner: Callable[[int], StepPlanner], batch: Batch, nodes: int) ->
 
 
 def _assumptions(planner: StepPlanner, machine: Machine, args: argparse.Namespace) -> str:
-    from lbr_dist.plan import HEADROOM
+    from lbr_dist.plan.planner import HEADROOM
 
     live, used = planner.config.engine.live_elements, planner.sizes.elements("layer", "embedding", "other")
     lines = [

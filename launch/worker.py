@@ -57,8 +57,8 @@ def run_stages(config: RunConfig, stages: tuple[Stage, ...]) -> bool:
 def evaluate(config: RunConfig) -> None:
     """Score a finished run in this process, write the report and print the table."""
     with large_imports():
-        from lbr_dist.evaluate import evaluate_run, table
-        from lbr_dist.report import write_report
+        from lbr_dist.evaluation.evaluate import evaluate_run, table
+        from lbr_dist.report.page import write_report
     quiet_libraries()
     metrics = evaluate_run(config, lambda message: print(message, flush=True))
     examples = json.loads((config.report_path / "examples.json").read_text(encoding="utf-8"))

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbr_dist.checkpoint.shards import extent
 from lbr_dist.config import EngineConfig, OptimizerConfig
 from lbr_dist.ranks.process import large_imports
 from lbr_dist.ranks.traffic import Traffic
-from lbr_dist.shards import extent
 
 HOLDER = -1
 """Stands among the modules that are at work with a parameter, while `Engine.accumulate` holds it."""

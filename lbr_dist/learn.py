@@ -25,9 +25,9 @@ from lbr_dist.data.targets import LearnData
 from lbr_dist.data.token_cache.build import token_cache
 from lbr_dist.data.token_cache.cache import Tokens, learn_texts
 from lbr_dist.data.tokenizer import TextTokenizer
-from lbr_dist.diagnostics import Diagnostics
 from lbr_dist.engine import Engine
-from lbr_dist.export import export, stage_settings
+from lbr_dist.export.folder import export, stage_settings
+from lbr_dist.heldout.texts import Diagnostics
 from lbr_dist.model.bottleneck import LossWeights
 from lbr_dist.ranks.group import Ranks, total
 from lbr_dist.trainer import load_engine, train, write_summary

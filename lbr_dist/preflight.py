@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 
+from lbr_dist.checkpoint.manifest import STATE_BYTES, Checkpoints, free_bytes
 from lbr_dist.config import RunConfig, Stage, to_dict
 from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
-from lbr_dist.manifest import STATE_BYTES, Checkpoints, free_bytes
 from lbr_dist.mining.work import MiningSettings
 from lbr_dist.storage.files import others_who_write
 
@@ -333,9 +333,9 @@ def check_plan(config: RunConfig, ranks: int, local_ranks: int, gpus: int, memor
         memory = _gpu_bytes() if gpus else _available_bytes() // local_ranks
     if not config.represent.steps or memory is None:
         return
-    from lbr_dist.plan import HEADROOM, StepPlanner
-    from lbr_dist.plan_machine import MACHINES, Cluster
-    from lbr_dist.plan_model import graph_bytes, model_sizes
+    from lbr_dist.plan.machine import MACHINES, Cluster
+    from lbr_dist.plan.model import graph_bytes, model_sizes
+    from lbr_dist.plan.planner import HEADROOM, StepPlanner
 
     base = Path(config.model.base)
     extra = 1 + config.model.bottleneck_tokens

@@ -18,17 +18,17 @@ import time
 
 from torch import Tensor
 
-from lbr_dist.chunks import RankChunks
 from lbr_dist.config import RepresentConfig, RunConfig
-from lbr_dist.contrast import Contrast, check_agreement, temperature_of
+from lbr_dist.contrastive.chunks import RankChunks
+from lbr_dist.contrastive.exchange import Exchange
+from lbr_dist.contrastive.grad_cache import forward_backward, surrogate
+from lbr_dist.contrastive.loss import Contrast, check_agreement, temperature_of
 from lbr_dist.data.pairs import PairBatch, load_with_dev
 from lbr_dist.data.tokenizer import TextTokenizer
-from lbr_dist.dev_pairs import DevPairs
 from lbr_dist.engine import Engine
-from lbr_dist.exchange import Exchange
-from lbr_dist.export import export, stage_settings
-from lbr_dist.grad_cache import forward_backward, surrogate
-from lbr_dist.plan import StepPlanner
+from lbr_dist.export.folder import export, stage_settings
+from lbr_dist.heldout.pairs import DevPairs
+from lbr_dist.plan.planner import StepPlanner
 from lbr_dist.ranks.group import Ranks
 from lbr_dist.trainer import load_engine, train, write_summary
 

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import torch
 
-from lbr_dist.checkpoint import Saver, base_identity
+from lbr_dist.checkpoint.manifest import Checkpoints
+from lbr_dist.checkpoint.resume import on_first, resume
+from lbr_dist.checkpoint.saver import Saver, base_identity
 from lbr_dist.config import OptimizerConfig, RunConfig, Stage
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.engine import Engine, Update, sharded_init
 from lbr_dist.errors import CheckpointError, Interrupted, RefusedStep, TrainingError
-from lbr_dist.exported import SUMMARY
-from lbr_dist.manifest import Checkpoints
+from lbr_dist.export.checksums import SUMMARY
 from lbr_dist.metrics import MetricsLog
 from lbr_dist.model.bottleneck import LBRModel, load_model
 from lbr_dist.ranks.group import Ranks, largest, total
 from lbr_dist.ranks.interrupt import StopRequest, taking_stops
 from lbr_dist.ranks.traffic import Count
-from lbr_dist.resume import on_first, resume
 from lbr_dist.storage.files import write_atomic
 
 SCORES = ("heldout_target_loss", "heldout_loss", "heldout_perplexity")

@@ -27,7 +27,7 @@ from lbr_dist.config import RunConfig
 from lbr_dist.config.file import read_config, write_config
 from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import CheckpointError, LbrError
-from lbr_dist.exported import verify_export
+from lbr_dist.export.checksums import verify_export
 from lbr_dist.launch.local_ranks import allocator
 from lbr_dist.ranks.interrupt import END_TIME
 from lbr_dist.slurm import nodes, records, scheduler

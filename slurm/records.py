@@ -20,10 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from lbr_dist import exported
+from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config import RunConfig
 from lbr_dist.errors import ConfigError
-from lbr_dist.manifest import Checkpoints
+from lbr_dist.export import checksums
 from lbr_dist.storage.files import make_private, open_private, write_atomic
 
 JobStage = Literal["learn", "represent", "evaluate"]
@@ -223,4 +223,4 @@ def is_finished(config: RunConfig, stage: JobStage) -> bool:
         metrics, model = config.report_path / "metrics.json", config.model_path / "lbr.json"
         done = (config.report_path / "index.html").exists() and metrics.exists() and model.exists()
         return done and metrics.stat().st_mtime >= model.stat().st_mtime
-    return exported.is_finished(config, stage)
+    return checksums.is_finished(config, stage)

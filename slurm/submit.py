@@ -18,7 +18,7 @@ from lbr_dist.config import RunConfig, SlurmConfig, Stage
 from lbr_dist.config.file import read_config, write_config
 from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import ConfigError, LaunchError, LbrError
-from lbr_dist.plan_machine import MACHINES
+from lbr_dist.plan.machine import MACHINES
 from lbr_dist.slurm import scheduler
 from lbr_dist.slurm.records import (
     STAGES,

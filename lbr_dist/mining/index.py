@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lbr_dist.errors import ConfigError, DataError
+from lbr_dist.evaluation.retrieval import Bm25, best_positive, search_blocks
 from lbr_dist.mining.candidates import Candidates
-from lbr_dist.retrieval import Bm25, best_positive, search_blocks
 
 Ranked = list[tuple[int, float]]
 Float32 = npt.NDArray[np.float32]

@@ -128,7 +128,8 @@ def _encode(settings: MiningSettings, ranks: Ranks, tell: Say, *work: tuple[Vect
         todo += [(vectors, texts, number) for number in numbers if not vectors.path(number).exists()]
     if not todo:
         return
-    from lbr_dist.encode import open_encoder  # takes transformers and DeepSpeed along, which BM25 can do without
+    # here: it takes transformers and DeepSpeed along, which BM25 can do without
+    from lbr_dist.encode.encoder import open_encoder
 
     encoder = open_encoder(Path(str(settings.model)), None, settings.chunk_tokens)
     progress = Progress(tell, "encoded", "texts", sum(len(v.rows_of(number)) for v, _, number in todo))

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbr_dist.chunks import share_out
 from lbr_dist.config import RunConfig
+from lbr_dist.contrastive.chunks import share_out
 from lbr_dist.data.packing import PackedRow, Sequence, pack_row
 from lbr_dist.data.pairs import load_pairs
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.engine import Engine
-from lbr_dist.plan_step import Batch
+from lbr_dist.plan.step import Batch
 from lbr_dist.ranks.group import Ranks
 from lbr_dist.represent import ContrastiveStep
 from tests.distributed.on_ranks import open_engine

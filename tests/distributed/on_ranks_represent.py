@@ -11,12 +11,12 @@ import torch
 
 from lbr_dist import represent
 from lbr_dist.config import RunConfig
+from lbr_dist.contrastive.exchange import Exchange, Route
 from lbr_dist.data.pairs import PairBatch, load_with_dev
 from lbr_dist.data.tokenizer import TextTokenizer
-from lbr_dist.dev_pairs import DevPairs
 from lbr_dist.engine import Engine, whole
 from lbr_dist.errors import RefusedStep, TrainingError
-from lbr_dist.exchange import Exchange, Route
+from lbr_dist.heldout.pairs import DevPairs
 from lbr_dist.ranks.group import Ranks
 from lbr_dist.ranks.traffic import Traffic
 from lbr_dist.represent import ContrastiveStep

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from lbr_dist.chunks import share_out
 from lbr_dist.config import DataConfig, EngineConfig, LearnConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
+from lbr_dist.contrastive.chunks import share_out
+from lbr_dist.contrastive.grad_cache import seed_chunk
 from lbr_dist.data.packing import Sequence, pack_row
 from lbr_dist.data.pairs import PairBatch, load_pairs
-from lbr_dist.grad_cache import seed_chunk
 from tests import tiny
 from tests.configs import tiny_run
 from tests.distributed import on_ranks_represent as on_ranks

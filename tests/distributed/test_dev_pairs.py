@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config import LoraConfig, OptimizerConfig, RunConfig
 from lbr_dist.data.pairs import PairBatch, load_with_dev
-from lbr_dist.dev_pairs import ranks_of_positives
-from lbr_dist.manifest import Checkpoints
+from lbr_dist.heldout.pairs import ranks_of_positives
 from tests import tiny
 from tests.distributed import on_ranks_represent as on_ranks
 from tests.distributed import single

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lbr_dist.data.targets import LearnData
-from lbr_dist.diagnostics import effective_rank
+from lbr_dist.heldout.texts import effective_rank
 from tests import tiny
 from tests.configs import tiny_run
 from tests.distributed import on_ranks, single

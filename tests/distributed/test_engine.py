@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config import EngineConfig, LearnConfig, LoraConfig, OptimizerConfig, RunConfig
 from lbr_dist.data.packing import Sequence
 from lbr_dist.engine import Update, deepspeed_config, parameter_groups
 from lbr_dist.errors import TrainingError
-from lbr_dist.manifest import Checkpoints
 from lbr_dist.trainer import SpikeGuard, learning_rate
 from tests import tiny
 from tests.configs import tiny_run

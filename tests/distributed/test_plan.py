@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lbr_dist.config import EngineConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
-from lbr_dist.plan_model import graph_bytes
+from lbr_dist.plan.model import graph_bytes
 from tests import tiny
 from tests.configs import tiny_run
 from tests.distributed import on_ranks_plan as on_ranks

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config import LoraConfig, OptimizerConfig, RunConfig
 from lbr_dist.data.pairs import load_pairs
-from lbr_dist.manifest import Checkpoints
 from tests.configs import tiny_run
 from tests.distributed import on_ranks_represent as on_ranks
 from tests.distributed import single

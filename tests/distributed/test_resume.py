@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config import CheckpointConfig, OptimizerConfig, RunConfig
-from lbr_dist.manifest import Checkpoints
 from tests.configs import tiny_run
 from tests.distributed import on_ranks
 from tests.ranks import RankPool

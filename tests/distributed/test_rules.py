@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from lbr_dist import contrast, grad_cache, represent
-from lbr_dist.contrast import Contrast
+from lbr_dist import represent
+from lbr_dist.contrastive import grad_cache, loss
+from lbr_dist.contrastive.exchange import Exchange
+from lbr_dist.contrastive.loss import Contrast
 from lbr_dist.data.pairs import PairBatch, load_pairs
 from lbr_dist.engine import Engine
-from lbr_dist.exchange import Exchange
 from tests.distributed import on_ranks_represent as on_ranks
 from tests.distributed import single
 from tests.distributed.test_contrastive import crowded, setting
@@ -97,8 +98,8 @@ def own_temperature() -> Callable[[], None]:
 
 def no_masks() -> Callable[[], None]:
     """Known positives of a query are its negatives too."""
-    original = contrast.padded
-    return _patched(contrast, "padded", lambda columns: original([row[:1] for row in columns]))
+    original = loss.padded
+    return _patched(loss, "padded", lambda columns: original([row[:1] for row in columns]))
 
 
 RULES = [

@@ -9,9 +9,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from lbr_dist import encode_parts
 from lbr_dist.data.token_cache import build as build_tokens
-from lbr_dist.encode_parts import EncodeJob, encode_collection
+from lbr_dist.encode import collection
+from lbr_dist.encode.collection import EncodeJob, encode_collection
 from lbr_dist.ranks.group import Ranks
 from tests import tiny
 from tests.ranks import RankPool
@@ -20,7 +20,7 @@ from tests.ranks import RankPool
 def encode_on(ranks: Ranks, job: EncodeJob) -> tuple[list[str], int]:
     """What was said, and how many parts this rank made."""
     said: list[str] = []
-    with patch.object(encode_parts, "_write_part", wraps=encode_parts._write_part) as write:
+    with patch.object(collection, "_write_part", wraps=collection._write_part) as write:
         encode_collection(job, ranks, said.append)
     return said, write.call_count
 

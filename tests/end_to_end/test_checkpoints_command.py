@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lbr_dist import export, stored
+from lbr_dist.checkpoint.manifest import Checkpoints
+from lbr_dist.checkpoint.shards import ShardReader
 from lbr_dist.config import LoraConfig, ModelConfig, RunConfig, Stage
 from lbr_dist.config.file import from_plain, write_config
 from lbr_dist.engine import whole
+from lbr_dist.export import folder, from_checkpoint
+from lbr_dist.export.from_checkpoint import stored_model
 from lbr_dist.launch import cli
-from lbr_dist.manifest import Checkpoints
-from lbr_dist.shards import ShardReader
-from lbr_dist.stored import stored_model
 from tests import tiny
 from tests.configs import tiny_run
 from tests.distributed import on_ranks
@@ -108,8 +108,8 @@ def test_export_in_files_of_a_few_tensors(
     plain: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Read in parts that fit no parameter's size, written in several files: the same tensors."""
-    monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
-    monkeypatch.setattr(stored, "_ELEMENTS", 1000)
+    monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(from_checkpoint, "_ELEMENTS", 1000)
     assert command(plain.run_path, "export", "--step", "4", "--stage", "learn", "--out", tmp_path / "m") == 0
     parts = sorted((tmp_path / "m").glob("model-*-of-*.safetensors"))
     found = {name: tensor for part in parts for name, tensor in load_file(part).items()}

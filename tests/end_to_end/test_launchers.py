@@ -16,7 +16,7 @@ import torch
 
 from lbr_dist.data.token_cache import build as build_tokens
 from lbr_dist.data.token_cache.cache import TokenCache
-from lbr_dist.encode_parts import EncodeJob, encode_collection
+from lbr_dist.encode.collection import EncodeJob, encode_collection
 from lbr_dist.ranks.group import Ranks
 from tests import tiny
 from tests.end_to_end.runs import config_file, lbr

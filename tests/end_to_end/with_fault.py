@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lbr_dist import encode_parts
 from lbr_dist.data.token_cache import build as build_tokens
+from lbr_dist.encode import collection
 from lbr_dist.launch import cli
 from lbr_dist.ranks.rendezvous import here
 
@@ -38,7 +38,7 @@ def main() -> int:
         place = here()
         if place is not None and place.rank == rank:
             build_tokens.write_part = killed_after(parts, build_tokens.write_part)
-            encode_parts._write_part = killed_after(parts, encode_parts._write_part)
+            collection._write_part = killed_after(parts, collection._write_part)
     return cli.main(arguments)
 
 

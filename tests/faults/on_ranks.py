@@ -12,15 +12,15 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
-from lbr_dist import shards
-from lbr_dist.checkpoint import base_identity
+from lbr_dist.checkpoint import shards
+from lbr_dist.checkpoint.manifest import Checkpoints
+from lbr_dist.checkpoint.resume import resume
+from lbr_dist.checkpoint.saver import base_identity
 from lbr_dist.config import RunConfig, Stage
 from lbr_dist.data.pairs import TrainingPairs
 from lbr_dist.data.targets import LearnData
 from lbr_dist.engine import Engine, whole
-from lbr_dist.manifest import Checkpoints
 from lbr_dist.ranks.group import Ranks
-from lbr_dist.resume import resume
 from tests.distributed import on_ranks
 
 State = dict[str, dict[str, Tensor]]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config import RunConfig, Stage
 from lbr_dist.config.file import write_config
 from lbr_dist.launch.local_ranks import run_stage
-from lbr_dist.manifest import Checkpoints
 from tests.faults.worker import VARIABLE
 
 

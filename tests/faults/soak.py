@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 from torch import equal
 
 from lbr_dist import learn, represent
+from lbr_dist.checkpoint.manifest import SET_ASIDE
 from lbr_dist.config import CheckpointConfig, RunConfig, Stage
 from lbr_dist.config.file import write_config
 from lbr_dist.launch import worker
-from lbr_dist.manifest import SET_ASIDE
 from tests import tiny
 from tests.configs import tiny_run
 from tests.faults.runs import checkpoints, losses

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from lbr_dist.checkpoint.manifest import MANIFEST, SET_ASIDE, Checkpoints, tag
 from lbr_dist.config import RunConfig
-from lbr_dist.manifest import MANIFEST, SET_ASIDE, Checkpoints, tag
 from tests.distributed import on_ranks
 from tests.faults.runs import assert_same_end, checkpoints, run
 from tests.ranks import RankPool

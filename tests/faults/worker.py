@@ -18,7 +18,7 @@ from lbr_dist.launch import worker
 from lbr_dist.ranks.process import large_imports, leave
 
 with large_imports():
-    from lbr_dist import manifest, shards
+    from lbr_dist.checkpoint import manifest, shards
     from lbr_dist.engine import Engine
     from lbr_dist.ranks import interrupt
 

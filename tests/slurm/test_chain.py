@@ -15,7 +15,7 @@ import pytest
 from lbr_dist.config import RunConfig
 from lbr_dist.config.file import read_config
 from lbr_dist.errors import CheckpointError
-from lbr_dist.exported import verify_export
+from lbr_dist.export.checksums import verify_export
 from lbr_dist.slurm import records
 from tests.slurm import chains
 from tests.slurm.chains import lbr, status, submit, wait_over

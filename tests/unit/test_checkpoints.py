@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lbr_dist import inventory, shards
-from lbr_dist.checkpoint import _runs
+from lbr_dist.checkpoint import inventory, shards
+from lbr_dist.checkpoint.inventory import Row
+from lbr_dist.checkpoint.manifest import Checkpoints, Manifest
+from lbr_dist.checkpoint.saver import _runs
 from lbr_dist.config import CheckpointConfig, Stage, to_dict
 from lbr_dist.config.file import write_config
-from lbr_dist.inventory import Row
 from lbr_dist.launch import cli
-from lbr_dist.manifest import Checkpoints, Manifest
 from lbr_dist.storage.files import checksum
 from tests.configs import tiny_run
 

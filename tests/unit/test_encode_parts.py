@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lbr_dist import encode_parts
-from lbr_dist.encode import Encoder
-from lbr_dist.encode_parts import EncodeJob, encode_collection
+from lbr_dist.encode import collection
+from lbr_dist.encode.collection import EncodeJob, encode_collection
+from lbr_dist.encode.encoder import Encoder
 from lbr_dist.errors import ConfigError, DataError, LaunchError
 from lbr_dist.launch import cli
 from lbr_dist.ranks.group import Ranks
@@ -40,7 +40,7 @@ def encode(job: EncodeJob) -> list[str]:
 
 def cut_off(job: EncodeJob, monkeypatch: pytest.MonkeyPatch, parts: int = 3) -> None:
     """Encode until some parts are written."""
-    real, written = encode_parts._write_part, 0
+    real, written = collection._write_part, 0
 
     def write(*arguments: Any) -> None:
         nonlocal written
@@ -50,7 +50,7 @@ def cut_off(job: EncodeJob, monkeypatch: pytest.MonkeyPatch, parts: int = 3) -> 
         real(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(encode_parts, "_write_part", write)
+        patched.setattr(collection, "_write_part", write)
         with pytest.raises(KeyboardInterrupt):
             encode(job)
     assert len(list(job.folder.glob("part-*.npy"))) == parts and not job.out.exists()
@@ -83,14 +83,14 @@ def test_a_job_that_was_cut_off_goes_on(job: EncodeJob, monkeypatch: pytest.Monk
         job.part(damaged).write_bytes(content)
     (job.folder / ".part-00004.npy.abcd").write_bytes(b"cut off")
     made: list[int] = []
-    real = encode_parts._write_part
+    real = collection._write_part
 
     def write(path: Path, vectors: Any) -> None:
         assert not list(job.folder.glob(".part-*")) and job.part(0).stat().st_ino == kept
         made.append(int(path.stem[5:]))
         real(path, vectors)
 
-    monkeypatch.setattr(encode_parts, "_write_part", write)
+    monkeypatch.setattr(collection, "_write_part", write)
     assert encode(job)[0] == f"{job.folder}: 1 of 10 parts are there already"
     assert made == list(range(1, 10))
     assert job.out.read_bytes() == whole and not job.folder.exists()
@@ -103,7 +103,7 @@ def test_a_job_that_was_cut_off_while_it_cleaned_up_begins_again(
     whole = job.out.read_bytes()
     cut_off_out = replace(job, out=job.out.with_name("again.npy"))
     cut_off(cut_off_out, monkeypatch)
-    (cut_off_out.folder / encode_parts.MANIFEST).unlink()
+    (cut_off_out.folder / collection.MANIFEST).unlink()
     assert encode(cut_off_out) == [f"written to {cut_off_out.out}: 96 vectors"]
     assert cut_off_out.out.read_bytes() == whole and not cut_off_out.folder.exists()
 
@@ -137,7 +137,7 @@ def test_parts_of_something_else_are_refused(
 
 def test_a_second_job_is_refused_and_leaves_the_first_alone(job: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off(job, monkeypatch)
-    with encode_parts._owned(job), pytest.raises(LaunchError, match=r"another job encodes into .*vectors\.npy"):
+    with collection._owned(job), pytest.raises(LaunchError, match=r"another job encodes into .*vectors\.npy"):
         encode(job)
     assert "3 of 10 parts are there" in encode(job)[0]
 
@@ -154,7 +154,7 @@ def test_a_second_job_is_refused_and_leaves_the_first_alone(job: EncodeJob, monk
 def test_a_bad_collection_is_refused_before_anything_is_encoded(
     job: EncodeJob, row: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode_parts, "open_encoder", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(collection, "open_encoder", lambda *_: pytest.fail("a model was loaded"))
     with job.collection.open("a") as file:
         file.write(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=says):
@@ -167,13 +167,13 @@ def test_a_bad_collection_is_refused_before_anything_is_encoded(
 
 
 def test_a_collection_that_changes_meanwhile_is_refused(job: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = encode_parts._write_part
+    real = collection._write_part
 
     def write(path: Path, vectors: Any) -> None:
         real(path, vectors)
         os.utime(job.collection)
 
-    monkeypatch.setattr(encode_parts, "_write_part", write)
+    monkeypatch.setattr(collection, "_write_part", write)
     with pytest.raises(DataError, match="it was changed while it was read"):
         encode(job)
     assert not job.out.exists()

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from lbr_dist import export
 from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
 from lbr_dist.data.packing import Sequence, pack_row
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
-from lbr_dist.encode import Encoder, open_encoder
+from lbr_dist.encode.encoder import Encoder, open_encoder
+from lbr_dist.encode.vectors import write_vectors
 from lbr_dist.errors import DataError, ModelError
+from lbr_dist.export import folder as export_folder
 from lbr_dist.model.bottleneck import load_model
 from lbr_dist.ranks import group
-from lbr_dist.vector_files import write_vectors
 from tests import tiny
 from tests.configs import tiny_run
 from tests.distributed import single
@@ -45,7 +45,7 @@ def exported(base: Path, data: Path, folder: Path, pooling: str) -> tuple[Path, 
     vectors = torch.empty(len(TEXTS), 32)
     vectors[rows.order] = F.normalize(model(rows, task="embed", pooling=pooling), dim=1).detach()
     settings = EmbeddingSettings.of(config.data, represent.pooling)
-    export.export(model, tokenizer, settings, config, folder / "model", ranks)
+    export_folder.export(model, tokenizer, settings, config, folder / "model", ranks)
     return folder / "model", vectors, config
 
 
@@ -84,7 +84,7 @@ def test_adapters_are_folded_in(tiny_model: Path, tiny_data: Path, tmp_path: Pat
     after = vectors()
     assert (after - before).abs().max() > 0.05, "the adapters do nothing"
     settings = EmbeddingSettings.of(config.data, "bottleneck_last")
-    export.export(model, tokenizer, settings, config, tmp_path / "model", group.start())
+    export_folder.export(model, tokenizer, settings, config, tmp_path / "model", group.start())
     base, weights = (load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "model"))
     assert set(weights) == set(base)
     changed = {n.split(".")[-2] for n in base if not torch.equal(weights[n][: len(base[n])], base[n])}
@@ -131,7 +131,7 @@ def test_weights_and_vocabulary(tiny_data: Path, tmp_path: Path, tied: bool) -> 
 
 
 def test_shards(tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(export_folder, "SHARD_BYTES", 20_000)
     folder, vectors, _ = exported(tiny_model, tiny_data, tmp_path, "bottleneck_last")
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     index = json.loads((folder / "model.safetensors.index.json").read_text())

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lbr_dist import preflight, shards
+from lbr_dist import preflight
+from lbr_dist.checkpoint import shards
+from lbr_dist.checkpoint.manifest import Checkpoints, Manifest, superfluous
 from lbr_dist.config import CheckpointConfig, RunConfig, to_dict
 from lbr_dist.config.changes import forbidden_changes
 from lbr_dist.errors import CheckpointError, ConfigError, LaunchError
-from lbr_dist.manifest import Checkpoints, Manifest, superfluous
 from lbr_dist.storage.files import checksum, make_private, others_who_write, write_atomic
 from tests.configs import tiny_run
 

@@ -18,8 +18,9 @@ import torch
 from lbr_dist import console as progress_lines
 from lbr_dist import preflight
 from lbr_dist.data.records import read_corpus, read_pairs
-from lbr_dist.encode import Encoder
+from lbr_dist.encode.encoder import Encoder
 from lbr_dist.errors import ConfigError, DataError
+from lbr_dist.evaluation.retrieval import Bm25, exact_search
 from lbr_dist.launch import cli
 from lbr_dist.mining import index as mining_index
 from lbr_dist.mining import mine as mining
@@ -27,7 +28,6 @@ from lbr_dist.mining.candidates import Candidates, Rules
 from lbr_dist.mining.index import Ivf, Vectors, build_ivf, ivf_lists
 from lbr_dist.mining.work import MiningSettings, clean, prepare
 from lbr_dist.ranks.group import Ranks
-from lbr_dist.retrieval import Bm25, exact_search
 from tests import tiny
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -280,7 +280,7 @@ def test_an_interrupted_mining_goes_on(data: Path, tiny_model: Path, monkeypatch
     assert any("going on with an unfinished mining" in line for line in told)
     assert all(path.stat().st_ino == inode for path, inode in before.items()) and all(p.exists() for p in gone)
     Path(chosen.out).unlink()
-    monkeypatch.setattr("lbr_dist.encode.open_encoder", lambda *_: pytest.fail("all vectors are there"))
+    monkeypatch.setattr("lbr_dist.encode.encoder.open_encoder", lambda *_: pytest.fail("all vectors are there"))
     mine(chosen)
     assert Path(chosen.out).read_bytes() == whole
 

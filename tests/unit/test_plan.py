@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from lbr_dist.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
 from lbr_dist.errors import ConfigError, ModelError
 from lbr_dist.launch.cli import main
-from lbr_dist.plan import StepPlanner
-from lbr_dist.plan_machine import MACHINES, Cluster
-from lbr_dist.plan_model import graph_bytes, header_shapes, model_sizes
+from lbr_dist.plan.machine import MACHINES, Cluster
+from lbr_dist.plan.model import graph_bytes, header_shapes, model_sizes
+from lbr_dist.plan.planner import StepPlanner
 from tests import tiny
 
 GIB = 2**30

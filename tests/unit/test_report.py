@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from lbr_dist.charts import Line, _apart, _thinned_between_its_ends, measured_lines, training_curve
-from lbr_dist.report import LABELS, write_report
+from lbr_dist.report.charts import Line, _apart, _thinned_between_its_ends, measured_lines, training_curve
+from lbr_dist.report.page import LABELS, write_report
 
 HOSTILE = "<script>alert(1)</script> \"'& <img src=x onerror=alert(2)> $x_1$ ü"
 VOID = {"meta", "link", "br", "img", "hr", "input"}

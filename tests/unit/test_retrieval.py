@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbr_dist.errors import DataError
-from lbr_dist.retrieval import (
+from lbr_dist.evaluation.retrieval import (
     MEASURES,
     Run,
     _sort_keys,

@@ -15,7 +15,7 @@ import yaml
 
 from lbr_dist.config import RunConfig, SlurmConfig, to_dict
 from lbr_dist.errors import CheckpointError, ConfigError
-from lbr_dist.exported import verify_export, write_checksums
+from lbr_dist.export.checksums import verify_export, write_checksums
 from lbr_dist.launch import cli
 from lbr_dist.slurm import records, scheduler, submit
 from lbr_dist.slurm.script import script

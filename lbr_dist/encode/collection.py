@@ -30,13 +30,13 @@ import torch
 from lbr_dist.console import Progress
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.records import documents
-from lbr_dist.encode import Kind, open_encoder
+from lbr_dist.encode.encoder import Kind, open_encoder
+from lbr_dist.encode.vectors import Vectors, check_ending, write_vectors
 from lbr_dist.errors import ConfigError, DataError, LaunchError
 from lbr_dist.ranks.group import Ranks, from_all, from_first
 from lbr_dist.storage.files import sync, write_atomic
 from lbr_dist.storage.fingerprint import fingerprint, signature
 from lbr_dist.storage.whole_folder import is_at, try_lock
-from lbr_dist.vector_files import Vectors, check_ending, write_vectors
 
 Say = Callable[[str], None]
 

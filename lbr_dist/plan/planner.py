@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from lbr_dist.checkpoint.manifest import STATE_BYTES
 from lbr_dist.config import RunConfig
 from lbr_dist.errors import ConfigError
-from lbr_dist.manifest import STATE_BYTES
-from lbr_dist.plan_machine import Cluster, Machine, available_memory
-from lbr_dist.plan_model import GraphBytes, ModelSizes, Parameter, graph_bytes, model_sizes
-from lbr_dist.plan_step import Batch, Bytes, StepPlan
+from lbr_dist.plan.machine import Cluster, Machine, available_memory
+from lbr_dist.plan.model import GraphBytes, ModelSizes, Parameter, graph_bytes, model_sizes
+from lbr_dist.plan.step import Batch, Bytes, StepPlan
 from lbr_dist.ranks.group import Ranks, largest
 
 HEADROOM = 0.9

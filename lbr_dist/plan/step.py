@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from lbr_dist.plan_machine import Machine
+from lbr_dist.plan.machine import Machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,7 @@ from typing import Any, Literal
 from lbr_dist.config import EvaluateConfig, RunConfig
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
 from lbr_dist.data.tokenizer import EmbeddingSettings
-from lbr_dist.exported import SUMMARY
-from lbr_dist.report import LABELS
-from lbr_dist.retrieval import (
+from lbr_dist.evaluation.retrieval import (
     Run,
     bm25_search,
     exact_search,
@@ -29,6 +27,8 @@ from lbr_dist.retrieval import (
     write_qrels,
     write_trec_run,
 )
+from lbr_dist.export.checksums import SUMMARY
+from lbr_dist.report.page import LABELS
 from lbr_dist.storage.files import write_atomic
 
 DEPTH = 100
@@ -74,7 +74,7 @@ def search_model(
         settings: pooling, prompts and lengths for a causal LM that has none of its own.
         say: told how far the encoding is.
     """
-    from lbr_dist.encode import open_encoder
+    from lbr_dist.encode.encoder import open_encoder
 
     encoder = open_encoder(folder, settings, evaluate.chunk_tokens)
     began = last = time.perf_counter()

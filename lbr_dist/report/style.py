@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from lbr_dist.charts import system_variable
+from lbr_dist.report.charts import system_variable
 
 STYLE = """
 :root { color-scheme: light dark;

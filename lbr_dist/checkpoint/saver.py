@@ -29,10 +29,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lbr_dist import __version__, manifest, shards
+import lbr_dist
+from lbr_dist import __version__
+from lbr_dist.checkpoint import manifest, shards
+from lbr_dist.checkpoint.manifest import Checkpoints, Manifest
 from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.engine import Engine
-from lbr_dist.manifest import Checkpoints, Manifest
 from lbr_dist.ranks.group import Ranks
 from lbr_dist.storage.files import checksum, sync, text_checksum
 
@@ -66,7 +68,7 @@ def base_identity(folder: Path, weights: bool) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Of this program, of its sources as they are, and of what its numbers depend on."""
-    root = Path(__file__).parent
+    root = Path(lbr_dist.__file__).parent
     sources = sorted(
         Path(top) / n for top, _, names in os.walk(root, followlinks=True) for n in names if n[-3:] == ".py"
     )

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.charts import Line, measured_lines, shown, training_curve
-from lbr_dist.report_style import as_text, dot
+from lbr_dist.report.charts import Line, measured_lines, shown, training_curve
+from lbr_dist.report.style import as_text, dot
 
 _CURVES = (  # stage, key in metrics.jsonl, title, whose colour
     ("learn", "target_loss", "Learn: loss on the target, through the bottleneck", "learn"),

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lbr_dist.chunks import RankChunks
 from lbr_dist.config import RunConfig
-from lbr_dist.contrast import Contrast, Scored, check_agreement, temperature_of
+from lbr_dist.contrastive.chunks import RankChunks
+from lbr_dist.contrastive.exchange import Exchange
+from lbr_dist.contrastive.loss import Contrast, Scored, check_agreement, temperature_of
 from lbr_dist.data.pairs import PairBatch, TrainingPairs
 from lbr_dist.engine import Engine
-from lbr_dist.exchange import Exchange
 from lbr_dist.ranks.group import total
 
 LAST_RANK = 10

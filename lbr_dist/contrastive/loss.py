@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lbr_dist.config import RepresentConfig
 from lbr_dist.config.stages import MIN_TEMPERATURE
+from lbr_dist.contrastive.exchange import Exchange
 from lbr_dist.data.pairs import PairBatch, padded
 from lbr_dist.errors import RefusedStep, TrainingError
-from lbr_dist.exchange import Exchange
 from lbr_dist.kernels.infonce import InfoNCE, info_nce
 from lbr_dist.ranks.group import Ranks, largest, together, total
 

@@ -25,7 +25,7 @@ from lbr_dist.config import Pooling, RunConfig, to_dict
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.engine import full_shape, whole
 from lbr_dist.errors import CheckpointError
-from lbr_dist.exported import write_checksums
+from lbr_dist.export.checksums import write_checksums
 from lbr_dist.model.adapters import file_parameters, merged_weights
 from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX
 from lbr_dist.model.bottleneck import LBRModel
@@ -33,7 +33,7 @@ from lbr_dist.ranks.group import Ranks
 from lbr_dist.storage.files import sync
 
 SHARD_BYTES = 4 * 2**30
-SPAN_MEAN = Path(__file__).parent / "model" / "span_mean.py"
+SPAN_MEAN = Path(__file__).parents[1] / "model" / "span_mean.py"
 """Copied, not imported: sentence-transformers, which it is for, takes more than a second of each rank's start."""
 
 

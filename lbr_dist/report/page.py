@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.charts import score_bars, system_variable
-from lbr_dist.report_style import STYLE, as_text, dot
-from lbr_dist.report_training import training_section
+from lbr_dist.report.charts import score_bars, system_variable
+from lbr_dist.report.style import STYLE, as_text, dot
+from lbr_dist.report.training import training_section
 
 LABELS = {
     "bm25": "BM25",

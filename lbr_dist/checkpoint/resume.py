@@ -10,13 +10,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lbr_dist import shards
-from lbr_dist.checkpoint import restore_random_state, versions
+from lbr_dist.checkpoint import shards
+from lbr_dist.checkpoint.manifest import Checkpoints, Manifest, tag
+from lbr_dist.checkpoint.saver import restore_random_state, versions
 from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.engine import Engine
 from lbr_dist.errors import CheckpointError
-from lbr_dist.manifest import Checkpoints, Manifest, tag
 from lbr_dist.ranks.group import Ranks, together
 from lbr_dist.storage.files import others_who_write
 

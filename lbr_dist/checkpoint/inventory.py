@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from lbr_dist.checkpoint.manifest import MANIFEST, REASON, SET_ASIDE, Checkpoints, Manifest, tag
 from lbr_dist.config import Stage
 from lbr_dist.errors import CheckpointError
-from lbr_dist.manifest import MANIFEST, REASON, SET_ASIDE, Checkpoints, Manifest, tag
 
 STAGES: tuple[Stage, ...] = ("learn", "represent")
 State = Literal["complete", "damaged", "being written", "being deleted", "set aside"]
