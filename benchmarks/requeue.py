@@ -26,7 +26,7 @@ from measure import record
 
 from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config.file import read_config
-from lbr_dist.slurm import records, scheduler
+from lbr_dist.slurm import journal, scheduler
 from lbr_dist.slurm.testbed.bed import Bed
 
 
@@ -53,7 +53,7 @@ def measure(path: Path, run: Path, turns: int, steps: int) -> None:
     dry = _timed([*lbr, "submit", str(path), *given, "--dry-run"])
     subprocess.run([*lbr, "submit", str(path), *given], check=True)
     config = read_config(path, given)
-    job = records.submissions(run)[-1].jobs["learn"]
+    job = journal.submissions(run)[-1].jobs["learn"]
     found: list[dict[str, float]] = []
     for turn in range(turns):
         first = _step(run)

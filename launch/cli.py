@@ -184,7 +184,7 @@ def data(args: argparse.Namespace) -> None:
         _tokens(args)
         return
     if args.what == "negatives":
-        from lbr_dist.launch.negatives import run as mine
+        from lbr_dist.launch.commands.negatives import run as mine
 
         mine(args, _say)
         return
@@ -197,13 +197,13 @@ def data(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     from lbr_dist.config.file import read_config
-    from lbr_dist.launch import plan as planning
+    from lbr_dist.launch.commands import plan as planning
 
     planning.run(args, read_config(args.config, args.overrides), _say)
 
 
 def checkpoints(args: argparse.Namespace) -> None:
-    from lbr_dist.launch import checkpoints as commands
+    from lbr_dist.launch.commands import checkpoints as commands
 
     commands.run(args, _say)
 
@@ -224,7 +224,7 @@ def _slurm_command(name: str) -> Callable[[argparse.Namespace], None]:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    from lbr_dist.launch import doctor as commands
+    from lbr_dist.launch.doctor import command as commands
 
     return commands.run(args, _say)
 
@@ -239,7 +239,7 @@ def config(args: argparse.Namespace) -> None:
 
 
 def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
-    from lbr_dist.launch import doctor as doctor_command
+    from lbr_dist.launch.doctor import command as doctor_command
 
     parser = argparse.ArgumentParser(
         prog="lbr",
@@ -264,9 +264,9 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
         add_doctor()
         return parser
     from lbr_dist.config import DataConfig
-    from lbr_dist.launch import checkpoints as checkpoint_commands
-    from lbr_dist.launch import negatives
-    from lbr_dist.launch import plan as planning
+    from lbr_dist.launch.commands import checkpoints as checkpoint_commands
+    from lbr_dist.launch.commands import negatives
+    from lbr_dist.launch.commands import plan as planning
     from lbr_dist.slurm import arguments as slurm_commands
 
     for name, function, text in (

@@ -72,7 +72,7 @@ def main() -> int:
     stage, path = sys.argv[1:]
     try:
         if stage == "negatives":
-            from lbr_dist.launch.negatives import run_rank
+            from lbr_dist.launch.commands.negatives import run_rank
 
             run_rank(Path(path), lambda message: print(message, flush=True))
             return 0

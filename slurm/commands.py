@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TextIO
 
 from lbr_dist.errors import ConfigError
-from lbr_dist.slurm import records, scheduler
-from lbr_dist.slurm.records import STAGES, JobStage
+from lbr_dist.slurm import journal, scheduler
+from lbr_dist.slurm.journal import STAGES, JobStage
 from lbr_dist.slurm.status import rows, table, to_json
 
 Say = Callable[[str], None]
@@ -54,7 +54,7 @@ def cancel(args: argparse.Namespace, say: Say) -> None:
     Raises:
         ConfigError, SlurmError: there is no such run, or Slurm gives no answer.
     """
-    found, only = records.chain(args.run_folder)
+    found, only = journal.chain(args.run_folder)
     ids = [job for submission in found for job in submission.jobs.values()]
     living = {job.id for job in scheduler.jobs(ids, accounting=False).values() if not job.is_over}
     ours: list[tuple[JobStage, str]] = []
@@ -69,7 +69,7 @@ def cancel(args: argparse.Namespace, say: Say) -> None:
         say(f"{args.run_folder}: no job of it is queued or runs")
         return
     if only is None:  # first, so that `lbr status` knows who it was
-        dataclasses.replace(found[-1], cancelled=records.now()).write()
+        dataclasses.replace(found[-1], cancelled=journal.now()).write()
     for stage, job in dict.fromkeys(ours):
         scheduler.cancel([job])
         say(f"{stage:<10} job {job} is cancelled")
@@ -121,9 +121,9 @@ def _whole_lines(file: TextIO) -> Iterator[str]:
 
 
 def _last_stage(run: Path) -> JobStage:
-    began = {stage: found[-1].began for stage in STAGES if (found := records.tries(run, stage))}
+    began = {stage: found[-1].began for stage in STAGES if (found := journal.tries(run, stage))}
     if not began:
-        with_log = [stage for stage in STAGES if records.log_file(run, stage).exists()]
+        with_log = [stage for stage in STAGES if journal.log_file(run, stage).exists()]
         if not with_log:
             raise ConfigError(f"{run}: no stage has begun. `lbr status` tells what it waits for.")
         return with_log[-1]
@@ -131,9 +131,9 @@ def _last_stage(run: Path) -> JobStage:
 
 
 def _paths(run: Path, stage: JobStage, rank: int | None) -> list[Path]:
-    folder = records.rank_logs(run, stage)
+    folder = journal.rank_logs(run, stage)
     first = folder / f"rank-{rank or 0}.log"
-    paths = [first] if rank is not None else [records.log_file(run, stage), first]
+    paths = [first] if rank is not None else [journal.log_file(run, stage), first]
     there = [path for path in paths if path.exists()]
     if not there:
         others = ", ".join(path.name for path in sorted(folder.glob("rank-*.log"))) or "none"

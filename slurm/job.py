@@ -30,8 +30,8 @@ from lbr_dist.errors import CheckpointError, LbrError
 from lbr_dist.export.checksums import verify_export
 from lbr_dist.launch.local_ranks import allocator
 from lbr_dist.ranks.interrupt import END_TIME
-from lbr_dist.slurm import nodes, records, scheduler
-from lbr_dist.slurm.records import JobStage, Outcome, Submission
+from lbr_dist.slurm import journal, nodes, scheduler
+from lbr_dist.slurm.journal import JobStage, Outcome, Submission
 from lbr_dist.slurm.scheduler import Job, patiently
 from lbr_dist.slurm.verdict import Verdict, judge
 from lbr_dist.storage.files import make_private
@@ -66,18 +66,18 @@ class StageJob:
             os.environ["SLURM_JOB_ID"] if not submission.is_sweep else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}"
         )
         self.nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-        self.logs = records.rank_logs(self.run_path, stage)
+        self.logs = journal.rank_logs(self.run_path, stage)
         self._sizes: dict[Path, int] = {}
 
     @property
     def step(self) -> int:
-        return records.saved_step(self.config, self.stage)
+        return journal.saved_step(self.config, self.stage)
 
     def run(self) -> int:
         """The job's exit code: 0 where the stage is finished."""
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._take)
-        if records.is_finished(self.config, self.stage):
+        if journal.is_finished(self.config, self.stage):
             say(f"{self.stage}: finished before, nothing to do")
             return 0
         self._end_what_was_lost()
@@ -87,7 +87,7 @@ class StageJob:
             say(f"{self.stage}: {why}")
             return 1
         say(f"{self.stage}: job {self.job} on {self.nodes}, from step {self.step}")
-        records.begin(self.run_path, self.stage, self.job, self.nodes, self.step)
+        journal.begin(self.run_path, self.stage, self.job, self.nodes, self.step)
         try:
             write_config(self.config, self.run_path / "config.yaml")
             self._check_before()
@@ -100,7 +100,7 @@ class StageJob:
         verdict = self._tokenise()
         if verdict.outcome == "finished":
             verdict = self._ranks()
-        if records.is_finished(self.config, self.stage):  # whatever became of a rank afterwards
+        if journal.is_finished(self.config, self.stage):  # whatever became of a rank afterwards
             return self._over("finished", "")
         if verdict.outcome == "finished":
             verdict = Verdict("failed", "the ranks ended without a word, and the stage is not finished")
@@ -119,15 +119,15 @@ class StageJob:
     # ---- before the ranks --------------------------------------------------------------------------------------
 
     def _end_what_was_lost(self) -> None:
-        before = records.tries(self.run_path, self.stage)
+        before = journal.tries(self.run_path, self.stage)
         if before and not before[-1].outcome:
             reason = f"job {before[-1].job} on {before[-1].nodes} ended without a word: a node failed, or it was killed"
-            records.end(self.run_path, self.stage, "lost", reason, self.step)
+            journal.end(self.run_path, self.stage, "lost", reason, self.step)
             say(f"{self.stage}: {reason}")
 
     def _note_where_it_could_not_begin(self) -> None:
         """The script asks for another try where the job's own part can be neither started nor heard."""
-        before = records.tries(self.run_path, self.stage)
+        before = journal.tries(self.run_path, self.stage)
         starts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if starts <= sum(each.job == self.job for each in before):
             return
@@ -140,13 +140,13 @@ class StageJob:
             return
         for node in found:
             reason = f"node {node}: a try began there, and could not use the run folder, the working folder or Python"
-            records.begin(self.run_path, self.stage, self.job, node, self.step)
-            records.end(self.run_path, self.stage, "refused", reason, self.step, [node])
+            journal.begin(self.run_path, self.stage, self.job, node, self.step)
+            journal.end(self.run_path, self.stage, "refused", reason, self.step, [node])
             say(f"{self.stage}: {reason}")
 
     def _why_no_further_try(self) -> str | None:
         """Why this job must not try again: its tries before made no progress, or failed too often."""
-        before = [t for t in records.tries(self.run_path, self.stage) if t.job == self.job]
+        before = [t for t in journal.tries(self.run_path, self.stage) if t.job == self.job]
         idle = 0
         for each in reversed(before):
             if each.progressed:
@@ -173,7 +173,7 @@ class StageJob:
         if before == "represent" and not self.config.represent.steps:
             return
         folder = self.config.learn_export if before == "learn" else self.config.model_path
-        if not records.is_finished(self.config, before):
+        if not journal.is_finished(self.config, before):
             raise CheckpointError(
                 f"{folder}: {self.stage} starts from it, but {before} is not finished. `lbr submit` queues both."
             )
@@ -287,13 +287,13 @@ class StageJob:
     # ---- what follows ------------------------------------------------------------------------------------------
 
     def _over(self, outcome: Outcome, reason: str, blamed: Sequence[str] = ()) -> int:
-        records.end(self.run_path, self.stage, outcome, reason, self.step, blamed)
+        journal.end(self.run_path, self.stage, outcome, reason, self.step, blamed)
         say(f"{self.stage}: {outcome}{f': {reason}' if reason else ''}")
         return 0 if outcome == "finished" else 1
 
     def _again(self, outcome: Outcome, reason: str, blamed: Sequence[str] = ()) -> int:
         """Put this job back into the queue, where another try makes sense and nobody cancelled it."""
-        before = [t for t in records.tries(self.run_path, self.stage) if t.job == self.job]
+        before = [t for t in journal.tries(self.run_path, self.stage) if t.job == self.job]
         state = patiently(self._now, say).state
         if state == "PENDING":  # Slurm has requeued it already
             self._over(outcome, reason)
@@ -306,7 +306,7 @@ class StageJob:
         again_here = earlier is not None and earlier.outcome == "failed" and earlier.last_step == self.step
         if failed and again_here and not without and not before[-1].first_step < self.step:
             return self._over(outcome, f"{reason}; it failed at this step before")
-        records.end(self.run_path, self.stage, outcome, reason, self.step, blamed)
+        journal.end(self.run_path, self.stage, outcome, reason, self.step, blamed)
         why = self._why_no_further_try()
         if why is not None:
             say(f"{self.stage}: {outcome}: {reason}; {why}")
@@ -353,14 +353,14 @@ def _print_to(path: Path) -> None:
 
 def main() -> int:
     stage, folder = sys.argv[1:]
-    assert stage in records.STAGES
+    assert stage in journal.STAGES
     try:
         submission = Submission.read(Path(folder))
         # left over from the job that this one was submitted in, the variable says nothing
         index = int(os.environ["SLURM_ARRAY_TASK_ID"]) if submission.is_sweep else 0
         job = StageJob(submission, stage, index)
         if submission.is_sweep:
-            _print_to(records.log_file(job.run_path, stage))
+            _print_to(journal.log_file(job.run_path, stage))
         return job.run()
     except LbrError as error:
         say(f"error: {error}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lbr_dist.errors import LbrError
 from lbr_dist.slurm import scheduler
-from lbr_dist.slurm.records import Try
+from lbr_dist.slurm.journal import Try
 from lbr_dist.slurm.scheduler import patiently
 
 CHECK_SECONDS = 90.0

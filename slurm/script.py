@@ -10,7 +10,7 @@ from typing import Any
 from submitit import SlurmExecutor
 
 from lbr_dist.config import SlurmConfig
-from lbr_dist.slurm.records import JobStage, log_file
+from lbr_dist.slurm.journal import JobStage, log_file
 from lbr_dist.slurm.scheduler import KEPT
 
 # Our own part of the job could write nowhere on such a node, nor be started there.

@@ -20,8 +20,8 @@ from typing import Any
 from lbr_dist.config import RunConfig
 from lbr_dist.config.file import read_config
 from lbr_dist.metrics import clock
-from lbr_dist.slurm import records, scheduler
-from lbr_dist.slurm.records import STAGES, JobStage, Submission
+from lbr_dist.slurm import journal, scheduler
+from lbr_dist.slurm.journal import STAGES, JobStage, Submission
 from lbr_dist.slurm.scheduler import Job
 
 _TAIL_BYTES = 64 * 1024
@@ -67,7 +67,7 @@ def rows(run: Path) -> list[Row]:
         ConfigError: nothing was submitted from this folder.
         SlurmError: the controller gives no answer.
     """
-    found, only = records.chain(run)
+    found, only = journal.chain(run)
     jobs = scheduler.jobs([job for submission in found for job in submission.jobs.values()])
     latest = found[-1]
     indices = range(len(latest.points)) if only is None else [latest.index_of(only)]
@@ -111,7 +111,7 @@ def _row(
 ) -> Row:
     # records of the run lie where it was submitted from; its config may name it otherwise
     here = _moved(config, run)
-    tries = records.tries(run, stage)
+    tries = journal.tries(run, stage)
     state, reason = _state(here, run, stage, job, submission, before)
     row: dict[str, Any] = {"job": name, "tries": len(tries), "reason": reason}
     if job is not None and not job.is_over:
@@ -136,10 +136,10 @@ def _state(
     before: Row | None,
 ) -> tuple[str, str]:
     """A word for the state, and why."""
-    tries = records.tries(run, stage)
+    tries = journal.tries(run, stage)
     last = tries[-1].reason if tries else ""
-    log = records.log_file(run, stage)
-    if records.is_finished(config, stage) and (job is None or job.state == "COMPLETED"):
+    log = journal.log_file(run, stage)
+    if journal.is_finished(config, stage) and (job is None or job.state == "COMPLETED"):
         return "finished", ""
     if submission is None:
         return "not submitted", ""

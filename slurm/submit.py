@@ -20,7 +20,7 @@ from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import ConfigError, LaunchError, LbrError
 from lbr_dist.plan.machine import MACHINES
 from lbr_dist.slurm import scheduler
-from lbr_dist.slurm.records import (
+from lbr_dist.slurm.journal import (
     STAGES,
     JobStage,
     Point,

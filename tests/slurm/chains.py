@@ -26,8 +26,8 @@ from lbr_dist.config import (
     SlurmConfig,
     to_dict,
 )
-from lbr_dist.slurm import records
-from lbr_dist.slurm.records import JobStage, Try
+from lbr_dist.slurm import journal
+from lbr_dist.slurm.journal import JobStage, Try
 from lbr_dist.slurm.scheduler import OVER
 from tests.configs import tiny_run
 
@@ -102,7 +102,7 @@ def submit(config: RunConfig, folder: Path, *arguments: str, **environment: str)
     path = write(config, folder / "submitted.yaml")
     done = lbr("submit", str(path), *arguments, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    return dict(records.submissions(config.run_path)[-1].jobs)
+    return dict(journal.submissions(config.run_path)[-1].jobs)
 
 
 def rows(run: Path, **environment: str) -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ def wait(what: str, ready: Callable[[], Any], run: Path, seconds: float = 240.0)
 
 def wait_over(run: Path, seconds: float = 400.0) -> dict[str, dict[str, Any]]:
     """Wait until no job of a run is queued or runs any more; then what `lbr status` says."""
-    ids = ",".join(job for submission in records.submissions(run) for job in submission.jobs.values())
+    ids = ",".join(job for submission in journal.submissions(run) for job in submission.jobs.values())
 
     def ready() -> bool:
         command = ["squeue", "-h", "-r", "-t", "all", "-j", ids, "-o", "%T"]
@@ -177,7 +177,7 @@ def wait_step(config: RunConfig, at_least: int, stage: JobStage = "learn") -> No
 
 
 def tries(config: RunConfig, stage: JobStage = "learn") -> list[Try]:
-    return records.tries(config.run_path, stage)
+    return journal.tries(config.run_path, stage)
 
 
 def outcomes(config: RunConfig, stage: JobStage = "learn") -> list[str]:

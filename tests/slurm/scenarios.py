@@ -20,8 +20,8 @@ from typing import Any
 
 from lbr_dist.config import RepresentConfig, RunConfig, SlurmConfig
 from lbr_dist.ranks.interrupt import END_TIME
-from lbr_dist.slurm import records
-from lbr_dist.slurm.records import Try
+from lbr_dist.slurm import journal
+from lbr_dist.slurm.journal import Try
 from lbr_dist.slurm.testbed.bed import Bed
 from tests.configs import tiny_run
 from tests.faults.runs import assert_same_end, checkpoints
@@ -182,7 +182,7 @@ def scancelled(place: Place) -> None:
     assert later["learn"]["state"] == "cancelled" and later["learn"]["reason"] == "by scancel", later
     later = status(config.run_path, **chains.forgotten(place.folder / "without", accounting=False))
     assert "it was cancelled" in later["learn"]["reason"], later
-    saved = records.saved_step(config, "learn")
+    saved = journal.saved_step(config, "learn")
     assert saved >= 10
     wait("no rank is left", lambda: not ranks(config), config.run_path, 30)
     submit(config, place.folder)
@@ -224,7 +224,7 @@ def a_full_disk(place: Place) -> None:
     found = wait_over(config.run_path)
     assert found["learn"]["state"] == "failed" and "Make room" in found["learn"]["reason"], found
     ballast.unlink()
-    saved = records.saved_step(config, "learn")
+    saved = journal.saved_step(config, "learn")
     assert saved >= 5 and checkpoints(config).verify(saved).step == saved
 
 
@@ -341,7 +341,7 @@ def sbatch_refuses(place: Place) -> None:
     assert "Nothing of this run is queued" in done.stderr
     queue = chains.slurm("squeue", "-h", "-o", "%j", "-p", "short")
     assert not [name for name in queue.split() if name.startswith("run-")]
-    assert not records.submissions(config.run_path)
+    assert not journal.submissions(config.run_path)
 
 
 @scenario
@@ -366,7 +366,7 @@ def the_controller_starts_again(place: Place) -> None:
 
 
 def _log(config: RunConfig) -> str:
-    return records.log_file(config.run_path, "learn").read_text()
+    return journal.log_file(config.run_path, "learn").read_text()
 
 
 def _chain(place: Place, **slurm: Any) -> RunConfig:

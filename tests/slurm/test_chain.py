@@ -16,7 +16,7 @@ from lbr_dist.config import RunConfig
 from lbr_dist.config.file import read_config
 from lbr_dist.errors import CheckpointError
 from lbr_dist.export.checksums import verify_export
-from lbr_dist.slurm import records
+from lbr_dist.slurm import journal
 from tests.slurm import chains
 from tests.slurm.chains import lbr, status, submit, wait_over
 from tests.slurm.scenarios import DIRTY, NASTY_VALUE, SECRET
@@ -98,11 +98,11 @@ def test_submitted_again(finished: tuple[Path, RunConfig, dict[str, str]]) -> No
     folder, config, _ = finished
     done = lbr("submit", str(folder / "submitted.yaml"))
     assert done.returncode == 0 and "all stages are finished" in done.stdout, done
-    assert len(records.submissions(config.run_path)) == 1
+    assert len(journal.submissions(config.run_path)) == 1
     before = (config.learn_export / "model.safetensors").stat().st_mtime_ns
     script = config.run_path / "slurm" / "001" / "learn.sh"
     chains.slurm("sbatch", "--wait", str(script))
-    assert "finished before, nothing to do" in records.log_file(config.run_path, "learn").read_text()
+    assert "finished before, nothing to do" in journal.log_file(config.run_path, "learn").read_text()
     assert (config.learn_export / "model.safetensors").stat().st_mtime_ns == before
 
 

@@ -15,8 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from lbr_dist.launch import cli, doctor, doctor_machine, doctor_slurm, doctor_torch, node_check
-from lbr_dist.launch.findings import Finding, ask, fault, ok, warning, within
+from lbr_dist.launch import cli
+from lbr_dist.launch.doctor import command as doctor
+from lbr_dist.launch.doctor import machine as doctor_machine
+from lbr_dist.launch.doctor import node as node_check
+from lbr_dist.launch.doctor import slurm as doctor_slurm
+from lbr_dist.launch.doctor import stack as doctor_stack
+from lbr_dist.launch.doctor.findings import Finding, ask, fault, ok, warning, within
 
 SMI_ROW = "{0}, NVIDIA H100 80GB HBM3, 81559 MiB, 570.86.15, {1}"
 
@@ -265,7 +270,7 @@ def distribution(folder: Path, name: str, version: str, *lines: str) -> None:
 def findings_in_process(call: str, *before: str, **changes: str) -> list[Finding]:
     """Findings of a call in another process."""
     code = (
-        "import json; from dataclasses import asdict; from lbr_dist.launch import doctor_machine as m;"
+        "import json; from dataclasses import asdict; from lbr_dist.launch.doctor import machine as m;"
         f"print(json.dumps([asdict(f) for f in {call}]))"
     )
     command = [*before, sys.executable, "-c", code]
@@ -506,7 +511,7 @@ def test_torch_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_gpus_that_torch_cannot_use(tmp_path: Path) -> None:
-    command = [*two_gpus(tmp_path / "dev"), sys.executable, "-m", "lbr_dist.launch.doctor_torch"]
+    command = [*two_gpus(tmp_path / "dev"), sys.executable, "-m", "lbr_dist.launch.doctor.stack"]
     printed = subprocess.check_output(command, env=environment(CUDA_VISIBLE_DEVICES=None), text=True)
     found = states([json.loads(line) for line in printed.splitlines()])
     # of a build without CUDA the first, of one with CUDA the second: names in /dev are no GPUs
@@ -527,9 +532,9 @@ def test_gpus_as_torch_tells_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, function in made_up.items():
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(doctor_torch, "count_gpus", lambda: 4)
+    monkeypatch.setattr(doctor_stack, "count_gpus", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    mismatch, busy, old, devices = doctor_torch._gpus()
+    mismatch, busy, old, devices = doctor_stack._gpus()
     assert mismatch.state == "fault" and mismatch.found == "4 in /dev, torch sees 3"
     assert busy.name == "GPU 2" and busy.state == "warning" and busy.found == "8.0 GiB of 32.0 GiB free"
     assert old.name == "GPU 2" and old.state == "warning" and "capability 7.0" in old.found
@@ -539,7 +544,7 @@ def test_gpus_as_torch_tells_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("No CUDA GPUs are available\nmore")
 
     monkeypatch.setattr(torch.cuda, "init", fails)
-    (found,) = doctor_torch._gpus()
+    (found,) = doctor_stack._gpus()
     assert found.state == "fault" and found.found.endswith("No CUDA GPUs are available")
 
 

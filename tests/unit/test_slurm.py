@@ -17,7 +17,7 @@ from lbr_dist.config import RunConfig, SlurmConfig, to_dict
 from lbr_dist.errors import CheckpointError, ConfigError
 from lbr_dist.export.checksums import verify_export, write_checksums
 from lbr_dist.launch import cli
-from lbr_dist.slurm import records, scheduler, submit
+from lbr_dist.slurm import journal, scheduler, submit
 from lbr_dist.slurm.script import script
 from lbr_dist.slurm.verdict import Verdict, judge, numbers
 from tests.configs import tiny_run
@@ -138,7 +138,7 @@ def test_a_script_executes_nothing_of_a_path(tmp_path: Path) -> None:
     written.write_text(text(folder, SlurmConfig()))
     done = subprocess.run(["bash", str(written)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and not done.stdout + done.stderr
-    log = records.log_file(folder, "learn").read_text()
+    log = journal.log_file(folder, "learn").read_text()
     assert f"{folder}/slurm/001/chain.json: cannot be read" in log, log
     assert not list(tmp_path.rglob("executed"))
 
@@ -281,12 +281,12 @@ def _finish(config: RunConfig, stage: str) -> None:
 
 
 def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
-    records.begin(tmp_path, "learn", "7", "n1", 0)
-    records.end(tmp_path, "learn", "failed", "why", 5, ["n1"])
+    journal.begin(tmp_path, "learn", "7", "n1", 0)
+    journal.end(tmp_path, "learn", "failed", "why", 5, ["n1"])
     with (tmp_path / "slurm" / "tries.jsonl").open("a") as file:
         file.write('{"event": "beg\n')
-    records.begin(tmp_path, "learn", "7", "n2", 5)
-    first, second = records.tries(tmp_path, "learn")
+    journal.begin(tmp_path, "learn", "7", "n2", 5)
+    first, second = journal.tries(tmp_path, "learn")
     assert (first.outcome, first.last_step, first.blamed, second.outcome) == ("failed", 5, ["n1"], "")
 
 

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from lbr_dist.config import DataConfig
-from lbr_dist.launch.findings import Finding, ask, fault, gib, ok, warning, within
-from lbr_dist.launch.node_check import LOW_BYTES, check_memory, check_room, check_shared, check_temporary
+from lbr_dist.launch.doctor.findings import Finding, ask, fault, gib, ok, warning, within
+from lbr_dist.launch.doctor.node import LOW_BYTES, check_memory, check_room, check_shared, check_temporary
 
 OPEN_FILES = 4096
 """A rank opens files, sockets and pipes by the number of ranks; 1,024 is what a login shell often has."""

@@ -14,7 +14,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-from lbr_dist.launch.findings import HANGS_SECONDS, Finding, ask, fault, gib, ok, warning, within
+from lbr_dist.launch.doctor.findings import HANGS_SECONDS, Finding, ask, fault, gib, ok, warning, within
 
 LOW_BYTES = 2**30
 """Free memory or disk that is warned of below."""

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lbr_dist.errors import ConfigError
-from lbr_dist.launch.findings import Finding, State, ask, count, fault, within
+from lbr_dist.launch.doctor.findings import Finding, State, ask, count, fault, within
 
 TORCH_SECONDS = 120.0
 """For torch, NCCL and DeepSpeed to start: minutes from a network file system that is cold."""
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             raise ConfigError(f"{option}: found {value}, expected 0 or more, and a number that can be.")
     free = int(args.min_free_gb * 2**30)
     if args.node:
-        from lbr_dist.launch.node_check import check_node, node_name
+        from lbr_dist.launch.doctor.node import check_node, node_name
 
         findings = check_node(args.run_dir, args.gpus, free)
         topics = {f"node {node_name()}": findings}
@@ -73,19 +73,20 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 
 def look(run_dir: Path, gpus: int | None, min_free_bytes: int) -> Topics:
     """Everything, by topic."""
-    from lbr_dist.launch import doctor_machine, doctor_slurm
+    from lbr_dist.launch.doctor import machine
+    from lbr_dist.launch.doctor.slurm import check_slurm
 
     with ThreadPoolExecutor() as pool:
         # what takes longest first
-        torch, slurm = pool.submit(check_torch), pool.submit(within, "Slurm", doctor_slurm.check_slurm, 60.0)
-        mpi = pool.submit(within, "MPI", doctor_machine.check_mpi, 15.0)
+        torch, slurm = pool.submit(check_torch), pool.submit(within, "Slurm", check_slurm, 60.0)
+        mpi = pool.submit(within, "MPI", machine.check_mpi, 15.0)
         there = _count_gpus()
         graphics = _graphics(gpus, there)
         return {
-            "Python": within("Python", doctor_machine.check_python),
+            "Python": within("Python", machine.check_python),
             "torch, GPUs and kernels": [*graphics, *torch.result()],
-            "This machine": within("limits", lambda: doctor_machine.check_limits(there)),
-            "Disks": doctor_machine.check_disks(run_dir, min_free_bytes),
+            "This machine": within("limits", lambda: machine.check_limits(there)),
+            "Disks": machine.check_disks(run_dir, min_free_bytes),
             "MPI": mpi.result(),
             "Slurm": slurm.result(),
         }
@@ -101,7 +102,7 @@ def _count_gpus() -> int:
 
 def _graphics(wanted: int | None, there: int) -> list[Finding]:
     """What the driver says, where there are GPUs or should be."""
-    from lbr_dist.launch.node_check import check_driver, check_gpus
+    from lbr_dist.launch.doctor.node import check_driver, check_gpus
 
     if wanted:
         return [*within("GPUs", lambda: [check_gpus(wanted)]), *check_driver(wanted)]
@@ -110,12 +111,12 @@ def _graphics(wanted: int | None, there: int) -> list[Finding]:
 
 def check_torch() -> list[Finding]:
     """torch, GPUs, kernels and DeepSpeed, looked at in another process; what it says before it fails counts too."""
-    answer = ask(sys.executable, "-m", "lbr_dist.launch.doctor_torch", seconds=TORCH_SECONDS)
+    answer = ask(sys.executable, "-m", "lbr_dist.launch.doctor.stack", seconds=TORCH_SECONDS)
     findings = [Finding(**json.loads(line)) for line in answer.text.splitlines() if line.endswith("}")]
     if answer.failure is None:
         return findings
     last = f" after it looked at {findings[-1].name}" if findings else " when torch was imported"
-    advice = "See the last lines of `python -m lbr_dist.launch.doctor_torch`: a driver, or a library that it loads."
+    advice = "See the last lines of `python -m lbr_dist.launch.doctor.stack`: a driver, or a library that it loads."
     return [*findings, fault("torch", answer.failure.replace("python", "a process with torch", 1) + last, advice)]
 
 

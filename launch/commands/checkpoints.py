@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
     elif args.action == "export":
         export(args.folder, stages, args.step, args.out, args.base, say)
     elif args.action == "prune":
-        from lbr_dist.launch.prune import prune
+        from lbr_dist.launch.commands.prune import prune
 
         prune(args, stages, say)
     else:

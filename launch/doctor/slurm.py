@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lbr_dist.launch.findings import Finding, ask, fault, ok, warning
+from lbr_dist.launch.doctor.findings import Finding, ask, fault, ok, warning
 
 _DOWN = ("down", "drain", "fail", "unknown", "no_respond", "not_responding", "error", "power", "maint")
 """How the states of nodes begin that start no job."""

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import get_args
 
-from lbr_dist.launch.findings import Finding, fault, gib, ok, warning
-from lbr_dist.launch.node_check import visible
+from lbr_dist.launch.doctor.findings import Finding, fault, gib, ok, warning
+from lbr_dist.launch.doctor.node import visible
 from lbr_dist.preflight import count_gpus
 
 HEAD_DIM = 128

@@ -13,7 +13,7 @@ from lbr_dist.checkpoint.inventory import checkpoints_of, name, num_bytes, set_a
 from lbr_dist.checkpoint.manifest import Checkpoints, superfluous
 from lbr_dist.config import CheckpointConfig, Stage
 from lbr_dist.errors import CheckpointError, ConfigError
-from lbr_dist.launch.checkpoints import read_whole
+from lbr_dist.launch.commands.checkpoints import read_whole
 from lbr_dist.storage.lock import run_lock
 
 Say = Callable[[str], None]
