@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lbr_dist
 from lbr_dist.data.record_files import Span, span_rows, spans
 from lbr_dist.data.token_cache import build as build_tokens
 from lbr_dist.data.token_cache import part as token_parts
@@ -481,7 +482,7 @@ def start(tmp_path: Path, tokenizer: Path) -> Iterator[Callable[..., subprocess.
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            env=os.environ | {"PYTHONPATH": str(Path(lbr_dist.__file__).parents[1])},
             **more,
         )
         started.append(process)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import lbr_dist
 from lbr_dist.errors import LaunchError
 from lbr_dist.ranks.peers import Peer, misplaced
 from lbr_dist.ranks.rendezvous import PORTS, Placement, first_host, launcher_of, placement
@@ -245,7 +246,7 @@ def start(*environments: dict[str, str]) -> list[tuple[int, str, str]]:
     started = [
         subprocess.Popen(
             [sys.executable, "-c", JOIN],
-            env=base | {"PYTHONPATH": str(Path(__file__).parents[2])} | more,
+            env=base | {"PYTHONPATH": str(Path(lbr_dist.__file__).parents[1])} | more,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -298,6 +299,6 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 def test_mpirun_without_mpi4py_is_told_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "mpi4py.py").write_text("raise ModuleNotFoundError('mpi4py')")
-    path = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))
+    path = os.pathsep.join((str(tmp_path), str(Path(lbr_dist.__file__).parents[1])))
     ((code, _, error),) = start(OPENMPI | {"PYTHONPATH": path})
     assert code == 1 and "the package mpi4py is not installed" in error and "pip install 'lbr-dist[mpi]'" in error

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import lbr_dist
 from lbr_dist.launch import cli
 from lbr_dist.launch.doctor import command as doctor
 from lbr_dist.launch.doctor import machine as doctor_machine
@@ -225,7 +226,7 @@ def test_first_node(tmp_path: Path) -> None:
 def test_package_whose_files_are_gone() -> None:
     # no site-packages, as where a node has not mounted the environment
     code = "import sys; sys.path[:] = [path for path in sys.path if 'site-packages' not in path]"
-    root = str(Path(__file__).parents[2])
+    root = str(Path(lbr_dist.__file__).parents[1])
     exit_code, found = node("--gpus", "1", code=code, PYTHONPATH=root)
     assert exit_code == 1 and found["packages"]["found"] == "torch, deepspeed, transformers cannot be imported"
     assert "No module named" in found["GPUs"]["found"]
