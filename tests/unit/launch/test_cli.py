@@ -242,7 +242,7 @@ def test_too_many_ranks(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixtu
 
 
 def test_a_model_too_large_for_memory(run: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_available_bytes", lambda: 2**30)
+    monkeypatch.setattr(preflight.hardware, "memory", lambda: (2**30, 2**34))
     with pytest.raises(preflight.LaunchError, match=r"2 ranks of this model need about 1.8 GiB, .* 1.0 GiB free"):
         preflight.check_ranks(run[1], gpus=0)
 

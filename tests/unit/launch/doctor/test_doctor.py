@@ -108,7 +108,7 @@ def test_node_is_named_as_slurm_does() -> None:
 
 def test_node_check_imports_no_torch() -> None:
     code = (
-        "import sys; from pathlib import Path; from lbr_dist.launch.node_check import check_node;"
+        "import sys; from pathlib import Path; from lbr_dist.launch.doctor.node import check_node;"
         "check_node(Path(), 1); sys.exit(bool({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
@@ -133,7 +133,7 @@ def test_run_folder_that_is_full(tmp_path: Path) -> None:
     assert code == 1 and "No space left" in found["run folder"]["found"]
     # what was begun is gone again
     listing = (
-        "from pathlib import Path; from lbr_dist.launch.node_check import check_node;"
+        "from pathlib import Path; from lbr_dist.launch.doctor.node import check_node;"
         f"folder = Path({str(tmp_path)!r}); check_node(folder, 0); print(*folder.iterdir())"
     )
     assert subprocess.check_output([*before, sys.executable, "-c", listing], env=environment(), text=True) == "\n"
@@ -229,7 +229,8 @@ def test_package_whose_files_are_gone() -> None:
     root = str(Path(lbr_dist.__file__).parents[1])
     exit_code, found = node("--gpus", "1", code=code, PYTHONPATH=root)
     assert exit_code == 1 and found["packages"]["found"] == "torch, deepspeed, transformers cannot be imported"
-    assert "No module named" in found["GPUs"]["found"]
+    # the rest of the check needs none of them
+    assert found["GPUs"]["found"].startswith("0 in /dev")
 
 
 # ---- asking what hangs or fails ------------------------------------------------------------------------------------
