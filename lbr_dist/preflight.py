@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from lbr_dist.errors import ConfigError, LaunchError, ModelError
 from lbr_dist.mining.work import MiningSettings
 from lbr_dist.ranks import hardware
 from lbr_dist.storage.files import others_who_write
+from lbr_dist.storage.headers import num_elements
 
 RANK_BYTES = 900 * 2**20  # interpreter, torch and buffers of one rank, measured on a CPU
 OPTIMIZER_BYTES = 18  # bf16 weight and gradient, fp32 gradient, master weight and two moments
@@ -194,7 +194,7 @@ def check_disk(config: RunConfig, stages: Sequence[Stage], say: Callable[[str], 
     """
     if config.model.lora.rank or config.engine.offload_optimizer == "nvme":
         return  # small, or none
-    one = STATE_BYTES * sum(elements(file) for file in Path(config.model.base).glob("*.safetensors"))
+    one = STATE_BYTES * sum(num_elements(file) for file in Path(config.model.base).glob("*.safetensors"))
     folders = [Checkpoints(config.stage_path(stage) / "checkpoints") for stage in stages]
     there = sum(len(folder.complete()) for folder in folders)
     wanted = len(stages) * config.checkpoint.keep + 1 - there
@@ -204,13 +204,6 @@ def check_disk(config: RunConfig, stages: Sequence[Stage], say: Callable[[str], 
         raise LaunchError(f"{room}. Make room, or name a run_dir elsewhere.")
     if free < one * wanted:
         say(f"warning: {room}, and {wanted} more may be there at a time (checkpoint.keep {config.checkpoint.keep})")
-
-
-def elements(file: Path) -> int:
-    """Elements of all tensors of a safetensors file, out of its header."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def check_ranks(config: RunConfig, gpus: int) -> int:
