@@ -65,7 +65,7 @@ def measure(base: Path, folder: Path, turns: int) -> None:
         checkpoint=CheckpointConfig(keep=1, background=False),
     )
     tokenizer = TextTokenizer(base)
-    engine, _ = load_engine(config, base, tokenizer, "learn", ranks)
+    engine, _ = load_engine(learn.Learn, config, base, tokenizer, ranks)
     engine.train()
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(100, 40000, (16, 96), generator=generator).tolist()

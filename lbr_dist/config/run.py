@@ -313,6 +313,14 @@ class RunConfig:
         """The model that a stage starts from."""
         return self.learn_export if stage == "represent" and self.learn.steps else Path(self.model.base)
 
+    def stage(self, stage: Stage) -> LearnConfig | RepresentConfig:
+        """The settings of a stage."""
+        return self.learn if stage == "learn" else self.represent
+
+    def stage_export(self, stage: Stage) -> Path:
+        """The folder of the model that a stage leaves."""
+        return self.learn_export if stage == "learn" else self.model_path
+
     @property
     def learn_export(self) -> Path:
         """The model after stage 1, which stage 2 starts from."""

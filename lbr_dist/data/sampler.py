@@ -93,3 +93,8 @@ def _mixed(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
+
+
+def seed_of(key: str) -> int:
+    """A seed of 56 bits for what is drawn under this key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")

@@ -7,7 +7,7 @@ each of the others; of ``S`` bytes all-reduced, both; of a broadcast, all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,20 @@ class Traffic:
             return original(*args, **kwargs)
 
         return call
+
+
+def by_kind(counts: Mapping[str, Count]) -> dict[str, float]:
+    """Calls and bytes of collectives by kind, and the bytes in all, as they are logged."""
+    kinds: dict[str, Count] = {}
+    for name, count in counts.items():
+        kind = name.replace("_into_tensor", "").replace("_tensor", "").replace("_coalesced", "")
+        kinds[kind] = kinds.get(kind, Count()) + count
+    values: dict[str, float] = {}
+    for kind, count in kinds.items():
+        values |= {f"{kind}_calls": count.calls, f"{kind}_bytes": count.within + count.between}
+    values["bytes_within_node"] = sum(count.within for count in kinds.values())
+    values["bytes_between_nodes"] = sum(count.between for count in kinds.values())
+    return values
 
 
 def _payload(arguments: Iterable[object]) -> int:

@@ -11,6 +11,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from lbr_dist import learn, represent
 from lbr_dist.config import RunConfig
+from lbr_dist.config import Stage as StageName
 from lbr_dist.data.packing import Sequence, rank_rows
 from lbr_dist.data.targets import LearnData
 from lbr_dist.data.tokenizer import TextTokenizer
@@ -19,13 +20,14 @@ from lbr_dist.heldout.texts import Diagnostics
 from lbr_dist.model.bottleneck import LossWeights
 from lbr_dist.model.sharding import full_shape, whole
 from lbr_dist.ranks.group import Ranks
-from lbr_dist.trainer import Stage, load_engine
+from lbr_dist.trainer import load_engine
 from tests.distributed import single
 
 
-def open_engine(ranks: Ranks, config: RunConfig, stage: Stage = "learn") -> tuple[Engine, TextTokenizer]:
+def open_engine(ranks: Ranks, config: RunConfig, stage: StageName = "learn") -> tuple[Engine, TextTokenizer]:
     tokenizer = TextTokenizer(Path(config.model.base))
-    engine, _ = load_engine(config, Path(config.model.base), tokenizer, stage, ranks)
+    kind = learn.Learn if stage == "learn" else represent.Represent
+    engine, _ = load_engine(kind, config, Path(config.model.base), tokenizer, ranks)
     return engine, tokenizer
 
 
