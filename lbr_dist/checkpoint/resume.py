@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from lbr_dist.checkpoint import shards
 from lbr_dist.checkpoint.manifest import Checkpoints, Manifest, tag
 from lbr_dist.checkpoint.saver import restore_random_state, versions
@@ -17,7 +15,7 @@ from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.engine import Engine
 from lbr_dist.errors import CheckpointError
-from lbr_dist.ranks.group import Ranks, together
+from lbr_dist.ranks.group import Ranks, from_first, together
 from lbr_dist.storage.files import others_who_write
 
 
@@ -104,7 +102,7 @@ def on_first(work: Callable[[], Any], ranks: Ranks) -> Any:
             answer[1] = str(error)
         except OSError as error:
             answer[1] = f"{error.filename}: {error.strerror}."
-    dist.broadcast_object_list(answer, src=0, device=ranks.device)
+    answer = from_first(answer, ranks)
     if answer[1] is not None:
         raise CheckpointError(answer[1])
     return answer[0]

@@ -35,7 +35,7 @@ from lbr_dist.checkpoint import manifest, shards
 from lbr_dist.checkpoint.manifest import Checkpoints, Manifest
 from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.engine import Engine
-from lbr_dist.ranks.group import Ranks
+from lbr_dist.ranks.group import Ranks, from_all
 from lbr_dist.storage.files import checksum, sync, text_checksum
 
 _SPARE = 1.02  # manifest, file system's own
@@ -275,9 +275,7 @@ class Saver:
             )
 
     def _gather(self, report: Report) -> list[Report]:
-        reports: list[Report] = [report] * self.ranks.world_size
-        dist.all_gather_object(reports, report, group=self._group)
-        return reports
+        return from_all(report, self.ranks, self._group)
 
 
 def _runs(tensors: dict[str, Tensor]) -> Iterator[list[str]]:

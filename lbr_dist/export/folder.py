@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -29,7 +28,7 @@ from lbr_dist.model.adapters import file_parameters, merged_weights
 from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX
 from lbr_dist.model.bottleneck import LBRModel
 from lbr_dist.model.sharding import full_shape, whole
-from lbr_dist.ranks.group import Ranks
+from lbr_dist.ranks.group import Ranks, meet
 from lbr_dist.storage.files import sync
 
 SHARD_BYTES = 4 * 2**30
@@ -198,12 +197,6 @@ def stage_settings(config: RunConfig, stage: str) -> EmbeddingSettings:
     return EmbeddingSettings.of(config.data, between if stage == "learn" else config.represent.pooling)
 
 
-def _meet() -> None:
-    """Return when all ranks are here; a process without a group is alone."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def export(
     model: LBRModel,
     tokenizer: TextTokenizer,
@@ -225,7 +218,7 @@ def export(
     if ranks.is_first:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-    _meet()
+    meet(ranks)
     _write_weights(model, ids, building, ranks.is_first)
     if ranks.is_first:
         hf_config = type(model.backbone.config).from_dict(model.backbone.config.to_dict())
@@ -241,7 +234,7 @@ def export(
         _write_sentence_transformers(building, settings, dimension, 1 + longest + k)
         (building / "README.md").write_text(_card(settings, config, dimension), encoding="utf-8")
         _replace(building, folder)
-    _meet()
+    meet(ranks)
 
 
 def _replace(building: Path, folder: Path) -> None:

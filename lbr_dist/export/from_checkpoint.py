@@ -50,7 +50,7 @@ def export_checkpoint(folder: Path, manifest: Manifest, config: RunConfig, base:
     with ShardReader(folder, manifest.parameters, manifest.world_size) as reader:
         model = stored_model(manifest, reader, config, base)
         settings = stage_settings(config, manifest.stage)
-        export(model, tokenizer, settings, config, out, Ranks(0, 1, 0, torch.device("cpu")))
+        export(model, tokenizer, settings, config, out, Ranks.alone())
 
 
 def stored_model(manifest: Manifest, reader: ShardReader, config: RunConfig, base: Path) -> LBRModel:

@@ -15,7 +15,6 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lbr_dist.config import Pooling, RunConfig
@@ -23,7 +22,7 @@ from lbr_dist.data.packing import Sequence, rank_rows
 from lbr_dist.data.targets import LearnData
 from lbr_dist.engine import Engine
 from lbr_dist.model.bottleneck import LossWeights
-from lbr_dist.ranks.group import Ranks, total
+from lbr_dist.ranks.group import Ranks, add_up, total
 
 
 def effective_rank(vectors: Tensor) -> float:
@@ -92,5 +91,5 @@ class Diagnostics:
         vectors = torch.zeros(len(self.texts), self.engine.dimension, device=self.ranks.device)
         for row in rows:
             vectors[row.order] = self.engine(row.to(self.ranks.device), task="embed", pooling=pooling)
-        dist.all_reduce(vectors)  # each text is one rank's
+        add_up(vectors, self.ranks)  # each text is embedded by one rank
         return torch.nn.functional.normalize(vectors, dim=1).cpu()

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from lbr_dist.data.token_cache import build as build_tokens
 from lbr_dist.data.token_cache.cache import TokenCache
@@ -21,7 +20,7 @@ from lbr_dist.ranks.group import Ranks
 from tests import tiny
 from tests.end_to_end.runs import config_file, lbr
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks.alone()
 SECONDS_TO_END = 30
 
 

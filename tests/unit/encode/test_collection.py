@@ -22,7 +22,7 @@ from lbr_dist.launch import cli
 from lbr_dist.ranks.group import Ranks
 from tests import tiny
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks.alone()
 
 
 @pytest.fixture

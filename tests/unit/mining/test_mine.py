@@ -30,7 +30,7 @@ from lbr_dist.mining.work import MiningSettings, clean, prepare
 from lbr_dist.ranks.group import Ranks
 from tests import tiny
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks.alone()
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
