@@ -27,8 +27,8 @@ from lbr_dist.evaluation.retrieval import (
     write_qrels,
     write_trec_run,
 )
+from lbr_dist.evaluation.systems import LABELS
 from lbr_dist.export.checksums import SUMMARY
-from lbr_dist.report.page import LABELS
 from lbr_dist.storage.files import write_atomic
 
 DEPTH = 100

@@ -7,23 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lbr_dist.evaluation.systems import LABELS, SHORT_LABELS
 from lbr_dist.report.charts import score_bars, system_variable
 from lbr_dist.report.style import STYLE, as_text, dot
 from lbr_dist.report.training import training_section
 
-LABELS = {
-    "bm25": "BM25",
-    "base": "Base model, untouched",
-    "learn": "After learn alone (no labelled pair seen)",
-    "lbr": "LBR: learn, then represent",
-}
-# how a system is called inside a sentence
-_SHORT = {
-    "bm25": "BM25",
-    "base": "the untouched base model",
-    "learn": "the model after learn alone",
-    "lbr": "LBR",
-}
 _MEASURES = {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
 _LONGEST_TEXT = 240
 _NOTE = (
@@ -77,7 +65,7 @@ def _label(system: str) -> str:
 
 
 def _short(system: str) -> str:
-    return as_text(_SHORT.get(system, system))
+    return as_text(SHORT_LABELS.get(system, system))
 
 
 def _percent(share: float) -> str:
