@@ -68,7 +68,7 @@ class ContrastiveStep:
                 measured.append(self._accumulate_batch(batch, 1.0 / len(batches), f"{key}/{number}"))
         means = {name: sum(values[name] for values in measured) / len(batches) for name in measured[0]}
         texts = [text for batch in batches for text in batch.texts]
-        tokens = sum(1 + len(text) + self.config.model.bottleneck_tokens for text in texts)
+        tokens = sum(self.config.model.sequence_tokens(len(text)) for text in texts)
         return means | {"num_pairs": float(sum(len(b.queries) for b in batches)), "num_tokens": float(tokens)}
 
     def _accumulate_batch(self, batch: PairBatch, weight: float, key: str) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lbr_dist.config import RunConfig
+from lbr_dist.config import RunConfig, sequence_tokens
 from lbr_dist.data.packing import PackedRow, Sequence, assign_rows, filler, pack_row
 from lbr_dist.data.pairs import PairBatch
 from lbr_dist.ranks.group import Ranks
@@ -27,7 +27,7 @@ class Chunks:
 
 def share_out(batch: PairBatch, bottleneck: int, chunk_tokens: int, separate: bool, world_size: int) -> Chunks:
     """Chunks of up to `chunk_tokens` tokens, evenly filled: a function of its arguments alone."""
-    lengths = [1 + len(text) + bottleneck for text in batch.texts]
+    lengths = [sequence_tokens(len(text), bottleneck) for text in batch.texts]
     everything = range(len(lengths))
     sides = [everything[: len(batch.queries)], everything[len(batch.queries) :]] if separate else [everything]
     rows: list[list[int]] = []
