@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lbr_dist.config import LearnConfig, RunConfig
-from lbr_dist.data.packing import PackedRow, Sequence, digest, rank_rows
+from lbr_dist.data.packing import PackedRow, TrainingSequence, digest, rank_rows
 from lbr_dist.data.records import read_corpus, read_pairs
 from lbr_dist.data.targets import LearnData
 from lbr_dist.data.token_cache.build import token_cache
@@ -67,7 +67,12 @@ def unit_noise(row: PackedRow, dimension: int, key: str) -> Tensor:
 
 
 def accumulate_step(
-    engine: Engine, sequences: list[Sequence], learn: LearnConfig, sink_id: int, ranks: Ranks, noise_key: str = ""
+    engine: Engine,
+    sequences: list[TrainingSequence],
+    learn: LearnConfig,
+    sink_id: int,
+    ranks: Ranks,
+    noise_key: str = "",
 ) -> dict[str, float]:
     """Accumulate the gradient of one global batch, reduced once.
 
@@ -125,7 +130,7 @@ def learn(config: RunConfig, ranks: Ranks) -> None:
     engine, model = load_engine(config, base, tokenizer, "learn", ranks)
     diagnostics = Diagnostics(engine, data, config, tokenizer.sink_id, ranks)
 
-    def batch(step: int) -> list[Sequence]:
+    def batch(step: int) -> list[TrainingSequence]:
         return data.batch(config.learn, config.model.bottleneck_tokens, step, config.seed)
 
     def run_step(step: int) -> dict[str, float]:

@@ -24,7 +24,7 @@ TOKEN_FIELDS = ("input_ids", "position_ids", "roles", "labels", "loss_kinds")
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class TrainingSequence:
     """One text, the bottleneck after it, and the target that follows."""
 
     context: tuple[int, ...]
@@ -49,7 +49,7 @@ class Sequence:
         return 1 + len(self.context) + self.bottleneck + self.inputs
 
 
-def digest(sequences: Iterable[Sequence]) -> str:
+def digest(sequences: Iterable[TrainingSequence]) -> str:
     """16 hexadecimal digits that two different lists of sequences share only by chance."""
     hashed = hashlib.blake2b(digest_size=8)
     for sequence in sequences:
@@ -147,7 +147,7 @@ def assign_rows(lengths: list[int], row_tokens: int, multiple: int = 1) -> list[
         count += multiple
 
 
-def _write(lines: dict[str, list[int]], sequence: Sequence, sink_id: int) -> tuple[int, int, int]:
+def _write(lines: dict[str, list[int]], sequence: TrainingSequence, sink_id: int) -> tuple[int, int, int]:
     """Append one sequence to a row's lists; returns the places of its text, of its bottleneck and after it."""
     n, k, m = len(sequence.context), sequence.bottleneck, len(sequence.target)
     fed = sequence.target if sequence.target_inputs is None else sequence.target_inputs
@@ -164,7 +164,7 @@ def _write(lines: dict[str, list[int]], sequence: Sequence, sink_id: int) -> tup
     return start + 1, start + 1 + n, start + 1 + n + k
 
 
-def pack_row(sequences: Iterable[Sequence], sink_id: int, order: Iterable[int] | None = None) -> PackedRow:
+def pack_row(sequences: Iterable[TrainingSequence], sink_id: int, order: Iterable[int] | None = None) -> PackedRow:
     """One row of sequences of the same k.
 
     Args:
@@ -192,10 +192,10 @@ def pack_row(sequences: Iterable[Sequence], sink_id: int, order: Iterable[int] |
 
 def filler(bottleneck: int, sink_id: int) -> PackedRow:
     """A row that counts for nothing, for a rank that has none left: the others wait for it in every gather."""
-    return pack_row([Sequence((sink_id,), bottleneck)], sink_id).without_spans()
+    return pack_row([TrainingSequence((sink_id,), bottleneck)], sink_id).without_spans()
 
 
-def pack(sequences: list[Sequence], row_tokens: int, sink_id: int) -> list[PackedRow]:
+def pack(sequences: list[TrainingSequence], row_tokens: int, sink_id: int) -> list[PackedRow]:
     """Rows of up to `row_tokens`, without padding.
 
     Raises:
@@ -206,7 +206,7 @@ def pack(sequences: list[Sequence], row_tokens: int, sink_id: int) -> list[Packe
 
 
 def rank_rows(
-    sequences: list[Sequence], row_tokens: int, sink_id: int, rank: int, world_size: int
+    sequences: list[TrainingSequence], row_tokens: int, sink_id: int, rank: int, world_size: int
 ) -> tuple[list[PackedRow], float]:
     """This rank's rows of a global batch, as many on every rank, and the share of all rows' room that is filled."""
     rows = assign_rows([s.length for s in sequences], row_tokens, multiple=world_size)

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from lbr_dist.errors import DataError
 
-Row = dict[str, Any]
+RawRecord = dict[str, Any]
 
 _LINES = (".jsonl", ".json")
 _READ_ROWS = 1000
@@ -41,7 +41,7 @@ class Place:
         return DataError(f"{self}: found {found}, expected {expected}. {remedy}")
 
 
-def records(path: Path) -> Iterator[tuple[Place, Row]]:
+def records(path: Path) -> Iterator[tuple[Place, RawRecord]]:
     """Every record of a file or folder with its place, counted from 1 in each file."""
     for file in record_files(path):
         for place, row in span_rows(Span(file, 0, sys.maxsize)):
@@ -134,7 +134,9 @@ def spans(file: Path, weight: int) -> Iterator[Span]:
         yield Span(file, first, last, held, rows_before)
 
 
-def span_rows(span: Span, columns: tuple[str, ...] = (), longest_line: int = -1) -> Iterator[tuple[Place, Row | None]]:
+def span_rows(
+    span: Span, columns: tuple[str, ...] = (), longest_line: int = -1
+) -> Iterator[tuple[Place, RawRecord | None]]:
     """The records of a part with their places. No more is held than a line, or 1,000 rows and what decodes them.
 
     Args:
@@ -154,7 +156,7 @@ def span_rows(span: Span, columns: tuple[str, ...] = (), longest_line: int = -1)
 # ---- JSON lines -----------------------------------------------------------------------------------------------------
 
 
-def _span_lines(span: Span, longest: int) -> Iterator[tuple[Place, Row | None]]:
+def _span_lines(span: Span, longest: int) -> Iterator[tuple[Place, RawRecord | None]]:
     with span.file.open("rb") as lines:
         if span.first:
             lines.seek(span.first - 1)
@@ -177,7 +179,7 @@ def _skip_line(lines: IO[bytes]) -> None:
         pass
 
 
-def _json_row(place: Place, line: bytes) -> Row:
+def _json_row(place: Place, line: bytes) -> RawRecord:
     begins_file = place.number == 1 and not place.start
     try:
         row = json.loads(line.decode("utf-8-sig" if begins_file else "utf-8"))
@@ -209,7 +211,7 @@ def _lines_before(file: Path, end: int) -> int:
 # ---- Parquet and Arrow ----------------------------------------------------------------------------------------------
 
 
-def _span_table(span: Span, columns: tuple[str, ...]) -> Iterator[tuple[Place, Row]]:
+def _span_table(span: Span, columns: tuple[str, ...]) -> Iterator[tuple[Place, RawRecord]]:
     import pyarrow.parquet as pq
 
     def present(names: list[str]) -> list[str]:

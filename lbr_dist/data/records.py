@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import RepresentConfig
-from lbr_dist.data.record_files import Place, Row, records
+from lbr_dist.data.record_files import Place, RawRecord, records
 from lbr_dist.errors import DataError
 
 _FORMATS = (
@@ -171,7 +171,7 @@ class _PairReader:
         self.dropped_negatives = 0
         self.seen: dict[str, Place] = {}
 
-    def add(self, place: Place, row: Row, form: str) -> None:
+    def add(self, place: Place, row: RawRecord, form: str) -> None:
         # toolkits that train on graded pairs mark what does not match with a label of its own
         if row.get("label") not in (None, 1):
             raise place.error(
@@ -201,7 +201,7 @@ class _PairReader:
         )
         self.pairs.append(pair)
 
-    def _pair_id(self, place: Place, row: Row) -> str:
+    def _pair_id(self, place: Place, row: RawRecord) -> str:
         key = next((name for name in ("id", "query_id") if row.get(name) is not None), None)
         pair = _identifier(place, row, key) if key else f"{place.file.stem}-{place.number}"
         if pair in self.seen:
@@ -213,7 +213,7 @@ class _PairReader:
         self.seen[pair] = place
         return pair
 
-    def _documents(self, place: Place, row: Row, form: str, role: str) -> tuple[str, ...]:
+    def _documents(self, place: Place, row: RawRecord, form: str, role: str) -> tuple[str, ...]:
         """Ids of the record's positives or negatives, each once, in their order."""
         one = role.removesuffix("s")
         if form == "lbr":
@@ -261,7 +261,7 @@ class _PairReader:
         return document
 
 
-def _format_of(place: Place, row: Row) -> str:
+def _format_of(place: Place, row: RawRecord) -> str:
     for name, fields in _FORMATS:
         if all(field in row for field in fields):
             return name
@@ -272,7 +272,7 @@ def _format_of(place: Place, row: Row) -> str:
     )
 
 
-def _columns(place: Place, row: Row, form: str, role: str) -> list[str]:
+def _columns(place: Place, row: RawRecord, form: str, role: str) -> list[str]:
     """Texts in the plain columns of sentence-transformers and ms-swift; empty columns are left out."""
     if form == "ms-swift":
         names = ["response" if role == "positive" else "rejected_response"]
@@ -292,20 +292,20 @@ def _columns(place: Place, row: Row, form: str, role: str) -> list[str]:
 # ---- fields -------------------------------------------------------------------------------------------------------
 
 
-def _text(place: Place, row: Row, name: str) -> str:
+def _text(place: Place, row: RawRecord, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise _wrong(place, row, name, "a text that is not empty")
     return value
 
 
-def titled_text(place: Place, row: Row) -> str:
+def titled_text(place: Place, row: RawRecord) -> str:
     text = _text(place, row, "text")
     title = row.get("title")
     return f"{title.strip()} {text}" if isinstance(title, str) and title.strip() else text
 
 
-def _identifier(place: Place, row: Row, name: str) -> str:
+def _identifier(place: Place, row: RawRecord, name: str) -> str:
     value = row.get(name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -314,7 +314,7 @@ def _identifier(place: Place, row: Row, name: str) -> str:
     return value
 
 
-def _items(place: Place, row: Row, name: str) -> list[Any]:
+def _items(place: Place, row: RawRecord, name: str) -> list[Any]:
     value = row.get(name)
     if value is None:
         return []
@@ -323,14 +323,14 @@ def _items(place: Place, row: Row, name: str) -> list[Any]:
     return value
 
 
-def _conversation(place: Place, row: Row, name: str, turns: Any) -> str:
+def _conversation(place: Place, row: RawRecord, name: str, turns: Any) -> str:
     """The texts of a conversation's turns, one a line."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise _wrong(place, row, name, "turns {role, content}")
     return "\n".join(_text(place, turn, "content") for turn in turns)
 
 
-def _wrong(place: Place, row: Row, name: str, expected: str) -> DataError:
+def _wrong(place: Place, row: RawRecord, name: str, expected: str) -> DataError:
     found = repr(row[name])[:80] if name in row else f"only the fields {', '.join(map(repr, sorted(row))) or '(none)'}"
     return place.error(
         f"{name} = {found}" if name in row else found, f"{name}: {expected}", "Mend or remove this record."

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from lbr_dist.config import RunConfig
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.token_cache.cache import MANIFEST, SCHEMA, TokenCache
-from lbr_dist.data.token_cache.part import DONE, TOKENIZER_FILE, Part, Rules, Unit, units, write_part
+from lbr_dist.data.token_cache.part import DONE, TOKENIZER_FILE, Part, TokenRules, Unit, units, write_part
 from lbr_dist.data.token_cache.work import finished_numbers, finished_parts, plan_of, work_folder
 from lbr_dist.errors import DataError, LaunchError, ModelError
 from lbr_dist.storage.fingerprint import fingerprint, signature
@@ -135,7 +135,7 @@ class _Task:
     building: Path | None = None
     """None where the cache is there already."""
 
-    rules: Rules | None = None
+    rules: TokenRules | None = None
     missing: tuple[Unit, ...] = ()
     """What is to be tokenised; each rank takes its share."""
 
@@ -233,7 +233,7 @@ class _Build:
             if not keep:
                 discard(self.building)
 
-    def _parts(self, work: Sequence[Unit], mine: list[Unit], rules: Rules, processes: int) -> Iterator[Part]:
+    def _parts(self, work: Sequence[Unit], mine: list[Unit], rules: TokenRules, processes: int) -> Iterator[Part]:
         """What became of every unit of this process, in their order."""
         weights = {unit.number: unit.weight for unit in work}
         total = sum(weights.values())
@@ -256,7 +256,7 @@ class _Build:
                 left = (now - began) * (total - done) / max(1, done - before)
                 self.say(f"{self.corpus}: tokenised {_megabytes(done)} of {_megabytes(total)}, {left:.0f} s to go")
 
-    def _publish(self, parts: list[Part], rules: Rules) -> None:
+    def _publish(self, parts: list[Part], rules: TokenRules) -> None:
         skipped: dict[str, tuple[int, str]] = {}
         for part in parts:
             for reason, (count, place) in part.skipped.items():
@@ -283,7 +283,7 @@ class _Build:
             self.say(f"{self.corpus}: another job made the same cache meanwhile; it is used")
 
 
-def _write_tokenizer(folder: Path, to: Path, max_characters: int) -> Rules:
+def _write_tokenizer(folder: Path, to: Path, max_characters: int) -> TokenRules:
     """The tokenizer as transformers sets it up, for processes that do without transformers."""
     from lbr_dist.data.tokenizer import TextTokenizer
 
@@ -292,13 +292,13 @@ def _write_tokenizer(folder: Path, to: Path, max_characters: int) -> Rules:
     with to.open("rb") as file:
         os.fsync(file.fileno())
     dtype = "<u2" if tokenizer.highest_id < 2**16 else "<u4"
-    return Rules(dtype, max_characters, bool(getattr(tokenizer.hf, "split_special_tokens", False)))
+    return TokenRules(dtype, max_characters, bool(getattr(tokenizer.hf, "split_special_tokens", False)))
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
-def _run(work: list[Unit], folder: Path, rules: Rules, processes: int) -> Iterator[Part]:
+def _run(work: list[Unit], folder: Path, rules: TokenRules, processes: int) -> Iterator[Part]:
     """Tokenise units by this process, or by several; gives what became of each, in their order."""
     try:
         yield from _run_here(work, folder, rules) if processes == 1 else _run_pool(work, folder, rules, processes)
@@ -308,11 +308,11 @@ def _run(work: list[Unit], folder: Path, rules: Rules, processes: int) -> Iterat
         raise LaunchError(f"{folder}: another rank has given up this token cache; its message says why.") from error
 
 
-def _run_here(work: list[Unit], folder: Path, rules: Rules) -> Iterator[Part]:
+def _run_here(work: list[Unit], folder: Path, rules: TokenRules) -> Iterator[Part]:
     yield from (write_part(unit, folder / TOKENIZER_FILE, folder, rules) for unit in work)
 
 
-def _run_pool(work: list[Unit], folder: Path, rules: Rules, processes: int) -> Iterator[Part]:
+def _run_pool(work: list[Unit], folder: Path, rules: TokenRules, processes: int) -> Iterator[Part]:
     arguments = (folder / TOKENIZER_FILE, folder, rules)
     # spawned, not forked: the parent may hold threads and an accelerator
     context = multiprocessing.get_context("spawn")
@@ -334,7 +334,9 @@ def _run_pool(work: list[Unit], folder: Path, rules: Rules, processes: int) -> I
             raise
 
 
-def _submitted(pool: ProcessPoolExecutor, work: list[Unit], arguments: tuple[Path, Path, Rules]) -> list[Future[Part]]:
+def _submitted(
+    pool: ProcessPoolExecutor, work: list[Unit], arguments: tuple[Path, Path, TokenRules]
+) -> list[Future[Part]]:
     try:
         return [pool.submit(write_part, unit, *arguments) for unit in work]
     except (OSError, ValueError) as error:

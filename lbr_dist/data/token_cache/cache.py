@@ -31,7 +31,7 @@ Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CorpusReport:
     """What a corpus came to."""
 
     documents: int
@@ -91,7 +91,7 @@ class TokenCache(_Items):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         manifest = self._read_manifest()
-        self.report = Report(
+        self.report = CorpusReport(
             manifest["documents"],
             manifest["tokens"],
             {reason: (count, first) for reason, (count, first) in manifest["skipped"].items()},

@@ -41,7 +41,7 @@ EMPTY, ENORMOUS, BINARY, BROKEN = "empty", "enormous", "binary", "broken Unicode
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class TokenRules:
     """What a part depends on beside its documents and the tokenizer."""
 
     dtype: str
@@ -112,7 +112,7 @@ def units(files: Iterable[Path], weight: int) -> Iterator[Unit]:
         yield Unit(number, tuple(chosen))
 
 
-def write_part(unit: Unit, tokenizer: Path, folder: Path, rules: Rules) -> Part:
+def write_part(unit: Unit, tokenizer: Path, folder: Path, rules: TokenRules) -> Part:
     """Tokenise a unit into its two files in `folder`, flushed to the disk.
 
     Holds one batch of 1,000 texts or a million characters at a time, or one longer text.
@@ -153,7 +153,7 @@ def write_part(unit: Unit, tokenizer: Path, folder: Path, rules: Rules) -> Part:
     return part
 
 
-def _texts(unit: Unit, rules: Rules, part: Part) -> Iterator[str]:
+def _texts(unit: Unit, rules: TokenRules, part: Part) -> Iterator[str]:
     # a character takes six bytes at most in JSON (an escape), and in UTF-8 four
     longest_line = 6 * rules.max_characters + (1 << 16)
     for span in unit.spans:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lbr_dist.data.token_cache.part import DONE, LENGTH, TOKENIZER_FILE, Part, Rules, part_file
+from lbr_dist.data.token_cache.part import DONE, LENGTH, TOKENIZER_FILE, Part, TokenRules, part_file
 from lbr_dist.storage.files import checksum, write_atomic
 from lbr_dist.storage.fingerprint import signature
 from lbr_dist.storage.whole_folder import building_folder, host
@@ -52,7 +52,7 @@ def _another_writes(folder: Path) -> bool:
     return time.time() - newest < _AT_WORK
 
 
-def plan_of(files: Sequence[Path], weight: int, rules: Rules, folder: Path) -> dict[str, Any]:
+def plan_of(files: Sequence[Path], weight: int, rules: TokenRules, folder: Path) -> dict[str, Any]:
     """What decides the bytes of every part, and the places in messages.
 
     Args:
@@ -69,7 +69,7 @@ def plan_of(files: Sequence[Path], weight: int, rules: Rules, folder: Path) -> d
     }
 
 
-def finished_parts(folder: Path, plan: Mapping[str, Any], rules: Rules) -> dict[int, Part]:
+def finished_parts(folder: Path, plan: Mapping[str, Any], rules: TokenRules) -> dict[int, Part]:
     """The parts that an earlier build with this plan has finished; all else is removed, but the tokenizer's file."""
     done = folder / DONE
     parts: dict[int, Part] = {}
@@ -102,7 +102,7 @@ def _read_plan(path: Path) -> object:
         return None
 
 
-def _is_whole(folder: Path, part: Part, rules: Rules) -> bool:
+def _is_whole(folder: Path, part: Part, rules: TokenRules) -> bool:
     kinds = (("tokens", part.tokens, rules.dtype), ("lengths", part.documents, LENGTH))
     return all(
         part_file(folder, part.number, kind).stat().st_size == items * np.dtype(dtype).itemsize

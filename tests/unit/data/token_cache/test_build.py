@@ -305,13 +305,13 @@ def test_a_process_holds_a_few_lines_not_the_file(tokenizer: Path, tmp_path: Pat
     code = f"""
 import resource
 from pathlib import Path
-from lbr_dist.data.token_cache.part import Rules, Unit, _load, write_part
+from lbr_dist.data.token_cache.part import TokenRules, Unit, _load, write_part
 from lbr_dist.data.record_files import Span
 _load(Path({str(tokenizer / "tokenizer.json")!r}))
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 20_000_000,) * 2)
 unit = Unit(0, (Span(Path({str(path)!r}), 0, {path.stat().st_size}),))
-rules = Rules("<u2", 200_000, False)
+rules = TokenRules("<u2", 200_000, False)
 print(write_part(unit, Path({str(tokenizer / "tokenizer.json")!r}), Path({str(tmp_path)!r}), rules))
 import sys
 assert not {{"torch", "transformers"}} & set(sys.modules), "these cost each process seconds"
@@ -438,7 +438,7 @@ def before(action):
 def write_tokenizer(folder, to, max_characters):
     # as the real one, without the seconds that transformers takes
     shutil.copy(folder / "tokenizer.json", to)
-    return token_parts.Rules("<u2", max_characters, False)
+    return token_parts.TokenRules("<u2", max_characters, False)
 
 def slow(unit):
     time.sleep(0.02)
