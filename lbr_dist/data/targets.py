@@ -1,4 +1,4 @@
-"""Stage 1's sequences: a text and what is to be predicted from its bottleneck."""
+"""Stage 1's sequences: a text, and the target to predict from its bottleneck."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LearnData:
     pairs: Sequence[tuple[Tokens, Tokens]]
     drop_id: int
     held_out: Sequence[Tokens] = field(default_factory=list)
-    """Texts that are never trained on, for the diagnostics."""
+    """Texts for the diagnostics, never trained on."""
 
     def batch(self, learn: LearnConfig, bottleneck: int, step: int, seed: int) -> list[TrainingSequence]:
         """The global batch of a step, in the same order on every rank."""
@@ -31,7 +31,7 @@ class LearnData:
         ]
 
     def held_out_sequences(self, learn: LearnConfig, bottleneck: int) -> list[TrainingSequence]:
-        """The held-out texts with a target each, the same in every run; of their own text alone, never of a pair."""
+        """The held-out texts with their targets, the same in every run. Targets come from the text, not from a pair."""
         kinds = learn.targets
         own = kinds.continuation + kinds.reconstruction > 0
         shares = replace(kinds, pair=0.0) if own else TargetsConfig()
@@ -44,7 +44,7 @@ class LearnData:
         shares = learn.targets
         kind = rng.random() * shares.total
         if kind < shares.continuation:
-            # neither side is empty, and the text side is long enough to say something
+            # neither side is empty, and the text side is long enough to be informative
             cut = rng.randint(max(1, len(text) // 4), max(1, 3 * len(text) // 4))
             return TrainingSequence(text[:cut], k, text[cut:])
         if kind < shares.continuation + shares.reconstruction:

@@ -1,4 +1,4 @@
-"""Rows hold every sequence once, with the positions, labels and roles of the definition in data/packing.py."""
+"""Rows contain every sequence once, with the positions, labels and roles defined in data/packing.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def batches(draw: st.DrawFn) -> list[TrainingSequence]:
 
 
 def check_row(row: PackedRow, sequences: list[TrainingSequence]) -> None:
-    """Every sequence of the row is as the definition says, one after another, and nothing else is there."""
+    """The row contains every sequence as defined, one after another, and nothing else."""
     start = 0
     for (text, bottleneck, end), index in zip(row.spans.tolist(), row.order.tolist(), strict=True):
         s = sequences[index]
@@ -91,7 +91,7 @@ def test_rows_are_few_and_even(lengths: list[int], row_tokens: int, multiple: in
 @given(batches(), st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
 def test_ranks_share_a_batch(sequences: list[TrainingSequence], world_size: int) -> None:
-    """Every sequence on one rank, as many rows on each, and the rows of one rank are those of many."""
+    """Every sequence is on one rank, all ranks have the same number of rows, and rows are packed as on one rank."""
     shares = [rank_rows(sequences, 40, SINK_ID, rank, world_size) for rank in range(world_size)]
     assert len({len(rows) for rows, _ in shares}) == 1 and len({filled for _, filled in shares}) == 1
     assert sorted(i for rows, _ in shares for row in rows for i in row.order.tolist()) == list(range(len(sequences)))
@@ -115,13 +115,13 @@ def test_without_a_role(sequences: list[TrainingSequence]) -> None:
             for name in ("input_ids", "position_ids", "roles", "labels"):
                 assert getattr(kept, name).tolist() == getattr(row, name)[keep].tolist()
             assert kept.layout.tokens == len(kept.input_ids)
-            # what is left sees what it saw, but the target sees all that is before it
+            # the remaining tokens see what they saw before, but the target sees everything before it
             seen = row.layout.mask()[keep][:, keep]
             assert (kept.layout.mask() == seen).all()
 
 
 def test_a_target_sees_all_but_the_text() -> None:
-    """Taking the text out leaves a mask with nothing hidden: the layout's own definition, not only ours."""
+    """Without the text, nothing is masked: by the layout's own definition, not only ours."""
     row = pack([TrainingSequence((1, 2, 3), 2, (4, 5, 6))], 24, SINK_ID)[0]
     mask = without(row, CONTEXT).layout.mask()
     assert mask.equal(mask.new_ones(mask.shape).tril())
@@ -138,7 +138,7 @@ def test_too_long_a_sequence_is_refused() -> None:
         pack([TrainingSequence((1,) * 6, 2)], 8, SINK_ID)
 
 
-def test_mixed_bottlenecks_are_a_defect() -> None:
+def test_different_bottlenecks_in_one_row_are_refused() -> None:
     with pytest.raises(AssertionError, match=r"found \[1, 2\]"):
         pack([TrainingSequence((1,), 1), TrainingSequence((1,), 2)], 8, SINK_ID)
     assert dataclasses.replace(TrainingSequence((1,), 1), target=(2, 3)).inputs == 1

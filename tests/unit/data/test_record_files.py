@@ -1,4 +1,4 @@
-"""Files cut in parts: every line in one part, with its place."""
+"""Files cut into parts: every line is in one part, and knows its place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lbr_dist.errors import DataError
 
 @settings(max_examples=150, deadline=None)
 @given(lines=st.lists(st.integers(0, 60), min_size=1), weight=st.integers(1, 200), ended=st.booleans())
-def test_a_line_is_in_the_one_part_where_it_begins(
+def test_a_line_is_read_only_in_the_part_where_it_begins(
     tmp_path_factory: pytest.TempPathFactory, lines: list[int], weight: int, ended: bool
 ) -> None:
     path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
@@ -25,7 +25,7 @@ def test_a_line_is_in_the_one_part_where_it_begins(
     assert found == [(f"{path}:{i + 1}", {"n": i, "x": "é" * n}) for i, n in enumerate(lines) if n]
 
 
-def test_a_byte_order_mark_belongs_at_the_beginning_of_a_file(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_allowed_only_at_the_start_of_a_file(tmp_path: Path) -> None:
     line = b'\xef\xbb\xbf{"n": 0}\n'
     (tmp_path / "lines.jsonl").write_bytes(line * 2)
     first, second = spans(tmp_path / "lines.jsonl", len(line))
@@ -34,8 +34,8 @@ def test_a_byte_order_mark_belongs_at_the_beginning_of_a_file(tmp_path: Path) ->
         list(span_rows(second))
 
 
-def test_a_span_of_a_large_file_begins_where_it_should(tmp_path: Path) -> None:
-    """Lines are counted from the file's first, however far into it a part begins."""
+def test_line_numbers_count_from_the_start_of_the_file(tmp_path: Path) -> None:
+    """However far into the file a part begins."""
     path = tmp_path / "lines.jsonl"
     path.write_text("".join(json.dumps({"n": i, "x": "x" * 200}) + "\n" for i in range(20_000)))
     size = path.stat().st_size

@@ -34,7 +34,7 @@ def before(action):
     build_tokens.write_part = write_part
 
 def write_tokenizer(folder, to, max_characters):
-    # as the real one, without the seconds that transformers takes
+    # the same as the real one, without the seconds that importing transformers takes
     shutil.copy(folder / "tokenizer.json", to)
     return token_parts.TokenRules("<u2", max_characters, False)
 

@@ -1,4 +1,4 @@
-"""A tokenizer, a corpus, and builds in a process of their own."""
+"""A tokenizer, a corpus, and builds in separate processes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small corpus is cut in many parts, and given to processes, as a large one is."""
+    """Cut a small corpus into many parts and use several processes, as for a large one."""
     monkeypatch.setattr(build_tokens, "_UNIT", 5000)
     monkeypatch.setattr(build_tokens, "_SMALL", 0)
 
 
 @pytest.fixture
 def start(tmp_path: Path, tokenizer: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts a build in a process of its own, in a process group of its own."""
+    """Starts a build in a separate process and process group."""
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
     started = []

@@ -1,4 +1,4 @@
-"""The token cache: the same tokens from every format and number of processes, and whole or not at all."""
+"""The token cache: the same tokens from every format and number of processes, and complete or absent."""
 
 from __future__ import annotations
 
@@ -101,13 +101,15 @@ def test_the_other_processes_stop_at_an_error(
     assert isinstance(futures[-1].exception(), BrokenProcessPool)
 
 
-def test_nothing_but_bad_documents_is_refused(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no documents to learn from, 2 empty \(the first: .*corpus\.jsonl:1\)"):
+def test_a_corpus_of_only_bad_documents_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"no documents to learn from; left out: 2 empty \(the first: .*corpus\.jsonl:1\)"
+    ):
         made(jsonl(tmp_path / "corpus.jsonl", [{"text": ""}, {"text": " "}]), tokenizer, tmp_path / "cache")
     assert left_in(tmp_path / "cache") == []
 
 
-def test_a_cache_that_is_there_is_used_and_a_changed_one_is_not(
+def test_an_existing_cache_is_used_unless_its_inputs_changed(
     corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprint, "_SETTLED_NS", -1)  # files of this second are remembered
@@ -119,7 +121,7 @@ def test_a_cache_that_is_there_is_used_and_a_changed_one_is_not(
     times = corpus.stat()
     content = corpus.read_bytes()
     corpus.write_bytes(content.replace(b"hand", b"HAND", 1))
-    os.utime(corpus, ns=(times.st_atime_ns, times.st_mtime_ns))  # same size, same inode, same time of writing
+    os.utime(corpus, ns=(times.st_atime_ns, times.st_mtime_ns))  # same size, same inode, same write time
     second = made(corpus, tokenizer, tmp_path / "cache")
     assert second.folder != first.folder
     corpus = corpus.rename(corpus.with_name("renamed.jsonl"))
@@ -132,7 +134,7 @@ def test_a_cache_that_is_there_is_used_and_a_changed_one_is_not(
     settings_file.write_text(before)
 
 
-def test_a_corpus_that_changes_meanwhile_is_refused(
+def test_a_corpus_that_changes_during_the_build_is_refused(
     corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = token_parts.write_part
@@ -144,7 +146,7 @@ def test_a_corpus_that_changes_meanwhile_is_refused(
         return part
 
     monkeypatch.setattr(build_tokens, "write_part", write_part)
-    with pytest.raises(DataError, match=r"corpus\.jsonl: it was changed while it was read"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl: changed while it was being read"):
         made(corpus, tokenizer, tmp_path / "cache")
     assert left_in(tmp_path / "cache") == []
 
@@ -181,7 +183,7 @@ def test_processes_end_with_their_parent(
     job.kill()
     job.wait()
     while process_group(job.pid):
-        assert time.monotonic() < deadline, "processes that tokenise outlived their parent"
+        assert time.monotonic() < deadline, "tokenising processes outlived their parent"
         time.sleep(0.05)
 
 
@@ -205,18 +207,18 @@ def test_a_killed_process_is_named(tokenizer: Path, tmp_path: Path, small_units:
         if "tokenising" in text:
             os.kill(max(new), signal.SIGKILL)
 
-    # the processes are started after this line is said
-    with pytest.raises(LaunchError, match="was killed, often for want of memory"):
+    # the processes start after this line is reported
+    with pytest.raises(LaunchError, match="was killed, often for lack of memory"):
         made(
             corpus, tokenizer, tmp_path / "cache", 2, say=lambda t: threading.Thread(target=kill_one, args=(t,)).start()
         )
-    # what is finished is good: the next build goes on with it
+    # finished parts are valid: the next build keeps them
     (building,) = (tmp_path / "cache").glob(".*.building")
     assert left_in(tmp_path / "cache") == [building.name]
     finished = len(list(building.glob("done/0*.json")))
     said: list[str] = []
     made(corpus, tokenizer, tmp_path / "cache", 2, say=said.append).verify()
-    assert ("are there from an earlier build" in said[0]) == (finished > 0)
+    assert ("already done by an earlier build" in said[0]) == (finished > 0)
 
 
 def children() -> list[int]:
@@ -234,7 +236,7 @@ def command(process: int) -> bytes:
 def test_a_full_disk_is_named_and_nothing_is_left(
     tokenizer: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]], processes: int
 ) -> None:
-    """A real failed write: no file may grow larger than the tokenizer's, and a part would."""
+    """A write that really fails: no file may grow larger than the tokenizer's, but a part would."""
     size = (tokenizer / "tokenizer.json").stat().st_size + 100
 
     def limit() -> None:

@@ -21,14 +21,14 @@ from tests.unit.data.token_cache.cases import expected, made
     st.integers(1, 17),
     st.data(),
 )
-def test_pieces_are_those_of_lists(texts: list[list[int]], longest: int, shortest: int, data: st.DataObject) -> None:
+def test_pieces_match_slices_of_lists(texts: list[list[int]], longest: int, shortest: int, data: st.DataObject) -> None:
     class Lists:
         lengths = np.array([len(text) for text in texts], np.uint32)
 
         def span(self, document: int, start: int, stop: int) -> tuple[int, ...]:
             return tuple(texts[document][start:stop])
 
-    # as `targets.pieces` does it, of which 2 is the shortest
+    # as in `tests.tiny.pieces`, but with any shortest length
     cut = [tuple(text[i : i + longest]) for text in texts for i in range(0, len(text), longest)]
     truth = [piece for piece in cut if len(piece) >= shortest]
     found = Pieces(Lists(), longest, shortest)
@@ -40,7 +40,7 @@ def test_pieces_are_those_of_lists(texts: list[list[int]], longest: int, shortes
         found[len(truth)]
 
 
-def test_pieces_of_a_cache_are_those_of_its_texts(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_pieces_of_a_cache_match_its_texts(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
     from tests.tiny import pieces
 
     cache = made(corpus, tokenizer, tmp_path / "cache")

@@ -20,7 +20,7 @@ def test_ids_above_two_bytes_are_kept(corpus: Path, tokenizer: Path, tmp_path: P
     wide.mkdir()
     for path in tokenizer.iterdir():
         content = json.loads(path.read_text())
-        if path.name == "tokenizer.json":  # the ids of the last merges are moved up
+        if path.name == "tokenizer.json":  # raise the ids of the last merges
             vocabulary = content["model"]["vocab"]
             content["model"]["vocab"] = {key: i + 70_000 * (i > 300) for key, i in vocabulary.items()}
         (wide / path.name).write_text(json.dumps(content))
@@ -53,7 +53,7 @@ def test_bad_documents_are_left_out_and_reported(tokenizer: Path, tmp_path: Path
         "enormous": (2, f"{path}:{first + 4}"),
     }
     assert said[-1].endswith(str(cache.report)) and f"2 enormous (the first: {path}:{first + 4})" in said[-1]
-    # nothing of this is bad
+    # none of these is bad
     fine = jsonl(
         tmp_path / "fine.jsonl",
         [{"text": "x" * 1000}, {"text": "a\tb\r\nc\u2028\x85 é 😀"}, {"text": "\ufffd" + 20 * "x"}],
@@ -95,8 +95,8 @@ def test_a_bad_row_of_a_table_is_refused_with_its_row(tokenizer: Path, tmp_path:
         made(tmp_path / "other.parquet", tokenizer, tmp_path / "cache")
 
 
-def test_a_process_holds_a_few_lines_not_the_file(tokenizer: Path, tmp_path: Path) -> None:
-    """With room for a fifth of the file, and for half of its longest line."""
+def test_a_process_does_not_hold_the_whole_file(tokenizer: Path, tmp_path: Path) -> None:
+    """With memory for a fifth of the file, and for half of its longest line."""
     path = tmp_path / "corpus.jsonl"
     with path.open("wb") as file:
         for _ in range(100):

@@ -1,4 +1,4 @@
-"""Builds that were cut off: what the next one keeps, and what it clears away."""
+"""Interrupted builds: what the next build keeps, and what it removes."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def test_a_killed_build_is_never_used_and_is_cleared_away(
     mine = whole_folder.building_folder(tmp_path / "cache" / ("0" * 32))
     elsewhere = tmp_path / "cache" / ".00000000000000000000000000000000.other-1.4999999.00000000.building"
     for folder in (mine, elsewhere):
-        folder.mkdir()  # of this process, and of one on another host that has no like here
+        folder.mkdir()  # of this process, and of a process on another host
     cache = made(corpus, tokenizer, tmp_path / "cache")
     assert list(cache) == expected(tokenizer)
     assert left_in(tmp_path / "cache") == sorted([elsewhere.name, mine.name, cache.folder.name])
 
 
 @pytest.mark.usefixtures("small_units")
-def test_a_build_that_was_cut_off_goes_on(
+def test_an_interrupted_build_is_resumed(
     corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = made(corpus, tokenizer, tmp_path / "whole").folder
     cache, real = tmp_path / "cache", token_parts.write_part
     building = cut_off(corpus, tokenizer, cache, monkeypatch, 5)
     kept = {number: (building / f"part-{number:05d}.tokens").stat().st_ino for number in (0, 4)}
-    (building / "part-00001.lengths").write_bytes(b"")  # as after a loss of power
+    (building / "part-00001.lengths").write_bytes(b"")  # as after a power failure
     (building / "done" / "00002.json").write_text("{")
     (building / ".part-00005.tokens.abcd").write_bytes(b"cut off")
     written: list[int] = []
@@ -54,7 +54,7 @@ def test_a_build_that_was_cut_off_goes_on(
     said: list[str] = []
     found = made(corpus, tokenizer, cache, say=said.append).folder
     count = len(list(whole.glob("*.tokens")))
-    assert written == [1, 2, *range(5, count)] and "are there from an earlier build" in said[0]
+    assert written == [1, 2, *range(5, count)] and "already done by an earlier build" in said[0]
     assert all((found / f"part-{number:05d}.tokens").stat().st_ino == inode for number, inode in kept.items())
     contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, found)]
     assert contents[0] == contents[1]
@@ -65,7 +65,7 @@ def test_a_build_that_was_cut_off_goes_on(
 def test_parts_of_another_plan_are_made_again(
     corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other parts, another name for the corpus (it is in messages), or a file that was written to since."""
+    """A different part size, another name for the corpus (it is in messages), or a file written to since."""
 
     def cut() -> None:
         monkeypatch.setattr(build_tokens, "_UNIT", 5000)
@@ -80,7 +80,7 @@ def test_parts_of_another_plan_are_made_again(
         for path in cache.folder.iterdir():
             path.unlink()
         cache.folder.rmdir()
-        return "are there from an earlier build" not in said[0]
+        return "already done by an earlier build" not in said[0]
 
     cut()
     assert not made_again()
@@ -96,10 +96,10 @@ def test_parts_of_another_plan_are_made_again(
 
 
 @pytest.mark.usefixtures("small_units")
-def test_a_folder_where_another_host_seems_to_work_is_left_alone(
+def test_a_folder_that_another_host_seems_to_write_is_left_alone(
     corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some file systems keep a lock to the host that took it."""
+    """On some file systems, other hosts do not see a lock."""
     building = cut_off(corpus, tokenizer, tmp_path / "cache", monkeypatch, 5)
     (building / "done" / "host").write_text("elsewhere-1")
     before = sorted(path.name for path in building.iterdir())
@@ -111,11 +111,11 @@ def test_a_folder_where_another_host_seems_to_work_is_left_alone(
         os.utime(path, (time.time() - 100,) * 2)
     said: list[str] = []
     made(corpus, tokenizer, tmp_path / "cache", say=said.append)
-    assert "are there from an earlier build" in said[0] and not building.exists()
+    assert "already done by an earlier build" in said[0] and not building.exists()
 
 
 def cut_off(corpus: Path, tokenizer: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, parts: int) -> Path:
-    """Build until some parts are finished. Returns the folder in which they are."""
+    """Build until some parts are finished. Returns the folder with these parts."""
     real = token_parts.write_part
 
     def write_part(unit: token_parts.Unit, *arguments: Any) -> Any:
