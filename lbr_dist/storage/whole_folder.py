@@ -56,7 +56,7 @@ def discard(building: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold a lock that is also released if the process dies; reports waiting. False: the file system has no locks."""
+    """Hold a lock that is released even if the process dies; reports waiting. Gives False if there are no locks."""
     began, said = time.monotonic(), float("-inf")
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
