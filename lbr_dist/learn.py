@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lbr_dist.config import LearnConfig, RunConfig
 from lbr_dist.console import say_aside, silent
-from lbr_dist.data.packing import PackedRow, Sequence, digest, rank_rows
+from lbr_dist.data.packing import PackedRow, TrainingSequence, digest, rank_rows
 from lbr_dist.data.records import read_corpus, read_pairs
 from lbr_dist.data.sampler import seed_of
 from lbr_dist.data.targets import LearnData
@@ -41,7 +41,12 @@ def unit_noise(row: PackedRow, dimension: int, key: str) -> Tensor:
 
 
 def accumulate_step(
-    engine: Engine, sequences: list[Sequence], learn: LearnConfig, sink_id: int, ranks: Ranks, noise_key: str = ""
+    engine: Engine,
+    sequences: list[TrainingSequence],
+    learn: LearnConfig,
+    sink_id: int,
+    ranks: Ranks,
+    noise_key: str = "",
 ) -> dict[str, float]:
     """Accumulate the gradient of one global batch, reduced once.
 
@@ -86,7 +91,7 @@ def accumulate_step(
     return values | {"num_tokens": float(sum(s.length for s in sequences)), "packing_efficiency": filled}
 
 
-class Learn(Stage[list[Sequence]]):
+class Learn(Stage[list[TrainingSequence]]):
     """Stage 1 on one rank; see `trainer.Stage`.
 
     Raises:
@@ -126,13 +131,13 @@ class Learn(Stage[list[Sequence]]):
         self.engine = engine
         self.diagnostics = Diagnostics(engine, self.data, self.config, self.tokenizer.sink_id, self.ranks)
 
-    def batch(self, step: int) -> list[Sequence]:
+    def batch(self, step: int) -> list[TrainingSequence]:
         return self.data.batch(self.settings, self.config.model.bottleneck_tokens, step, self.config.seed)
 
-    def digest(self, batch: list[Sequence]) -> str:
+    def digest(self, batch: list[TrainingSequence]) -> str:
         return digest(batch)
 
-    def accumulate(self, batch: list[Sequence], step: int) -> dict[str, float]:
+    def accumulate(self, batch: list[TrainingSequence], step: int) -> dict[str, float]:
         noise_key = f"{self.config.seed}/{step}"
         return accumulate_step(self.engine, batch, self.settings, self.tokenizer.sink_id, self.ranks, noise_key)
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from lbr_dist.config import DataConfig, LearnConfig, ModelConfig, RunConfig
-from lbr_dist.data.packing import Sequence
+from lbr_dist.data.packing import TrainingSequence
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.launch.worker import quiet_libraries
 from lbr_dist.learn import Learn, accumulate_step
@@ -47,7 +47,7 @@ def main() -> None:
     engine.train()
     fields = [json.loads(line) for line in args.sequences.read_text(encoding="utf-8").splitlines()]
     sequences = [
-        Sequence(
+        TrainingSequence(
             tuple(f["context"]),
             k,
             () if plain else tuple(f["target"]),

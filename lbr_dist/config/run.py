@@ -190,8 +190,8 @@ class CheckpointConfig:
     """Also keep this many of those with the lowest held-out loss."""
 
     resume: Literal["auto", "required", "never"] | int = "auto"
-    """`auto` resumes from the newest intact checkpoint, if any; `required` refuses to start over; `never` starts over and
-    sets existing checkpoints aside; a number resumes from the checkpoint of that step."""
+    """`auto` resumes from the newest intact checkpoint, if any; `required` refuses to start over; `never` starts over
+    and sets existing checkpoints aside; a number resumes from the checkpoint of that step."""
 
     background: bool = True
     """Write while training continues, from a copy in host memory: 12 bytes for each parameter of a rank's share.

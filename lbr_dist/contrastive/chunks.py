@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lbr_dist.config import RunConfig, sequence_tokens
-from lbr_dist.data.packing import PackedRow, Sequence, assign_rows, filler, pack_row
+from lbr_dist.data.packing import PackedRow, TrainingSequence, assign_rows, filler, pack_row
 from lbr_dist.data.pairs import PairBatch
 from lbr_dist.ranks.group import Ranks
 
@@ -70,4 +70,4 @@ class RankChunks:
         texts = self.rows[number]
         if not texts:
             return filler(self.bottleneck, self.sink_id).to(self.device)
-        return pack_row([Sequence(self.texts[i], self.bottleneck) for i in texts], self.sink_id).to(self.device)
+        return pack_row([TrainingSequence(self.texts[i], self.bottleneck) for i in texts], self.sink_id).to(self.device)

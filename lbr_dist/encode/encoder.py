@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lbr_dist.config import ModelConfig
-from lbr_dist.data.packing import Sequence as PackedSequence
-from lbr_dist.data.packing import pack_row
+from lbr_dist.data.packing import TrainingSequence, pack_row
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.model.backbone import read_json
 from lbr_dist.model.bottleneck import load_model
@@ -91,7 +90,7 @@ class Encoder:
         done = 0
         for members in _chunks([1 + len(tokens[i]) + len(s.bottleneck_ids) for i in by_length], chunk_tokens):
             chosen = [by_length[i] for i in members]
-            row = pack_row([PackedSequence(tokens[i], len(s.bottleneck_ids)) for i in chosen], self.tokenizer.sink_id)
+            row = pack_row([TrainingSequence(tokens[i], len(s.bottleneck_ids)) for i in chosen], self.tokenizer.sink_id)
             embedded = self.model(row.to(self.device), task="embed", pooling=s.pooling)
             vectors[torch.tensor(chosen)] = F.normalize(embedded, dim=1).cpu()
             done += len(chosen)

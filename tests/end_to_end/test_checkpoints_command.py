@@ -258,7 +258,7 @@ def test_prune_waits_for_no_job(copied: Path, capsys: pytest.CaptureFixture[str]
         assert command(copied, "prune", "--keep", "1", "--dry-run") == 0
         assert "learn step-000002: would be deleted" in capsys.readouterr().out
         assert command(copied, "prune", "--keep", "1") == 1
-        assert "another job trains in this run folder: process" in capsys.readouterr().err
+        assert "another job is training in this run folder: process" in capsys.readouterr().err
     assert files(copied / "learn" / "checkpoints") == before
     assert command(copied, "prune", "--keep", "1") == 0
     assert checkpoints(copied).steps() == checkpoints(copied, "represent").steps() == [4]
