@@ -178,11 +178,11 @@ def _other_version(run: Path) -> None:
 REFUSED = {
     "no base": (
         lambda run: shutil.rmtree(run / "learn" / "export"),
-        "export: not there; represent began with its config and tokenizer. Put back",
+        "export: does not exist; represent started from its config and tokenizer. Restore",
     ),
-    "another base": (_other_tokenizer, "its tokenizer.json is not what represent began with. Put back"),
+    "another base": (_other_tokenizer, "its tokenizer.json is not what represent started from. Restore"),
     "a damaged checkpoint": (_torn, "rank-00001.safetensors: its checksum is"),
-    "other parameters": (_other_parameters, "holds other parameters than the model of"),
+    "other parameters": (_other_parameters, "its parameters differ from those of the model in"),
     "another version's config": (_other_version, "manifest.json: its config is none that this version"),
 }
 

@@ -131,7 +131,7 @@ def test_encode_over_mpi_goes_on_after_a_killed_rank(tiny_model: Path, tiny_data
     assert 2 <= before < 10
     done = on_ranks(3, "none", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{before} of 10 parts are there already" in done.stdout
+    assert f"{before} of 10 parts exist already" in done.stdout
     assert out.read_bytes() == (tmp_path / "one.npy").read_bytes()
     assert (tmp_path / "vectors.ids").read_text().splitlines() == list(tiny.texts())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.ids", "one.npy", "vectors.ids", "vectors.npy"]
