@@ -176,7 +176,7 @@ def test_what_is_refused() -> None:
 def test_backends_say_why_not() -> None:
     assert "steps of 8, found 20" in str(why_not("torch_varlen", "cuda", torch.bfloat16, 20))
     assert "tensors are float32" in str(why_not("torch_varlen", "cuda", torch.float32, 64))
-    assert "it is the CPU's" in str(why_not("tiles", "cuda", torch.bfloat16, 64))
+    assert "it runs on the CPU only" in str(why_not("tiles", "cuda", torch.bfloat16, 64))
     assert choose_backend("auto", "cuda", torch.bfloat16, 64) in CUDA_ONLY
     assert choose_backend("auto", "cuda", torch.float32, 64) == "sdpa"
     assert choose_backend("auto", "cpu", torch.bfloat16, 64) == "tiles"
