@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 TILE = 2048
-"""Queries and documents in a tile: 16 MiB of scores. On an idle CPU, 1,024 is as fast as 2,048 and 512 is 3 % slower; on
-a busy one, the threads of small tiles wait for one another."""
+"""Queries and documents in a tile: 16 MiB of scores. On an idle CPU, 1,024 is as fast as 2,048 and 512 is 3 % slower;
+on a busy one, the threads of small tiles wait for one another."""
 
 
 class Problem(NamedTuple):

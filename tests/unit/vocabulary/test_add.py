@@ -213,7 +213,7 @@ def test_a_piece_that_breaks_a_text_is_refused(
     # a byte-level decoder takes é for the byte that it writes so
     monkeypatch.setattr(add, "choose", lambda *_: [Entry("é(", (0,), 1, None)])
     corpus = write_corpus(tmp_path / "corpus.jsonl", lambda generator: smiles(generator) + " é( y")
-    with pytest.raises(ModelError, match=r"with the new pieces, it changes 400 of 400 texts that it kept"):
+    with pytest.raises(ModelError, match=r"with the new pieces, it changes 400 of 400 texts that it restored before"):
         add_vocabulary(tiny_model, [corpus], tmp_path / "out", 1)
     assert list(tmp_path.iterdir()) == [corpus]
 
