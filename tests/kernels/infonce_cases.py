@@ -18,21 +18,21 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 class Case(NamedTuple):
     queries: Tensor
-    """float64, as the documents."""
+    """float64, like the documents."""
     documents: Tensor
     positives: Tensor
     keywords: dict[str, Any]
-    """Of `info_nce`, but the temperature."""
+    """Arguments of `info_nce` other than the temperature."""
     temperature: float = 0.2
 
 
 def case(
     q: int, n: int, d: int, p: int = 1, seed: int = 0, query_ids: int = 0, document_ids: int = 0, **keywords: Any
 ) -> Case:
-    """Random vectors; ids are below `query_ids` and `document_ids`, and None where those are 0."""
+    """Random vectors; `query_ids` and `document_ids` are how many different ids to draw, none if 0."""
     generator = torch.Generator().manual_seed(seed)
     queries, documents = (torch.randn(rows, d, generator=generator, dtype=torch.float64) for rows in (q, n))
-    documents *= torch.linspace(0.1, 10, n)[:, None]  # norms that matter
+    documents *= torch.linspace(0.1, 10, n)[:, None]  # norms that make a difference
     positives = torch.randint(-1, n, (q, p), generator=generator)
     positives[:, 0] = torch.randint(0, n, (q,), generator=generator)
     ids = {
@@ -63,7 +63,7 @@ CASES = {
 
 
 def known(c: Case, i: int, j: int) -> bool:
-    """Whether document j is a positive of query i, by any of the ways."""
+    """Whether document j is a positive of query i, in any of the ways."""
     given = (c.keywords.get(name) for name in ("query_ids", "document_ids"))
     query_ids, document_ids = (None if ids is None else ids.tolist() for ids in given)
     for row, columns in enumerate(c.positives.tolist()):
@@ -77,7 +77,7 @@ def known(c: Case, i: int, j: int) -> bool:
 
 
 def direction(c: Case, scores: Tensor, scored: list[int], temperature: Tensor, transposed: bool) -> tuple[Any, ...]:
-    """Loss, correct, masked, and the least distance of a cosine to one that it is compared to."""
+    """Loss, correct, masked, and the smallest difference between two cosines that are compared."""
     loss, correct, masked, gap = temperature * 0, 0, 0, math.inf
     cosines = scores.tolist()
     margin = c.keywords.get("margin")
@@ -101,7 +101,7 @@ def direction(c: Case, scores: Tensor, scored: list[int], temperature: Tensor, t
 
 
 def definition(c: Case, queries: Tensor, documents: Tensor, temperature: Tensor) -> tuple[InfoNCE, float]:
-    """The result in float64 by loops over queries and documents, and how near it is to masking something else."""
+    """The result in float64 by loops over queries and documents, and how close any comparison is to flipping."""
     scored = (c.positives if c.positives.ndim == 1 else c.positives[:, 0]).tolist()
     losses, counts, gaps = [], (0, 0), [math.inf]
     for width in sorted(c.keywords.get("prefixes") or [queries.shape[1]]):
@@ -125,7 +125,7 @@ def graded(result: InfoNCE, of: list[Tensor]) -> list[Tensor]:
 def check(
     c: Case, backend: Backend, dtype: torch.dtype, tile: int, device: str = "cpu", by_loops: bool = False
 ) -> None:
-    """Loss, counts and all three gradients; our error is at most twice that of plain PyTorch, and rounding."""
+    """Loss, counts and all three gradients; our error is at most twice that of plain PyTorch, plus rounding."""
     keywords = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in c.keywords.items()}
     positives = c.positives.to(device)
     low = [x.to(device, dtype).requires_grad_() for x in (c.queries, c.documents)]
@@ -133,7 +133,7 @@ def check(
     exact = [x.detach().double().requires_grad_() for x in low]
     if by_loops:
         truth, gap = definition(c, *exact)
-        assume(gap > 1e-5)  # in float32 another one may be the largest, or above the margin
+        assume(gap > 1e-5)  # in float32 another cosine may be the largest, or above the margin
     else:
         truth = reference_info_nce(*exact[:2], positives, temperature=exact[2], **keywords)
     plain = reference_info_nce(*low[:2], positives, temperature=low[2], **keywords)
@@ -149,16 +149,16 @@ def check(
             error, allowed = ((x - right).abs().amax(1) for x in (mine, same))
             place = torch.finfo(found[0][0].dtype).eps * scale
             if right.shape[1] > 1:
-                of = torch.finfo(dtype)  # its last place, of subnormal numbers too
+                of = torch.finfo(dtype)  # one unit in the last place, also for subnormal numbers
                 place = place + of.eps * right.abs().amax(1).clamp_min(of.smallest_normal)
             assert bool((error <= 2 * allowed + 2 * place).all()), (dtype, mine, right)
 
 
 def scales(c: Case, exact: list[Tensor], backend: Backend, dtype: torch.dtype) -> list[Any]:
-    """What float32 rounds in the loss and in each row of its gradients, which may be small differences of it.
+    """The size of what float32 rounds in the loss and in each row of its gradients, which may be small differences.
 
-    Logits are as large as 1 / temperature, and so is, next to its weight, the relative error of an exponential. A query
-    has weights of at most 2, a document of at most the number of queries; norms divide both.
+    Logits are as large as 1 / temperature, and the relative error of an exponential grows with them. The weights of a
+    query sum to at most 2, those of a document to at most the number of queries; both are divided by norms.
     """
     logits = 1 / c.temperature
     widths = c.keywords.get("prefixes") or [exact[0].shape[1]]
@@ -169,7 +169,7 @@ def scales(c: Case, exact: list[Tensor], backend: Backend, dtype: torch.dtype) -
     q, coarse = len(c.queries), torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     made = [q * logits, 3 * logits**2 * per_row[0], 3 * q * logits**2 * per_row[1], 3 * q * logits**3]
     if dtype != torch.float32 and (backend == "triton" or len(widths) > 1 or c.keywords.get("symmetric")):
-        # triton's weights are of the rows' precision, and so are the gradients of both directions and all prefixes
+        # triton's weights have the rows' precision, and so do the gradients of each direction and prefix
         made[1:3] = [scale * coarse / logits for scale in made[1:3]]
     if dtype != torch.float32 and backend == "triton":
         made[3] *= coarse / logits
@@ -177,7 +177,7 @@ def scales(c: Case, exact: list[Tensor], backend: Backend, dtype: torch.dtype) -
 
 
 class Largest(TorchDispatchMode):
-    """The largest number of elements that any operation gave."""
+    """Records the largest number of elements that any operation returned."""
 
     elements = 0
 

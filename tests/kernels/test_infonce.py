@@ -14,7 +14,7 @@ from tests.kernels.infonce_cases import BACKENDS, CASES, definition, graded
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_reference_is_the_definition(name: str) -> None:
+def test_the_reference_matches_the_definition(name: str) -> None:
     c = CASES[name]
     exact = [x.double().clone().requires_grad_() for x in (c.queries, c.documents, torch.tensor(c.temperature))]
     truth, gap = definition(c, *exact)
@@ -26,7 +26,7 @@ def test_the_reference_is_the_definition(name: str) -> None:
 
 
 def test_excluded_columns() -> None:
-    """One of each way to be a known positive."""
+    """An example of each way to be a known positive."""
     positives = torch.tensor([[4, 1, -1], [4, 2, 2], [0, -1, -1], [3, 5, 4]])
     document_ids = torch.tensor([9, 8, 7, 6, 5, 9])
 
@@ -46,7 +46,7 @@ def test_excluded_columns() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_no_queries_have_a_graph(symmetric: bool) -> None:
+def test_a_batch_without_queries_gives_zero_gradients(symmetric: bool) -> None:
     queries, documents = torch.zeros(0, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     temperature = torch.tensor(0.1, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
@@ -72,13 +72,13 @@ def test_autocast_changes_nothing() -> None:
             assert torch.equal(one, other)
 
 
-def test_no_gradient_is_kept_where_none_is_wanted() -> None:
+def test_inputs_without_gradients_give_a_loss_without_one() -> None:
     c = CASES["everything"]
     assert not info_nce(c.queries, c.documents, c.positives, temperature=0.1, **c.keywords).loss.requires_grad
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.1, math.nan, math.inf, torch.tensor(-1.0)])
-def test_a_temperature_that_cannot_be(temperature: float | Tensor) -> None:
+def test_an_invalid_temperature_is_refused(temperature: float | Tensor) -> None:
     c = CASES["plain"]
     for backend in BACKENDS:
         with pytest.raises(ValueError, match=f"temperature: found {float(temperature)}"):
@@ -86,14 +86,14 @@ def test_a_temperature_that_cannot_be(temperature: float | Tensor) -> None:
 
 
 @pytest.mark.parametrize("prefixes", [(0, 4), (4, 17), (-1,)])
-def test_a_prefix_that_cannot_be(prefixes: tuple[int, ...]) -> None:
+def test_an_invalid_prefix_is_refused(prefixes: tuple[int, ...]) -> None:
     c = CASES["plain"]
     for backend in BACKENDS:
         with pytest.raises(ValueError, match=r"prefixes: found (0|17|-1), expected widths from 1 to .* 16"):
             info_nce(c.queries, c.documents, c.positives, temperature=0.1, prefixes=prefixes, backend=backend)
 
 
-def test_a_backend_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     c = CASES["plain"]
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for backend, message in (("triton", "needs CUDA, found tensors on cpu"), ("dense", "found 'dense', expected auto")):

@@ -17,7 +17,7 @@ from tests.kernels.infonce_cases import CASES, DTYPES, Case, case, check, larges
 @pytest.mark.parametrize("tile", [1, 3, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_tiles(name: str, dtype: torch.dtype, tile: int) -> None:
+def test_tiles_match_the_reference(name: str, dtype: torch.dtype, tile: int) -> None:
     check(CASES[name], "tiles", dtype, tile)
 
 
@@ -41,12 +41,12 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(deadline=None, max_examples=100)
 @given(cases(), st.sampled_from(DTYPES), st.integers(1, 13))
 @example(CASES["everything is a positive"], torch.float32, 2)
-def test_any_layout(c: Case, dtype: torch.dtype, tile: int) -> None:
+def test_any_layout_matches_the_definition(c: Case, dtype: torch.dtype, tile: int) -> None:
     check(c, "tiles", dtype, tile, by_loops=True)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_the_gradients_that_are_wanted(wanted: tuple[bool, bool, bool]) -> None:
+def test_a_gradient_is_the_same_if_it_is_the_only_one(wanted: tuple[bool, bool, bool]) -> None:
     c = CASES["everything"]
     everything = (c.queries, c.documents, torch.tensor(c.temperature).double())
     all_of_them = [x.float().requires_grad_() for x in everything]
@@ -60,7 +60,7 @@ def test_only_the_gradients_that_are_wanted(wanted: tuple[bool, bool, bool]) -> 
 
 
 def test_zero_rows_and_large_logits() -> None:
-    """Norms are clamped as `F.normalize` clamps them; a small temperature overflows no exponential."""
+    """Norms are clamped as in `F.normalize`, and exponentials don't overflow at a small temperature."""
     c = case(6, 9, 8)
     c.positives[:2] = 2
     c.documents[2] = 0.0
@@ -71,7 +71,7 @@ def test_zero_rows_and_large_logits() -> None:
 
 
 class Precisions(TorchDispatchMode):
-    """What float32 products are allowed to be made of, at each of them."""
+    """Records the precision that is allowed for float32 products, at each product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Precisions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_products_are_float32_whatever_is_allowed() -> None:
+def test_products_are_float32_whatever_the_process_allows() -> None:
     c = CASES["plain"]
     inputs = [x.float().requires_grad_() for x in (c.queries, c.documents)]
     before = torch.get_float32_matmul_precision()
@@ -99,6 +99,6 @@ def test_products_are_float32_whatever_is_allowed() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def test_the_matrix_is_never_held() -> None:
+def test_the_whole_matrix_is_never_in_memory() -> None:
     assert largest("reference") >= 300 * 500
-    assert largest("tiles") <= 500 * 16  # the documents, or as many ids
+    assert largest("tiles") <= 500 * 16  # the documents, or the same number of ids

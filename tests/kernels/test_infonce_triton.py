@@ -14,25 +14,25 @@ from tests.kernels.infonce_cases import CASES, DTYPES, Case, case, check, larges
 
 
 def triton_in_the_interpreter() -> None:
-    """Run by `test_triton` in a process of its own."""
+    """Run by `test_triton_in_its_own_process`."""
     from lbr_dist.kernels import infonce_triton
 
     torch.set_num_threads(1)
-    check(CASES["everything"], "triton", torch.float32, 1)  # one block of everything
+    check(CASES["everything"], "triton", torch.float32, 1)  # everything in one block
     infonce_triton.BLOCK, infonce_triton.PANEL, infonce_triton.PROGRAMS = 16, 32, 3
     for number, (name, c) in enumerate(CASES.items()):
         print(name, file=sys.stderr)
         check(c, "triton", DTYPES[number % 3], 1)
     for dtype in DTYPES:
-        c = case(19, 37, 75, 2, document_ids=29, margin=0.2)  # d of several blocks
+        c = case(19, 37, 75, 2, document_ids=29, margin=0.2)  # d spans several blocks
         by_column = [x.T.contiguous().T for x in (c.queries, c.documents)]
         check(Case(*by_column, *c[2:]), "triton", dtype, 1)
     infonce_triton.BLOCK = infonce_triton.PANEL = 64
-    assert largest("triton") <= 500 * 16 * 4  # the interpreter copies what it gets as bytes
+    assert largest("triton") <= 500 * 16 * 4  # the interpreter copies its inputs as bytes
 
 
 def triton_for_an_h100() -> None:
-    """The kernels as machine code, which needs no GPU: types, shared memory, and products on the tensor cores."""
+    """Compile the kernels, which needs no GPU, and check types, shared memory, and products on the tensor cores."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -63,8 +63,8 @@ def triton_for_an_h100() -> None:
 @pytest.mark.parametrize(
     "script", ["triton_in_the_interpreter", pytest.param("triton_for_an_h100", marks=pytest.mark.slow)]
 )
-def test_triton(script: str) -> None:
-    """Triton's interpreter is chosen before Triton is imported, so each has a process of its own."""
+def test_triton_in_its_own_process(script: str) -> None:
+    """Triton's interpreter must be chosen before Triton is imported, so each script has its own process."""
     environment = os.environ | {"TRITON_INTERPRET": str(int(script == "triton_in_the_interpreter"))}
     command = f"from tests.kernels import test_infonce_triton; test_infonce_triton.{script}()"
     done = subprocess.run(

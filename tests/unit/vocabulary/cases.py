@@ -57,7 +57,7 @@ def new_entries(base: Path, out: Path) -> dict[str, int]:
 
 
 def with_tokenizer(base: Path, tokenizer: Tokenizer, **special: str) -> Path:
-    """Replaces a base model's tokenizer by one that is not larger."""
+    """Replaces a base model's tokenizer with one that is not larger."""
     assert tokenizer.get_vocab_size() <= json.loads((base / "config.json").read_text())["vocab_size"]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()

@@ -18,6 +18,6 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def grown(tiny_model: Path, corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Grown:
-    """The tied base, the folder made of it with all three corpora, and the report."""
+    """The tied base, the folder built from it with all three corpora, and the report."""
     out = tmp_path_factory.mktemp("grown") / "llama"
     return tiny_model, out, add_vocabulary(tiny_model, list(corpora.values()), out, 60)

@@ -1,4 +1,4 @@
-"""A grown vocabulary: text comes back as it was, old text keeps its tokens, old rows their values."""
+"""Adding vocabulary: text is restored exactly, text without new pieces keeps its tokens, and bad input is refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ fragments = st.sampled_from([*STEMS, *ENDS, *RINGS, "self._value", "(self, key=N
 
 @settings(max_examples=300, deadline=None)
 @given(parts=st.lists(st.one_of(st.text(max_size=8), fragments), max_size=8))
-def test_any_text_comes_back(grown: Grown, parts: list[str]) -> None:
+def test_any_text_is_restored(grown: Grown, parts: list[str]) -> None:
     tokenizer = tokenizer_of(grown[1]).hf
     text = "".join(parts)
     ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -55,7 +55,7 @@ def test_text_without_new_pieces_keeps_its_tokens(grown: Grown, parts: list[str]
         assert before == after
 
 
-def test_old_tokens_keep_their_ids_and_special_ones_their_kind(grown: Grown) -> None:
+def test_old_tokens_keep_their_ids_and_special_tokens_stay_special(grown: Grown) -> None:
     before, after = (TextTokenizer(each).hf for each in grown[:2])
     assert before.get_vocab().items() <= after.get_vocab().items()
     assert after.all_special_ids == before.all_special_ids
@@ -84,7 +84,7 @@ def test_a_smiles_ring_becomes_one_token(grown: Grown) -> None:
         assert len(TextTokenizer(grown[1]).encode([ring])[0]) <= 2 < len(TextTokenizer(grown[0]).encode([ring])[0])
 
 
-def test_no_piece_is_matched_that_would_cut_ordinary_words(grown: Grown) -> None:
+def test_matched_pieces_cannot_cut_ordinary_words(grown: Grown) -> None:
     base, out, _ = grown
     added = {token["content"] for token in json.loads((out / "tokenizer.json").read_text())["added_tokens"]}
     added -= set(TextTokenizer(base).hf.all_special_tokens)
@@ -97,7 +97,7 @@ def test_no_piece_is_matched_that_would_cut_ordinary_words(grown: Grown) -> None
 
 
 def test_added_tokens_after_the_vocabulary_keep_their_ids(corpora: dict[str, Path], tmp_path: Path) -> None:
-    """As Qwen and Llama 3 have them: unknown to the BPE model, and numbered after its last token."""
+    """As in Qwen and Llama 3: unknown to the BPE model, and numbered after its last token."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -115,8 +115,8 @@ def test_added_tokens_after_the_vocabulary_keep_their_ids(corpora: dict[str, Pat
     assert after(f"<think>{new}<|end|>").input_ids == [301, after.convert_tokens_to_ids(new), 300]
 
 
-def test_a_tokenizer_of_sentencepieces_kind_glues_alone(corpora: dict[str, Path], tmp_path: Path) -> None:
-    """As Llama 2 and Mistral have it: a space before each part of a text, and bytes for the unknown."""
+def test_a_tokenizer_like_sentencepieces_gets_only_glued_pieces(corpora: dict[str, Path], tmp_path: Path) -> None:
+    """As in Llama 2 and Mistral: a space before each part of a text, and bytes for unknown characters."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -139,18 +139,20 @@ def test_a_tokenizer_of_sentencepieces_kind_glues_alone(corpora: dict[str, Path]
     assert after.decode(after.encode(text).ids, skip_special_tokens=False) == text
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------
+# ---- bad input ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pieces", [0, -3, add.CANDIDATES + 1])
-def test_a_number_of_pieces_that_cannot_be(
+def test_an_invalid_number_of_pieces_is_refused(
     tiny_model: Path, corpora: dict[str, Path], tmp_path: Path, pieces: int
 ) -> None:
     with pytest.raises(ConfigError, match=rf"pieces = {pieces}: expected 1 to 50,000"):
         add_vocabulary(tiny_model, [corpora["prose"]], tmp_path / "out", pieces)
 
 
-def test_more_pieces_than_the_corpus_can_give(tiny_model: Path, corpora: dict[str, Path], tmp_path: Path) -> None:
+def test_more_pieces_than_the_corpus_can_give_are_refused(
+    tiny_model: Path, corpora: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=r"pieces = 9000: the corpus gives at most (\d+)") as caught:
         add_vocabulary(tiny_model, [corpora["prose"]], tmp_path / "out", 9000)
     assert list(tmp_path.iterdir()) == []
@@ -158,7 +160,7 @@ def test_more_pieces_than_the_corpus_can_give(tiny_model: Path, corpora: dict[st
     assert add_vocabulary(tiny_model, [corpora["prose"]], tmp_path / "out", most).added == most
 
 
-def test_an_out_folder_that_is_taken(tiny_model: Path, corpora: dict[str, Path], tmp_path: Path) -> None:
+def test_an_out_folder_that_is_not_empty_is_refused(tiny_model: Path, corpora: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="found something there, expected a new or empty folder"):
         add_vocabulary(tiny_model, [corpora["prose"]], tmp_path, 10)
@@ -166,7 +168,7 @@ def test_an_out_folder_that_is_taken(tiny_model: Path, corpora: dict[str, Path],
         add_vocabulary(tiny_model, [corpora["prose"]], tiny_model / ".." / tiny_model.name, 10)
 
 
-def test_too_little_text(tiny_model: Path, tmp_path: Path) -> None:
+def test_too_little_text_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "few.jsonl", prose, records=19)
     with pytest.raises(DataError, match=r"few\.jsonl: found 19 records, expected at least 20"):
         add_vocabulary(tiny_model, [corpus], tmp_path / "out", 10)
@@ -175,20 +177,20 @@ def test_too_little_text(tiny_model: Path, tmp_path: Path) -> None:
         add_vocabulary(tiny_model, [tmp_path / "none.jsonl"], tmp_path / "out", 10)
 
 
-def test_a_malformed_record_is_named(tiny_model: Path, corpora: dict[str, Path], tmp_path: Path) -> None:
+def test_the_error_names_a_malformed_record(tiny_model: Path, corpora: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"id": "1", "text": "fine"}\n{"id": "2", "txt": "not"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2: "):
         add_vocabulary(tiny_model, [tmp_path / "bad.jsonl"], tmp_path / "out", 10)
 
 
-def test_a_tokenizer_of_another_type(corpora: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_not_bpe_is_refused(corpora: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "heart": 1}, unk_token="[UNK]"))
     base = with_tokenizer(tiny.write_model(tmp_path / "base"), tokenizer)
     with pytest.raises(ModelError, match=r"tokenizer\.json: model\.type is WordPiece, expected BPE"):
         add_vocabulary(base, [corpora["prose"]], tmp_path / "out", 10)
 
 
-def test_a_tokenizer_that_changes_the_text(corpora: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tokenizer_that_changes_the_text_is_refused(corpora: dict[str, Path], tmp_path: Path) -> None:
     base = tiny.write_model(tmp_path / "base")
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
@@ -197,7 +199,7 @@ def test_a_tokenizer_that_changes_the_text(corpora: dict[str, Path], tmp_path: P
         add_vocabulary(base, [corpora["prose"]], tmp_path / "out", 10)
 
 
-def test_a_few_texts_that_the_base_changes_are_counted(corpora: dict[str, Path], tmp_path: Path) -> None:
+def test_a_few_texts_that_the_base_tokenizer_changes_are_counted(corpora: dict[str, Path], tmp_path: Path) -> None:
     base = tiny.write_model(tmp_path / "base")
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
@@ -210,7 +212,7 @@ def test_a_few_texts_that_the_base_changes_are_counted(corpora: dict[str, Path],
 def test_a_piece_that_breaks_a_text_is_refused(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # a byte-level decoder takes é for the byte that it writes so
+    # a byte-level decoder mistakes é for the byte that it stands for
     monkeypatch.setattr(add, "choose", lambda *_: [Entry("é(", (0,), 1, None)])
     corpus = write_corpus(tmp_path / "corpus.jsonl", lambda generator: smiles(generator) + " é( y")
     with pytest.raises(ModelError, match=r"with the new pieces, it changes 400 of 400 texts that it restored before"):
@@ -218,7 +220,7 @@ def test_a_piece_that_breaks_a_text_is_refused(
     assert list(tmp_path.iterdir()) == [corpus]
 
 
-def test_a_failed_write_leaves_nothing(
+def test_a_failed_write_leaves_nothing_behind(
     tiny_model: Path, corpora: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -230,7 +232,7 @@ def test_a_failed_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_another_job_fills_meanwhile_is_left_alone(
+def test_a_folder_that_another_job_fills_in_the_meantime_is_left_alone(
     tiny_model: Path, corpora: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -245,16 +247,14 @@ def test_a_folder_that_another_job_fills_meanwhile_is_left_alone(
     assert [each.name for each in tmp_path.rglob("*")] == ["out", "theirs"]
 
 
-def test_every_phase_is_told_before_it_begins(tiny_model: Path, corpora: dict[str, Path], tmp_path: Path) -> None:
+def test_every_phase_is_announced_before_it_starts(tiny_model: Path, corpora: dict[str, Path], tmp_path: Path) -> None:
     lines: list[str] = []
     add_vocabulary(tiny_model, [corpora["smiles"]], tmp_path / "out", 10, say=lines.append)
     begins = list(dict.fromkeys(line.split()[0] for line in lines))
     assert begins == ["reading", "sentencepiece:", "trying", "counting", "gluing:", "checking", "writing"]
 
 
-def test_files_of_the_folder_are_carried_over_and_stale_ones_left(
-    tiny_model: Path, corpora: dict[str, Path], tmp_path: Path
-) -> None:
+def test_other_files_are_copied_except_stale_ones(tiny_model: Path, corpora: dict[str, Path], tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     kept, stale = ("chat_template.jinja", "generation_config.json", "LICENSE"), ("merges.txt", "pytorch_model.bin")
     for name in (*kept, *stale):

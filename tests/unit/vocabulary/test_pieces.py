@@ -12,7 +12,7 @@ from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.vocabulary import merges, pieces
 
 
-def test_glued_tokens_are_the_base_tokens_put_together(tiny_model: Path, corpora: dict[str, Path]) -> None:
+def test_glued_tokens_are_base_tokens_joined_together(tiny_model: Path, corpora: dict[str, Path]) -> None:
     content = merges.bpe_content(tiny_model, TextTokenizer(tiny_model).hf.backend_tokenizer)  # type: ignore[attr-defined]
     texts = [json.loads(line)["text"] for line in corpora["prose"].read_text().splitlines()]
     entries = [entry for entry in pieces.choose(content, texts, 40, 10, print) if entry.merge]
@@ -42,10 +42,10 @@ def test_a_piece_that_hides_a_special_token_is_not_matched() -> None:
     assert not pieces._overlap("C(=O)O", "<|im_end|>")
 
 
-def test_a_piece_must_save_where_it_is_found() -> None:
+def test_a_piece_must_save_in_nearly_every_place() -> None:
     base = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, ":": 2, "ab": 3}, merges=[("a", "b")]))
     base.pre_tokenizer = pre_tokenizers.Punctuation()
-    # "ab:" is ab + :, with "b:" it is a + b: and nothing is won; "b:" alone wins one
+    # "ab:" is ab + :, and with "b:" it is a + b:, which saves nothing; in "b:" alone it saves one token
     assert pieces._saved_alone(base, {"b:"}, ["ab:"]) == {}
     assert pieces._saved_alone(base, {"b:"}, ["b:"]) == {"b:": 1.0}
     assert pieces._saved_alone(base, {"b:"}, ["b:"] * 19 + ["ab:"]) == {"b:": 0.95}
@@ -58,7 +58,7 @@ def test_short_pieces_inherit_the_uses_of_longer_ones() -> None:
     assert saved == {"(=O)": 2, "C(=O)C": 2}
 
 
-def test_matching_is_left_out_where_it_changes_the_text_around_it(tiny_model: Path) -> None:
+def test_nothing_is_matched_if_that_changes_the_text_around_it(tiny_model: Path) -> None:
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     assert pieces._keeps_surroundings(merges.bpe_content(tiny_model, tokenizer), "(=O)")
     tokenizer.normalizer = normalizers.Prepend(" ")  # type: ignore[assignment]

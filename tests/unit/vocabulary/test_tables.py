@@ -52,7 +52,7 @@ def test_new_rows_are_means_and_a_tied_model_stays_tied(grown: Grown) -> None:
         assert set(file.keys()) == set(WeightFiles(base).files)
 
 
-def test_an_untied_model_in_bf16_and_several_files(corpora: dict[str, Path], tmp_path: Path) -> None:
+def test_an_untied_bf16_model_in_several_files(corpora: dict[str, Path], tmp_path: Path) -> None:
     base = tiny.write_model(tmp_path / "base", "qwen3", tied=False)
     weights = {name: value.bfloat16() for name, value in load_file(base / "model.safetensors").items()}
     (base / "model.safetensors").unlink()
@@ -80,7 +80,7 @@ def test_an_untied_model_in_bf16_and_several_files(corpora: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_logits_of_old_tokens_are_the_base_models(corpora: dict[str, Path], tmp_path: Path, tied: bool) -> None:
+def test_the_logits_of_old_tokens_match_the_base_model(corpora: dict[str, Path], tmp_path: Path, tied: bool) -> None:
     base = tiny.write_model(tmp_path / "base", tied=tied)
     out = tmp_path / "out"
     add_vocabulary(base, [corpora["smiles"]], out, 20)
@@ -92,7 +92,7 @@ def test_the_logits_of_old_tokens_are_the_base_models(corpora: dict[str, Path], 
         after: Any = AutoModelForCausalLM.from_pretrained(out)
         old, new = before(ids).logits, after(ids).logits
     assert new.shape[-1] == old.shape[-1] + 20
-    # the rows are the same bytes; a product of another width may add them in another order
+    # the rows have the same bytes; a product of another width may sum in another order
     torch.testing.assert_close(new[..., : old.shape[-1]], old, rtol=1e-6, atol=1e-6)
     ours = load_backbone(out, torch.float32)
     assert torch.equal(ours.get_input_embeddings().weight, after.get_input_embeddings().weight)
