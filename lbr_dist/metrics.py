@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lbr_dist.console import clock
+from lbr_dist.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -178,12 +178,7 @@ def _drop_lines_after(path: Path, start_step: int) -> None:
         if isinstance(step, int) and 0 <= step <= start_step:
             # diagnostics may be on a line of their own
             kept[step] = {**kept.get(step, {}), **entry}
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(kept[step]) + "\n" for step in sorted(kept))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, "".join(json.dumps(kept[step]) + "\n" for step in sorted(kept)))
 
 
 @functools.cache

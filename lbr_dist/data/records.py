@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 from lbr_dist.config import RepresentConfig
 from lbr_dist.data.record_files import Place, RawRecord, records
 from lbr_dist.errors import DataError
+from lbr_dist.storage.files import atomic_file
 
 _FORMATS = (
     ("lbr", ("query", "positive_ids")),
@@ -347,17 +347,10 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not tempfile.mkstemp: its mode 0600 would stay with the finished file
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False, sort_keys=True) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False, sort_keys=True) + "\n"
+            file.write(line.encode())
+            count += 1
     return count

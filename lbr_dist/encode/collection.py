@@ -15,7 +15,6 @@ import errno
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from lbr_dist.encode.encoder import Kind, open_encoder
 from lbr_dist.encode.vectors import Vectors, check_ending, write_vectors
 from lbr_dist.errors import ConfigError, DataError, LaunchError
 from lbr_dist.ranks.group import Ranks, from_all, from_first
-from lbr_dist.storage.files import sync, write_atomic
+from lbr_dist.storage.files import atomic_file, sync, write_atomic
 from lbr_dist.storage.fingerprint import fingerprint, signature
 from lbr_dist.storage.whole_folder import is_at, try_lock
 
@@ -268,16 +267,8 @@ def _texts(job: EncodeJob, sizes: Collection[int]) -> Iterator[tuple[int, list[s
 
 
 def _write_part(path: Path, vectors: Vectors) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, vectors)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with atomic_file(path) as file:
+        np.save(file, vectors)
 
 
 def _join(job: EncodeJob, texts: int) -> None:

@@ -8,7 +8,6 @@ A file gets its name when it is complete. Imports no torch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lbr_dist.errors import DataError
-from lbr_dist.storage.files import sync
+from lbr_dist.storage.files import replacing
 
 Vectors = NDArray[np.float32]
 
@@ -45,17 +44,10 @@ def write_vectors(path: Path, ids: Iterable[str], parts: Iterable[Vectors], text
     """
     check_ending(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write = _write_npy if path.suffix == ".npy" else _write_parquet
-    made = write(path, ids, parts, texts)
-    try:
-        for temporary, _ in made:
-            sync(temporary)
-        for temporary, final in made:
-            os.replace(temporary, final)
-    finally:
-        for temporary, _ in made:
-            temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    if path.suffix == ".npy":
+        _write_npy(path, ids, parts, texts)
+    else:
+        _write_parquet(path, ids, parts, texts)
 
 
 def _unfinished(path: Path) -> Path:
@@ -63,13 +55,13 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.unfinished")
 
 
-def _write_npy(path: Path, ids: Iterable[str], parts: Iterable[Vectors], texts: int) -> list[tuple[Path, Path]]:
+def _write_npy(path: Path, ids: Iterable[str], parts: Iterable[Vectors], texts: int) -> None:
     names = path.with_suffix(".ids")
-    made = [(_unfinished(names), names), (_unfinished(path), path)]
-    try:
-        with made[0][0].open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{name}\n" for name in ids)
-        with made[1][0].open("wb") as file:
+    # the vectors get their name last
+    with replacing(path, _unfinished(path)) as vectors_file, replacing(names, _unfinished(names)) as names_file:
+        with names_file.open("w", encoding="utf-8", newline="\n") as lines:
+            lines.writelines(f"{name}\n" for name in ids)
+        with vectors_file.open("wb") as file:
             written = 0
             for part in parts:
                 if not written:
@@ -78,32 +70,24 @@ def _write_npy(path: Path, ids: Iterable[str], parts: Iterable[Vectors], texts: 
                 file.write(np.ascontiguousarray(part, "<f4").data)
                 written += len(part)
         assert written == texts, f"{written} vectors of {texts}"
-    except BaseException:
-        for temporary, _ in made:
-            temporary.unlink(missing_ok=True)
-        raise
-    return made
 
 
-def _write_parquet(path: Path, ids: Iterable[str], parts: Iterable[Vectors], texts: int) -> list[tuple[Path, Path]]:
+def _write_parquet(path: Path, ids: Iterable[str], parts: Iterable[Vectors], texts: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    temporary, names, written = _unfinished(path), iter(ids), 0
+    names, written = iter(ids), 0
     writer: Any = None
-    try:
-        for part in parts:
-            column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1), pa.float32()), part.shape[1])
-            table = pa.table({"id": list(islice(names, len(part))), "embedding": column})
-            if writer is None:
-                writer = pq.ParquetWriter(temporary, table.schema)
-            writer.write_table(table)
-            written += len(part)
-        assert written == texts, f"{written} vectors of {texts}"
-        writer.close()
-    except BaseException:
-        if writer is not None:
-            writer.close()
-        temporary.unlink(missing_ok=True)
-        raise
-    return [(temporary, path)]
+    with replacing(path, _unfinished(path)) as temporary:
+        try:
+            for part in parts:
+                column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1), pa.float32()), part.shape[1])
+                table = pa.table({"id": list(islice(names, len(part))), "embedding": column})
+                if writer is None:
+                    writer = pq.ParquetWriter(temporary, table.schema)
+                writer.write_table(table)
+                written += len(part)
+            assert written == texts, f"{written} vectors of {texts}"
+        finally:
+            if writer is not None:
+                writer.close()

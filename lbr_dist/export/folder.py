@@ -29,7 +29,7 @@ from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX
 from lbr_dist.model.bottleneck import LBRModel
 from lbr_dist.model.sharding import full_shape, whole
 from lbr_dist.ranks.group import Ranks, meet
-from lbr_dist.storage.files import sync
+from lbr_dist.storage.whole_folder import replace_folder
 
 SHARD_BYTES = 4 * 2**30
 SPAN_MEAN = Path(__file__).parents[1] / "model" / "span_mean.py"
@@ -233,20 +233,6 @@ def export(
         dimension = int(model.backbone.config.hidden_size)
         _write_sentence_transformers(building, settings, dimension, 1 + longest + k)
         (building / "README.md").write_text(_card(settings, config, dimension), encoding="utf-8")
-        _replace(building, folder)
+        write_checksums(building)
+        replace_folder(building, folder)
     meet(ranks)
-
-
-def _replace(building: Path, folder: Path) -> None:
-    """Rename a complete folder when all of it is on disk, and delete an older one."""
-    write_checksums(building)
-    for path in building.rglob("*"):
-        sync(path)
-    sync(building)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    building.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -7,7 +7,6 @@ last bit with what else is computed in the same call, and so would the result.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from torch import Tensor
 from lbr_dist.errors import ConfigError, DataError
 from lbr_dist.evaluation.retrieval import Bm25, best_positive, search_blocks
 from lbr_dist.mining.candidates import Candidates
+from lbr_dist.storage.files import atomic_file, replacing
 
 Ranked = list[tuple[int, float]]
 Float32 = npt.NDArray[np.float32]
@@ -54,13 +54,8 @@ class Vectors:
                 f"{self.name}: found NaN or infinity in the vectors of texts {self.rows_of(number)}, expected finite "
                 "numbers. The model that made them has diverged; look at its metrics.jsonl."
             )
-        path = self.path(number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
+        with atomic_file(self.path(number)) as file:
             np.save(file, vectors.float().numpy())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
     def read(self, number: int) -> Float32:
         """A unit's vectors, mapped from their file."""
@@ -146,10 +141,9 @@ def build_ivf(
     index.train(documents.take([i * count // training for i in range(training)]))
     for block in documents.blocks(count):
         index.add(block.numpy())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    faiss.write_index(index, str(temporary))
+    with replacing(path) as temporary:
+        faiss.write_index(index, str(temporary))
     del index
-    temporary.replace(path)
     sampled = min(queries.count, _RECALL_QUERIES)
     sample = queries.take([i * queries.count // sampled for i in range(sampled)])
     _, exact = search_blocks(torch.from_numpy(sample).to(device), documents.blocks(count), k)

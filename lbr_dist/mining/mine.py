@@ -10,7 +10,6 @@ what all have made. Which documents may be negatives at all is in data/candidate
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +29,7 @@ from lbr_dist.mining.candidates import REASONS, Candidates
 from lbr_dist.mining.index import Ivf, Search, Vectors, bm25_search, build_ivf, model_search
 from lbr_dist.mining.work import MiningSettings, Say
 from lbr_dist.ranks.group import Ranks, meet, share
+from lbr_dist.storage.files import atomic_file
 
 _LOW_RECALL = 0.9
 
@@ -207,9 +207,9 @@ def _join(
         "seconds": round(time.perf_counter() - began, 1),
         "settings": asdict(settings),
     }
-    with _whole(settings.beside("summary.json")) as file:
+    with atomic_file(settings.beside("summary.json")) as file:
         file.write((json.dumps(summary, indent=2) + "\n").encode())
-    with _whole(Path(settings.out)) as file:
+    with atomic_file(Path(settings.out)) as file:
         for number in range(parts):
             with _part(settings, number).open("rb") as part:
                 shutil.copyfileobj(part, file)
@@ -238,17 +238,3 @@ def _dropped(counts: Mapping[str, int]) -> str:
 def _all_documents(settings: MiningSettings, candidates: Candidates) -> Iterable[dict[str, str]]:
     for name, text in (read_corpus(settings.documents) | candidates.brought).items():
         yield {"id": name, "text": text}
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name when all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from lbr_dist.evaluation.systems import LABELS, SHORT_LABELS
 from lbr_dist.report.charts import score_bars, system_variable
 from lbr_dist.report.style import STYLE, as_text, dot
 from lbr_dist.report.training import training_section
+from lbr_dist.storage.files import write_atomic
 
 _MEASURES = {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
 _LONGEST_TEXT = 240
@@ -51,7 +52,7 @@ def write_report(run_dir: Path, metrics: Mapping[str, Any], examples: Sequence[M
 """
     path = run_dir / "report" / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomic(path, page)
     return path
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -27,19 +31,47 @@ def open_private(path: str | os.PathLike[str], flags: int) -> int:
     return os.open(path, flags, 0o644)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file atomically: a reader sees the old or the new one, never a part. On disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Gives the path of a temporary file to write; it is flushed and renamed to `path` when the block ends.
+
+    A reader sees the old file or the new one, never a part, and the new one is on disk afterwards. A block that fails
+    leaves the old file as it was.
+
+    Args:
+        path: the file's name.
+        temporary: a fixed name next to it, for a large file that one process at a time writes: what a killed process
+            left is overwritten. Default: a name of this attempt alone.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", opener=open_private) as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
-    except OSError:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync(path.parent)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write that replaces `path` when the block ends; see `replacing`."""
+    with replacing(path) as temporary, open(temporary, "wb", opener=open_private) as stream:
+        yield stream
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a text file atomically; see `replacing`."""
+    with atomic_file(path) as stream:
+        stream.write(text.encode())
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a file that only this user can write; it is on disk when this returns."""
+    with open(path, "a", encoding="utf-8", opener=open_private) as stream:
+        stream.write(text + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def checksum(path: Path) -> str:

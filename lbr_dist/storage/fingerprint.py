@@ -13,6 +13,7 @@ from itertools import repeat
 from pathlib import Path
 
 from lbr_dist.errors import DataError
+from lbr_dist.storage.files import write_atomic
 
 _BLOCK = 16 << 20
 _READ = 1 << 20
@@ -79,12 +80,7 @@ def _block_digest(file: Path, start: int) -> bytes:
 
 
 def _remember(entry: Path, content: dict[str, object]) -> None:
-    # on a full or read-only disk, the file is just hashed again next time
-    temporary = entry.with_suffix(f".{os.getpid()}.tmp")
+    # a full or read-only disk costs only the time to hash again
     with contextlib.suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
-            os.replace(temporary, entry)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomic(entry, json.dumps(content))

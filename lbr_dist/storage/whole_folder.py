@@ -31,9 +31,16 @@ def building_folder(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.{host()}.{os.getpid()}.{secrets.token_hex(4)}.building"
 
 
+def flush(folder: Path) -> None:
+    """Flush every file in a folder, and the names of all, to disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
 def publish(building: Path, folder: Path) -> bool:
-    """Give a complete folder, its files flushed, its final name. Returns False if another job was faster."""
-    sync(building)
+    """Flush a complete folder and give it its final name. Returns False if another job was faster."""
+    flush(building)
     try:
         os.rename(building, folder)
     except OSError as error:
@@ -42,6 +49,18 @@ def publish(building: Path, folder: Path) -> bool:
         return False
     sync(folder.parent)
     return True
+
+
+def replace_folder(building: Path, folder: Path) -> None:
+    """Flush a complete folder and give it its final name; an older folder of that name is deleted afterwards."""
+    flush(building)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    building.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def discard(building: Path) -> None:

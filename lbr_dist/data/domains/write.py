@@ -22,6 +22,7 @@ from typing import Any
 from lbr_dist.data.domains import Domain
 from lbr_dist.data.records import Pair, write_jsonl
 from lbr_dist.errors import DataError
+from lbr_dist.storage.files import write_atomic
 
 BUILDER_VERSION = 1
 DOMAINS = ("medical", "chemistry", "code")
@@ -76,9 +77,7 @@ def write_domain(domain: Domain, out: Path) -> dict[str, Any]:
         ),
     }
     # replaced atomically, so that no reader sees half of it
-    temporary = manifest_path.with_name(".manifest.json.tmp")
-    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(manifest_path)
+    write_atomic(manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest
 
 

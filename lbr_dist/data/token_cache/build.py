@@ -31,6 +31,7 @@ from lbr_dist.data.token_cache.cache import MANIFEST, SCHEMA, TokenCache
 from lbr_dist.data.token_cache.part import DONE, TOKENIZER_FILE, Part, TokenRules, Unit, units, write_part
 from lbr_dist.data.token_cache.work import finished_numbers, finished_parts, plan_of, work_folder
 from lbr_dist.errors import DataError, LaunchError, ModelError
+from lbr_dist.storage.files import write_atomic
 from lbr_dist.storage.fingerprint import fingerprint, signature
 from lbr_dist.storage.whole_folder import discard, locked, publish, remove_stale
 
@@ -274,10 +275,7 @@ class _Build:
         if not manifest["documents"]:
             found = ", ".join(f"{count} {reason} (the first: {first})" for reason, (count, first) in skipped.items())
             raise DataError(f"{self.corpus}: found no documents to learn from; left out: {found or 'none'}.")
-        with (self.building / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomic(self.building / MANIFEST, json.dumps(manifest, indent=1))
         shutil.rmtree(self.building / DONE)
         if not publish(self.building, self.folder):
             self.say(f"{self.corpus}: another job made the same cache in the meantime; using that one")
@@ -288,9 +286,7 @@ def _write_tokenizer(folder: Path, to: Path, max_characters: int) -> TokenRules:
     from lbr_dist.data.tokenizer import TextTokenizer
 
     tokenizer = TextTokenizer(folder)
-    to.write_text(tokenizer.hf.backend_tokenizer.to_str(), encoding="utf-8")
-    with to.open("rb") as file:
-        os.fsync(file.fileno())
+    write_atomic(to, tokenizer.hf.backend_tokenizer.to_str())
     dtype = "<u2" if tokenizer.highest_id < 2**16 else "<u4"
     return TokenRules(dtype, max_characters, bool(getattr(tokenizer.hf, "split_special_tokens", False)))
 
