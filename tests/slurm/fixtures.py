@@ -23,7 +23,8 @@ from lbr_dist.launch.local_ranks import run_stage
 from lbr_dist.slurm.testbed.bed import Bed, why_not
 from tests.slurm import chains
 from tests.slurm.chains import long_run
-from tests.slurm.scenarios import ALONE, SCENARIOS, Place
+from tests.slurm.scenarios import ALONE, SCENARIOS
+from tests.slurm.scenarios.place import Place
 
 SMALL_DISK = "16m"
 AT_ONCE = 2

@@ -19,7 +19,7 @@ from lbr_dist.export.checksums import verify_export
 from lbr_dist.slurm import journal
 from tests.slurm import chains
 from tests.slurm.chains import lbr, status, submit, wait_over
-from tests.slurm.scenarios import DIRTY, NASTY_VALUE, SECRET
+from tests.slurm.scenarios.whole_runs import DIRTY, NASTY_VALUE, SECRET
 
 
 @pytest.fixture(scope="module")

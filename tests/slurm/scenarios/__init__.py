@@ -1,0 +1,60 @@
+"""Many things that happen to runs on a cluster, all at once: each scenario is a function that queues a run of its own.
+
+They mostly wait, for steps, for deadlines, for Slurm: one after another they would take several times as long, and a
+cluster has other runs on its nodes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.slurm.scenarios.failures import (
+    a_broken_first_node,
+    a_broken_node,
+    a_full_disk,
+    killed_and_hung,
+    nodes_die,
+    sbatch_refuses,
+    the_first_stage_fails,
+)
+from tests.slurm.scenarios.interruptions import (
+    cancelled,
+    preemption,
+    scancelled,
+    the_controller_starts_again,
+    time_limits,
+)
+from tests.slurm.scenarios.place import Place
+from tests.slurm.scenarios.whole_runs import (
+    a_collection,
+    a_sweep,
+    chain,
+)
+
+Scenario = Callable[[Place], Any]
+
+SCENARIOS: dict[str, Scenario] = {
+    play.__name__: play
+    for play in (
+        time_limits,
+        killed_and_hung,
+        cancelled,
+        scancelled,
+        the_first_stage_fails,
+        a_full_disk,
+        a_sweep,
+        a_broken_node,
+        a_broken_first_node,
+        a_collection,
+        sbatch_refuses,
+        the_controller_starts_again,
+        chain,
+        nodes_die,
+        preemption,
+    )
+}
+
+ALONE = {"nodes_die", "preemption", "the_controller_starts_again", "a_broken_node", "a_broken_first_node"}
+"""These meet every run on the cluster, or want the nodes that Slurm takes first: they are played when all others are
+over, one after another."""

@@ -1,0 +1,146 @@
+"""Runs that meet a fault: of a rank, a node, a disk, a stage, or of sbatch."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+import time
+from pathlib import Path
+
+from lbr_dist.slurm import journal
+from lbr_dist.slurm.journal import Try
+from tests.faults.runs import assert_same_end, checkpoints
+from tests.slurm import chains
+from tests.slurm.chains import lbr, outcomes, ranks, send, submit, tries, wait, wait_over, wait_step
+from tests.slurm.scenarios.place import Place, two_stages
+
+
+def killed_and_hung(place: Place) -> None:
+    """A rank is killed, then one hangs: each try ends within its deadline, and the next one is without its node."""
+    config = place.long(max_retries=5)
+    submit(config, place.folder)
+    wait_step(config, 7)
+    node = chains.node_of(config, 1)
+    send(config, 1, signal.SIGKILL)
+    wait("the first try is over", lambda: outcomes(config)[0], config.run_path)
+    first = tries(config)[0]
+    assert first.outcome == "failed" and f"rank 1 on {node} was killed: Killed" in first.reason, first
+    assert first.blamed == [node], "there is a third node"
+
+    wait_step(config, 14)
+    assert node not in chains.hosts(tries(config)[1].nodes)
+    began = time.monotonic()
+    hung, node = ranks(config)[1], chains.node_of(config, 1)
+    send(config, 1, signal.SIGSTOP)
+    wait("the second try is over", lambda: len(outcomes(config)) > 1 and outcomes(config)[1], config.run_path, 240)
+    # cluster.timeout_minutes, slurm.wait_seconds for the one that cannot end itself, and what the machine needs
+    assert time.monotonic() - began < 90 + 15 + 60
+    second = tries(config)[1]
+    assert second.outcome == "failed" and f"rank 1 on {node} hung" in second.reason, second
+    wait("the hung rank is gone", lambda: not Path(f"/proc/{hung}").exists(), config.run_path, 20)
+    assert (config.run_path / "learn" / "logs" / "rank-0.stacks").exists()
+    found = wait_over(config.run_path, 300)
+    assert found["learn"]["state"] == "finished", chains.told(config.run_path)
+    assert_same_end(config, place.whole)
+    assert not ranks(config)
+
+
+def the_first_stage_fails(place: Place) -> None:
+    """Its error reaches the user; the second stage never begins, and says why."""
+    config = two_stages(place, nodes=1)
+    base = place.folder / "base"
+    shutil.copytree(place.model, base)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, base=str(base)))
+    # on the test bed too, the model may go away between the login node and the job
+    jobs = submit(config, place.folder, LBR_TRIAL="1")
+    (base / "model.safetensors").write_bytes(b"not a model")
+    found = wait_over(config.run_path)
+    assert found["learn"]["state"] == "failed" and "model.safetensors" in found["learn"]["reason"], found
+    assert found["represent"]["state"] == "cancelled" and found["represent"]["reason"] == "learn failed", found
+    assert len(tries(config)) == 1, "a mistake is not tried again"
+    assert not (config.run_path / "represent").exists() and jobs.keys() == {"learn", "represent"}
+
+
+def a_full_disk(place: Place) -> None:
+    """No room for a checkpoint: the stage fails with the words for it, and nothing that was saved is lost."""
+    config = dataclasses.replace(place.long(nodes=1), run_dir=str(place.small_disk / "run"))
+    submit(config, place.folder)
+    wait_step(config, 7)
+    ballast = place.small_disk / "ballast"
+    with ballast.open("wb") as file:
+        try:
+            while True:
+                file.write(b"\0" * 65536)
+        except OSError:
+            pass
+    found = wait_over(config.run_path)
+    assert found["learn"]["state"] == "failed" and "Make room" in found["learn"]["reason"], found
+    ballast.unlink()
+    saved = journal.saved_step(config, "learn")
+    assert saved >= 5 and checkpoints(config).verify(saved).step == saved
+
+
+def a_broken_node(place: Place) -> None:
+    """A node that cannot write the run folder is found before the ranks start, and left out of the next try."""
+    _on_a_broken_node(place, "n2")
+
+
+def a_broken_first_node(place: Place) -> None:
+    """The same, where not even the job's own log can be opened."""
+    tried = _on_a_broken_node(place, "n1")
+    assert tried.nodes == "n1" and "a try began there" in tried.reason
+
+
+def _on_a_broken_node(place: Place, node: str) -> Try:
+    """The try that met it."""
+    config = place.long(node_check=True)
+    (place.folder / "run").mkdir(mode=0o700)
+    mend = place.bed.read_only(node, place.folder / "run")
+    try:
+        jobs = submit(config, place.folder)
+        assert wait_over(config.run_path, 240)["learn"]["state"] == "finished", chains.told(config.run_path)
+        first, last = tries(config)
+        assert first.outcome == "refused" and first.reason.startswith(f"node {node}: "), first
+        assert first.blamed == [node]
+        assert node not in chains.hosts(last.nodes) and last.job == jobs["learn"]
+        assert_same_end(config, place.whole)
+        return first
+    finally:
+        mend()
+
+
+def sbatch_refuses(place: Place) -> None:
+    """The second job is refused: its message reaches the user, and the first one isn't left behind."""
+    config = two_stages(place, partition="short", time_minutes=5, evaluate_minutes=60)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=str(place.data / "test.jsonl")))
+    path = chains.write(config, place.folder / "submitted.yaml")
+    done = lbr("submit", str(path))
+    assert done.returncode == 1 and "time limit is invalid" in done.stderr.lower(), done
+    assert "Nothing of this run is queued" in done.stderr
+    queue = chains.slurm("squeue", "-h", "-o", "%j", "-p", "short")
+    assert not [name for name in queue.split() if name.startswith("run-")]
+    assert not journal.submissions(config.run_path)
+
+
+def nodes_die(place: Place) -> None:
+    """The first node, and with it the job's own part; then another one. Each time the run goes on without it."""
+    config, bed = place.long(), place.bed
+    submit(config, place.folder)
+    wait_step(config, 7)
+    bed.crash_node(first := chains.node_of(config, 0))
+    wait("Slurm has noticed", lambda: len(tries(config)) > 1, config.run_path)
+    assert outcomes(config)[0] == "lost" and "ended without a word" in tries(config)[0].reason
+    assert first not in chains.hosts(tries(config)[1].nodes)
+    bed.start_node(first)
+
+    wait_step(config, 14)
+    bed.crash_node(second := chains.node_of(config, 1))
+    wait("the try is over", lambda: outcomes(config)[1], config.run_path)
+    assert outcomes(config)[1] == "failed" and f"{second} gave no answer" in tries(config)[1].reason, tries(config)
+    found = wait_over(config.run_path)
+    assert found["learn"]["state"] == "finished", chains.told(config.run_path)
+    assert second not in chains.hosts(tries(config)[2].nodes)
+    assert_same_end(config, place.whole)
+    bed.start_node(second)
+    bed.wait_up()
