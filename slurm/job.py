@@ -33,7 +33,7 @@ from lbr_dist.ranks.interrupt import END_TIME
 from lbr_dist.slurm import journal, nodes, scheduler
 from lbr_dist.slurm.journal import JobStage, Outcome, Submission
 from lbr_dist.slurm.scheduler import Job, patiently
-from lbr_dist.slurm.verdict import Verdict, judge
+from lbr_dist.slurm.verdict import Verdict, verdict_of
 from lbr_dist.storage.files import make_private
 
 MUCH_TEXT = 64 * 2**20
@@ -259,7 +259,7 @@ class StageJob:
         code = process.wait()
         reader.join(10.0)
         hosts = scheduler.hosts(self.nodes)
-        return judge(code, lines, lambda rank: hosts[rank // each])
+        return verdict_of(code, lines, lambda rank: hosts[rank // each])
 
     def _end_time(self) -> dict[str, str]:
         """The moment of the time limit: the ranks stop earlier than the signal, where a step and a save need longer."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +49,6 @@ class Submission:
     """A chain of jobs that was queued together."""
 
     folder: Path
-    created: str
     working_folder: str
     """Paths in the configs are relative to it."""
 
@@ -87,7 +86,9 @@ class Submission:
         try:
             content = json.loads((folder / "chain.json").read_text(encoding="utf-8"))
             points = tuple(Point(**point) for point in content.pop("points"))
-            return Submission(folder, points=points, **content)
+            # other versions may have written other keys
+            known = {field.name for field in fields(Submission)}
+            return Submission(folder, points=points, **{key: content[key] for key in content if key in known})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{folder / 'chain.json'}: cannot be read ({error}).") from None
 

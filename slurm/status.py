@@ -29,7 +29,7 @@ _RATES = (("tokens_per_second", "tokens/s"), ("pairs_per_second", "pairs/s"))
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class StageRow:
     """One stage of one run."""
 
     run: str
@@ -60,7 +60,7 @@ class Row:
     """Why it waits, or why its last try ended."""
 
 
-def rows(run: Path) -> list[Row]:
+def rows(run: Path) -> list[StageRow]:
     """The chain of a run folder, of each run of a sweep's, or of one of a sweep's runs.
 
     Raises:
@@ -74,7 +74,7 @@ def rows(run: Path) -> list[Row]:
     return [row for index in indices if index is not None for row in _run_rows(found, index, jobs)]
 
 
-def _run_rows(found: Sequence[Submission], index: int, jobs: dict[str, Job]) -> list[Row]:
+def _run_rows(found: Sequence[Submission], index: int, jobs: dict[str, Job]) -> list[StageRow]:
     latest = found[-1]
     config = read_config(latest.config_file(index))
     run = Path(latest.points[index].run_dir)
@@ -83,7 +83,7 @@ def _run_rows(found: Sequence[Submission], index: int, jobs: dict[str, Job]) -> 
         "represent": config.represent.steps > 0,
         "evaluate": config.data.test is not None,
     }
-    rows: list[Row] = []
+    rows: list[StageRow] = []
     for stage in STAGES:
         if wanted[stage]:
             asked = [
@@ -107,8 +107,8 @@ def _row(
     name: str,
     job: Job | None,
     submission: Submission | None,
-    before: Row | None,
-) -> Row:
+    before: StageRow | None,
+) -> StageRow:
     # records of the run lie where it was submitted from; its config may name it otherwise
     here = _moved(config, run)
     tries = journal.tries(run, stage)
@@ -120,7 +120,7 @@ def _row(
         row["nodes"] = tries[-1].nodes
     if stage != "evaluate":
         row |= _progress(here, stage, state)
-    return Row(str(run), latest.points[index].label, stage, state, **row)
+    return StageRow(str(run), latest.points[index].label, stage, state, **row)
 
 
 def _moved(config: RunConfig, run: Path) -> RunConfig:
@@ -133,7 +133,7 @@ def _state(
     stage: JobStage,
     job: Job | None,
     submission: Submission | None,
-    before: Row | None,
+    before: StageRow | None,
 ) -> tuple[str, str]:
     """A word for the state, and why."""
     tries = journal.tries(run, stage)
@@ -212,12 +212,12 @@ def _until(moment: str) -> float | None:
 # ---- what is printed -----------------------------------------------------------------------------------------------
 
 
-def to_json(found: Sequence[Row]) -> str:
+def to_json(found: Sequence[StageRow]) -> str:
     """The rows as JSON."""
     return json.dumps([asdict(row) for row in found], indent=1)
 
 
-def table(found: Sequence[Row]) -> str:
+def table(found: Sequence[StageRow]) -> str:
     """The rows for people; reasons below the stages that have one."""
     lines: list[str] = []
     run = None
@@ -231,7 +231,7 @@ def table(found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: Row) -> str:
+def _line(row: StageRow) -> str:
     parts = [f"{row.stage:<10} {row.state:<13}"]
     if row.job:
         parts.append(f"job {row.job}")

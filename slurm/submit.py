@@ -27,7 +27,6 @@ from lbr_dist.slurm.journal import (
     Submission,
     is_finished,
     new_folder,
-    now,
     submissions,
 )
 from lbr_dist.slurm.scheduler import SlurmError
@@ -253,7 +252,7 @@ def _write(points: list[tuple[str, RunConfig]], root: Path, stages: Sequence[Job
         for stage in stages:
             (folder / f"{stage}.sh").write_text(texts.of(stage, folder), encoding="utf-8")
         labelled = tuple(Point(label, str(config.run_path.absolute())) for label, config in points)
-        submission = Submission(folder, now(), os.getcwd(), sys.executable, {}, labelled)
+        submission = Submission(folder, os.getcwd(), sys.executable, {}, labelled)
         submission.write()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

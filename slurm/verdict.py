@@ -62,7 +62,7 @@ def _ranks(found: Iterable[int]) -> str:
     return f"rank{'s' if len(names) > 1 else ''} {', '.join(map(str, names))}"
 
 
-def judge(code: int, lines: Iterable[str], node_of: Callable[[int], str] = lambda rank: "its node") -> Verdict:
+def verdict_of(code: int, lines: Iterable[str], node_of: Callable[[int], str] = lambda rank: "its node") -> Verdict:
     """Args:
     code: of srun.
     node_of: the node of a rank.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lbr_dist.slurm.verdict import Verdict, judge, numbers
+from lbr_dist.slurm.verdict import Verdict, numbers, verdict_of
 
 PEER = "srun: error: n1: task 0: Exited with exit code 1"
 WAITED = "srun: First task exited 5s ago"
@@ -48,7 +48,7 @@ WAITED = "srun: First task exited 5s ago"
     ],
 )
 def test_verdict(code: int, lines: list[str], outcome: str, words: str, blamed: tuple[str, ...]) -> None:
-    found = judge(code, lines, lambda rank: f"n{1 + rank // 2}")
+    found = verdict_of(code, lines, lambda rank: f"n{1 + rank // 2}")
     assert (found.outcome, found.blamed) == (outcome, blamed) and words in found.reason, found
     assert isinstance(found, Verdict)
 
