@@ -31,7 +31,7 @@ def time_limits(place: Place) -> None:
     assert found["learn"]["state"] == "finished", chains.told(config.run_path)
     assert {each.job for each in tries(config)} == {jobs["learn"]}, "a requeued job keeps its id"
     assert any(each.progressed for each in tries(config)[:-1])
-    assert "told to stop, and saved" in tries(config)[0].reason
+    assert "asked to stop, and saved" in tries(config)[0].reason
     assert_same_end(config, place.whole)
 
 
@@ -48,7 +48,7 @@ def cancelled(place: Place) -> None:
     wait("no rank is left", lambda: not ranks(config), config.run_path, 30)
     time.sleep(6)
     assert status(config.run_path)["learn"]["state"] == "cancelled", "nobody requeues what was cancelled"
-    assert lbr("cancel", str(config.run_path)).stdout.strip().endswith("no job of it is queued or runs")
+    assert lbr("cancel", str(config.run_path)).stdout.strip().endswith("none of its jobs is queued or running")
 
 
 def scancelled(place: Place) -> None:

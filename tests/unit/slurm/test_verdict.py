@@ -15,8 +15,8 @@ WAITED = "srun: First task exited 5s ago"
     [
         (0, [], "finished", "", ()),
         (75, ["srun: error: n2: tasks 1-2: Exited with exit code 75", PEER], "interrupted", "saved", ()),
-        (143, ["srun: error: n1: tasks 0-1: Terminated"], "interrupted", "told", ()),
-        (140, ["srun: error: n1: task 0: User defined signal 2", PEER], "interrupted", "told", ()),
+        (143, ["srun: error: n1: tasks 0-1: Terminated"], "interrupted", "asked to stop", ()),
+        (140, ["srun: error: n1: task 0: User defined signal 2", PEER], "interrupted", "asked to stop", ()),
         (2, ["srun: error: n1: task 0: Exited with exit code 2", PEER], "mistaken", "", ()),
         (137, [PEER, "srun: error: n2: task 3: Killed"], "failed", "rank 3 on n2 was killed: Killed", ("n2",)),
         (139, ["srun: error: n2: task 3: Segmentation fault (core dumped)"], "failed", "Segmentation fault", ("n2",)),
@@ -26,7 +26,7 @@ WAITED = "srun: First task exited 5s ago"
             137,
             ["srun: error: n1: task 0: Exited with exit code 70", WAITED, "srun: error: n3: task 1: Killed"],
             "failed",
-            "rank 1 on n3 hung, and could not end itself",
+            "rank 1 on n3 hung, and could not exit by itself",
             ("n3",),
         ),
         (
@@ -40,11 +40,11 @@ WAITED = "srun: First task exited 5s ago"
             1,
             [PEER, WAITED, "srun: StepId=1.0 tasks 2-3: running", "srun: error: Timed out waiting for job step"],
             "failed",
-            "n2 gave no answer any more: the end of ranks 2, 3 was never heard of",
+            "n2 stopped responding: srun never learned how ranks 2, 3 ended",
             ("n2",),
         ),
         (1, ["srun: error: Node failure on n2"], "failed", "node n2 failed", ("n2",)),
-        (1, ["srun: error: Unable to create step: Invalid"], "failed", "srun ended with code 1", ()),
+        (1, ["srun: error: Unable to create step: Invalid"], "failed", "srun exited with code 1", ()),
     ],
 )
 def test_verdict(code: int, lines: list[str], outcome: str, words: str, blamed: tuple[str, ...]) -> None:
