@@ -102,7 +102,7 @@ def test_submitted_again(finished: tuple[Path, RunConfig, dict[str, str]]) -> No
     before = (config.learn_export / "model.safetensors").stat().st_mtime_ns
     script = config.run_path / "slurm" / "001" / "learn.sh"
     chains.slurm("sbatch", "--wait", str(script))
-    assert "finished before, nothing to do" in journal.log_file(config.run_path, "learn").read_text()
+    assert "already finished, nothing to do" in journal.log_file(config.run_path, "learn").read_text()
     assert (config.learn_export / "model.safetensors").stat().st_mtime_ns == before
 
 

@@ -89,7 +89,7 @@ def a_broken_node(place: Place) -> None:
 def a_broken_first_node(place: Place) -> None:
     """The same, where not even the job's own log can be opened."""
     tried = _on_a_broken_node(place, "n1")
-    assert tried.nodes == "n1" and "a try began there" in tried.reason
+    assert tried.nodes == "n1" and "an attempt on it could not use" in tried.reason
 
 
 def _on_a_broken_node(place: Place, node: str) -> Try:
@@ -130,14 +130,14 @@ def nodes_die(place: Place) -> None:
     wait_step(config, 7)
     bed.crash_node(first := chains.node_of(config, 0))
     wait("Slurm has noticed", lambda: len(tries(config)) > 1, config.run_path)
-    assert outcomes(config)[0] == "lost" and "ended without a word" in tries(config)[0].reason
+    assert outcomes(config)[0] == "lost" and "ended without a record" in tries(config)[0].reason
     assert first not in chains.hosts(tries(config)[1].nodes)
     bed.start_node(first)
 
     wait_step(config, 14)
     bed.crash_node(second := chains.node_of(config, 1))
     wait("the try is over", lambda: outcomes(config)[1], config.run_path)
-    assert outcomes(config)[1] == "failed" and f"{second} gave no answer" in tries(config)[1].reason, tries(config)
+    assert outcomes(config)[1] == "failed" and f"{second} stopped responding" in tries(config)[1].reason, tries(config)
     found = wait_over(config.run_path)
     assert found["learn"]["state"] == "finished", chains.told(config.run_path)
     assert second not in chains.hosts(tries(config)[2].nodes)

@@ -63,12 +63,12 @@ def test_without_slurm(
         ("--from=represent", "learn is not finished"),
         ("--sweep=seed", "expected FIELD=V1,V2"),
         ("--sweep=seeds=1,2", "unknown key"),
-        ("--sweep=slurm.nodes=1,2", "jobs of an array are alike"),
+        ("--sweep=slurm.nodes=1,2", "runs share run_dir and slurm"),
         ("--sweep=seed=0,one", "one"),
         ("--slurm.partitoin=gpu", "Did you mean `slurm.partition`"),
         ("--data.train=nowhere.jsonl", "nowhere.jsonl"),
         ("--model.base=nowhere", "nowhere"),
-        ("--slurm.memory_per_node=100K", "Take at least"),
+        ("--slurm.memory_per_node=100K", "Use at least"),
     ],
 )
 def test_refused_before_anything_is_queued(
