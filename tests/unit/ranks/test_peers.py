@@ -22,7 +22,7 @@ def test_ranks_are_numbered_node_by_node() -> None:
     assert misplaced(peers(("b", 0, 2), ("b", 1, 2), ("a", 0, 1))) is None
     cyclic = peers(("a", 0, 2), ("b", 0, 2), ("a", 1, 2), ("b", 1, 2))
     assert misplaced(cyclic) == (
-        "rank 2 on a: found ranks of other nodes between those of this one, expected its 2 in a row"
+        "rank 2 on a: found ranks of other nodes between those of this node, expected its 2 in a row"
     )
     assert "expected its 3 in a row" in str(misplaced(peers(("a", 0, 3), ("b", 0, 1), ("a", 1, 3), ("a", 2, 3))))
     assert misplaced(peers(("a", 0, 2), ("a", 0, 2))) == (
@@ -31,7 +31,7 @@ def test_ranks_are_numbered_node_by_node() -> None:
     assert misplaced(peers(("a", 0, 1), ("a", 1, 2))) == (
         "rank 0 on a: found local rank 0 of 1, expected 0 of the 2 ranks there"
     )
-    assert misplaced(peers(("a", 0, 2), ("a", 1, 2), world=3)) == ("rank 0 on a: found a world of 3 ranks, expected 2")
+    assert misplaced(peers(("a", 0, 2), ("a", 1, 2), world=3)) == ("rank 0 on a: found world size 3, expected 2")
     same_name = peers(("localhost", 0, 1), ("localhost", 0, 1))
     assert misplaced([same_name[0], replace(same_name[1], node=("localhost", "another boot"))]) is None
 

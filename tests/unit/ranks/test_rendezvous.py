@@ -116,7 +116,7 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
         (STEP | {"SLURM_PROCID": "two"}, "SLURM_PROCID: found 'two' in the environment, expected a whole number"),
         (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2"}, "SLURM_STEP_TASKS_PER_NODE: found 2 on node 1, expected 3 tasks"),
         (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,x"}, "SLURM_STEP_TASKS_PER_NODE: found '2,x'"),
-        (STEP | {"SLURM_PROCID": "0"}, "found rank 0 on node 1 of the step, expected it on the first one"),
+        (STEP | {"SLURM_PROCID": "0"}, "found rank 0 on node 1 of the step, expected it on the first node"),
         (STEP | {"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST: not in the environment"),
         (STEP | {"MASTER_PORT": "x"}, "MASTER_PORT: found 'x'"),
         (LBR | {"RANK": "2"}, "lbr's environment: found rank 2 of world size 2"),
