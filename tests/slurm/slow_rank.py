@@ -1,6 +1,6 @@
-"""Runs a rank's command, here, with a pause before each step: `python slow_rank.py PYTHON -u -m MODULE ARGUMENTS…`.
+"""Runs a rank's command here, with a pause before each step: `python slow_rank.py PYTHON -u -m MODULE ARGUMENTS…`.
 
-The pause is a quarter of a second, or what the file says that LBR_TRIAL_PAUSE names.
+The pause is 0.25 s, or the seconds in the file that LBR_TRIAL_PAUSE names.
 """
 
 from __future__ import annotations

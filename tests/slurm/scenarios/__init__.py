@@ -1,7 +1,7 @@
-"""Many things that happen to runs on a cluster, all at once: each scenario is a function that queues a run of its own.
+"""Things that happen to runs on a cluster, at the same time: each scenario is a function that queues its own run.
 
-They mostly wait, for steps, for deadlines, for Slurm: one after another they would take several times as long, and a
-cluster has other runs on its nodes too.
+The scenarios mostly wait, for steps, deadlines or Slurm: one after another they would take several times as long, and a
+real cluster has other runs on its nodes too.
 """
 
 from __future__ import annotations
@@ -56,5 +56,4 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 ALONE = {"nodes_die", "preemption", "the_controller_starts_again", "a_broken_node", "a_broken_first_node"}
-"""These meet every run on the cluster, or want the nodes that Slurm takes first: they are played when all others are
-over, one after another."""
+"""These affect every run on the cluster, or need the nodes that Slurm takes first: they run last, one after another."""

@@ -1,4 +1,4 @@
-"""Runs that meet a fault: of a rank, a node, a disk, a stage, or of sbatch."""
+"""Runs with a fault: in a rank, a node, a disk, a stage, or sbatch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.slurm.scenarios.place import Place, two_stages
 
 
 def killed_and_hung(place: Place) -> None:
-    """A rank is killed, then one hangs: each try ends within its deadline, and the next one is without its node."""
+    """A rank is killed, then one hangs: each attempt ends within its deadline, and the next one leaves out its node."""
     config = place.long(max_retries=5)
     submit(config, place.folder)
     wait_step(config, 7)
     node = chains.node_of(config, 1)
     send(config, 1, signal.SIGKILL)
-    wait("the first try is over", lambda: outcomes(config)[0], config.run_path)
+    wait("the first attempt has ended", lambda: outcomes(config)[0], config.run_path)
     first = tries(config)[0]
     assert first.outcome == "failed" and f"rank 1 on {node} was killed: Killed" in first.reason, first
     assert first.blamed == [node], "there is a third node"
@@ -33,12 +33,14 @@ def killed_and_hung(place: Place) -> None:
     began = time.monotonic()
     hung, node = ranks(config)[1], chains.node_of(config, 1)
     send(config, 1, signal.SIGSTOP)
-    wait("the second try is over", lambda: len(outcomes(config)) > 1 and outcomes(config)[1], config.run_path, 240)
-    # cluster.timeout_minutes, slurm.wait_seconds for the one that cannot end itself, and what the machine needs
+    wait(
+        "the second attempt has ended", lambda: len(outcomes(config)) > 1 and outcomes(config)[1], config.run_path, 240
+    )
+    # cluster.timeout_minutes, slurm.wait_seconds for the rank that cannot exit by itself, and time for the machine
     assert time.monotonic() - began < 90 + 15 + 60
     second = tries(config)[1]
     assert second.outcome == "failed" and f"rank 1 on {node} hung" in second.reason, second
-    wait("the hung rank is gone", lambda: not Path(f"/proc/{hung}").exists(), config.run_path, 20)
+    wait("the hung rank has exited", lambda: not Path(f"/proc/{hung}").exists(), config.run_path, 20)
     assert (config.run_path / "learn" / "logs" / "rank-0.stacks").exists()
     found = wait_over(config.run_path, 300)
     assert found["learn"]["state"] == "finished", chains.told(config.run_path)
@@ -47,23 +49,23 @@ def killed_and_hung(place: Place) -> None:
 
 
 def the_first_stage_fails(place: Place) -> None:
-    """Its error reaches the user; the second stage never begins, and says why."""
+    """The error reaches the user; the second stage never starts, and its status says why."""
     config = two_stages(place, nodes=1)
     base = place.folder / "base"
     shutil.copytree(place.model, base)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, base=str(base)))
-    # on the test bed too, the model may go away between the login node and the job
     jobs = submit(config, place.folder, LBR_TRIAL="1")
+    # damaged after the checks of `lbr submit`, before the job reads it
     (base / "model.safetensors").write_bytes(b"not a model")
     found = wait_over(config.run_path)
     assert found["learn"]["state"] == "failed" and "model.safetensors" in found["learn"]["reason"], found
     assert found["represent"]["state"] == "cancelled" and found["represent"]["reason"] == "learn failed", found
-    assert len(tries(config)) == 1, "a mistake is not tried again"
+    assert len(tries(config)) == 1, "a user error is not tried again"
     assert not (config.run_path / "represent").exists() and jobs.keys() == {"learn", "represent"}
 
 
 def a_full_disk(place: Place) -> None:
-    """No room for a checkpoint: the stage fails with the words for it, and nothing that was saved is lost."""
+    """No room for a checkpoint: the stage fails with that message, and nothing that was saved is lost."""
     config = dataclasses.replace(place.long(nodes=1), run_dir=str(place.small_disk / "run"))
     submit(config, place.folder)
     wait_step(config, 7)
@@ -82,18 +84,18 @@ def a_full_disk(place: Place) -> None:
 
 
 def a_broken_node(place: Place) -> None:
-    """A node that cannot write the run folder is found before the ranks start, and left out of the next try."""
+    """A node that cannot write the run folder is found before the ranks start, and left out of the next attempt."""
     _on_a_broken_node(place, "n2")
 
 
 def a_broken_first_node(place: Place) -> None:
-    """The same, where not even the job's own log can be opened."""
+    """The same, when not even the job's own log can be opened."""
     tried = _on_a_broken_node(place, "n1")
     assert tried.nodes == "n1" and "an attempt on it could not use" in tried.reason
 
 
 def _on_a_broken_node(place: Place, node: str) -> Try:
-    """The try that met it."""
+    """Run on a broken node. Returns the attempt that met it."""
     config = place.long(node_check=True)
     (place.folder / "run").mkdir(mode=0o700)
     mend = place.bed.read_only(node, place.folder / "run")
@@ -111,7 +113,7 @@ def _on_a_broken_node(place: Place, node: str) -> Try:
 
 
 def sbatch_refuses(place: Place) -> None:
-    """The second job is refused: its message reaches the user, and the first one isn't left behind."""
+    """sbatch refuses the third job: its message reaches the user, and the jobs before it are cancelled."""
     config = two_stages(place, partition="short", time_minutes=5, evaluate_minutes=60)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=str(place.data / "test.jsonl")))
     path = chains.write(config, place.folder / "submitted.yaml")
@@ -124,7 +126,7 @@ def sbatch_refuses(place: Place) -> None:
 
 
 def nodes_die(place: Place) -> None:
-    """The first node, and with it the job's own part; then another one. Each time the run goes on without it."""
+    """The first node dies, with the job's own part on it; then another one. Each time the run resumes without it."""
     config, bed = place.long(), place.bed
     submit(config, place.folder)
     wait_step(config, 7)
@@ -136,7 +138,7 @@ def nodes_die(place: Place) -> None:
 
     wait_step(config, 14)
     bed.crash_node(second := chains.node_of(config, 1))
-    wait("the try is over", lambda: outcomes(config)[1], config.run_path)
+    wait("the attempt has ended", lambda: outcomes(config)[1], config.run_path)
     assert outcomes(config)[1] == "failed" and f"{second} stopped responding" in tries(config)[1].reason, tries(config)
     found = wait_over(config.run_path)
     assert found["learn"]["state"] == "finished", chains.told(config.run_path)

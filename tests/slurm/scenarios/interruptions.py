@@ -15,8 +15,8 @@ from tests.slurm.scenarios.place import Place, two_stages
 
 
 def time_limits(place: Place) -> None:
-    """Two minutes a try: USR2 ahead of the limit, a save, a requeue, until it is done; as if nothing had been."""
-    # Slurm looks at limits twice a minute, and may warn so much earlier
+    """A limit of two minutes: USR2 before it, a save, a requeue, until it is done, with the uninterrupted result."""
+    # Slurm checks limits twice a minute, and may warn that much earlier
     pause = place.folder / "pause"
     pause.write_text("2.5")
     environment = {"LBR_TRIAL_PAUSE": str(pause)}
@@ -25,7 +25,7 @@ def time_limits(place: Place) -> None:
     wait_step(config, 1)
     left = float(chains.variables(chains.ranks(config)[1])[END_TIME]) - time.time()
     assert 0 < left < 120, "the ranks know the time limit"
-    wait("two limits have come", lambda: outcomes(config).count("interrupted") >= 2, config.run_path, 900)
+    wait("two limits are reached", lambda: outcomes(config).count("interrupted") >= 2, config.run_path, 900)
     pause.write_text("0")
     found = wait_over(config.run_path, 400)
     assert found["learn"]["state"] == "finished", chains.told(config.run_path)
@@ -36,7 +36,7 @@ def time_limits(place: Place) -> None:
 
 
 def cancelled(place: Place) -> None:
-    """`lbr cancel` in mid-step: the whole chain ends, and the ranks' polite end brings none of it back."""
+    """`lbr cancel` in mid-step: the whole chain ends, and no job is requeued although the ranks save and exit."""
     config = two_stages(place, nodes=1)
     submit(config, place.folder)
     wait_step(config, 3)
@@ -47,12 +47,12 @@ def cancelled(place: Place) -> None:
     assert "by `lbr cancel`" in found["learn"]["reason"]
     wait("no rank is left", lambda: not ranks(config), config.run_path, 30)
     time.sleep(6)
-    assert status(config.run_path)["learn"]["state"] == "cancelled", "nobody requeues what was cancelled"
+    assert status(config.run_path)["learn"]["state"] == "cancelled", "a cancelled job is not requeued"
     assert lbr("cancel", str(config.run_path)).stdout.strip().endswith("none of its jobs is queued or running")
 
 
 def scancelled(place: Place) -> None:
-    """`scancel` of the first job: what waits for it goes too, and `lbr submit` then goes on from the checkpoint."""
+    """`scancel` of the first job: the waiting jobs end too, and `lbr submit` then resumes from the checkpoint."""
     config = two_stages(place, nodes=1)
     jobs = submit(config, place.folder)
     wait_step(config, 12)
@@ -76,9 +76,9 @@ def scancelled(place: Place) -> None:
 
 
 def the_controller_starts_again(place: Place) -> None:
-    """While all the others run: no job is lost, and a job that wants its requeue meanwhile asks again."""
+    """The controller restarts: no job is lost, and a job that needs its requeue in the meantime asks again."""
     pause = place.folder / "pause"
-    pause.write_text("5")  # or it is over before a command has given up waiting for the controller
+    pause.write_text("5")  # otherwise the run ends before a command gives up waiting for the controller
     config = place.long(nodes=1, environment={"LBR_TRIAL_PAUSE": str(pause)})
     submit(config, place.folder)
     wait_step(config, 3)
@@ -100,7 +100,7 @@ def _log(config: RunConfig) -> str:
 
 
 def preemption(place: Place) -> None:
-    """A run leaves politely for a job of a higher partition, which does not count as done, and comes back."""
+    """A run saves and makes room for a job of a higher partition; it does not count as done, and resumes later."""
     config = two_stages(place)
     jobs = submit(config, place.folder)
     wait_step(config, 7)
@@ -116,7 +116,7 @@ def preemption(place: Place) -> None:
         "sleep 2",
     ]
     chains.slurm(*urgent)
-    wait("it has left", lambda: outcomes(config)[0], config.run_path)
+    wait("the run has made room", lambda: outcomes(config)[0], config.run_path)
     assert outcomes(config) == ["interrupted"]
     found = status(config.run_path)
     assert found["learn"]["state"] in ("requeued", "running") and found["represent"]["state"] == "waiting", found

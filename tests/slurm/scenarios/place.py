@@ -1,4 +1,4 @@
-"""Where the scenarios play, and what several of them queue."""
+"""What a scenario is given, and the runs that several of them queue."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.slurm.chains import long_run
 
 @dataclass(frozen=True)
 class Place:
-    """Where a scenario plays."""
+    """What a scenario is given: the cluster, the data, and a folder."""
 
     bed: Bed
     whole: RunConfig
-    """What an uninterrupted `long_run` gave."""
+    """The uninterrupted `long_run`, finished."""
 
     model: Path
     data: Path
@@ -31,5 +31,5 @@ class Place:
 
 
 def two_stages(place: Place, **slurm: Any) -> RunConfig:
-    """`long`, with a second stage behind it."""
+    """`long`, followed by a second stage."""
     return dataclasses.replace(place.long(**slurm), represent=RepresentConfig(steps=3, batch_pairs=8, chunk_tokens=192))

@@ -34,7 +34,7 @@ DIRTY = {
     "OMP_NUM_THREADS": "77",
     "HF_TOKEN": SECRET,
 }
-"""What a shell inside another job has."""
+"""The environment of a shell inside another job."""
 
 NASTY_VALUE = "a; $(touch executed) `touch executed` \"b\" 'c' | & > executed\n%j %t \\ $HOME ä"
 
@@ -74,7 +74,7 @@ def chain(place: Place) -> tuple[Path, RunConfig, dict[str, str]]:
 
 
 def a_sweep(place: Place) -> None:
-    """A run for each value, as an array whose tasks wait for their own, are requeued alone and cancelled alone."""
+    """One run per value, as an array whose tasks wait only for their own run, and are requeued and cancelled alone."""
     config = two_stages(place, nodes=1)
     config = dataclasses.replace(
         config,
@@ -84,10 +84,10 @@ def a_sweep(place: Place) -> None:
     jobs = submit(config, place.folder, "--sweep", "seed=0,1,2")
     runs = [config.run_path / "runs" / f"seed={seed}" for seed in range(3)]
     alone = [dataclasses.replace(config, run_dir=str(run)) for run in runs]
-    # the last task has the number of the array
+    # the last task has the array's own job id
     wait_step(alone[2], 2)
     os.kill(chains.ranks(config, "config-2.yaml")[0], signal.SIGTERM)
-    wait("it has left", lambda: outcomes(alone[2])[:1] == ["interrupted"], config.run_path)
+    wait("the task was interrupted", lambda: outcomes(alone[2])[:1] == ["interrupted"], config.run_path)
     wait_step(alone[1], 1)
     done = lbr("cancel", str(runs[1]))
     assert done.returncode == 0 and f"job {jobs['learn']}_1 is cancelled" in done.stdout, done
@@ -104,14 +104,14 @@ def a_sweep(place: Place) -> None:
 
 
 def a_collection(place: Place) -> None:
-    """Encoded and tokenised on two nodes, by the ranks of srun and of mpirun: the bytes that one process makes."""
+    """Encoded and tokenised on two nodes, by the ranks of srun and of mpirun: the same bytes as from one process."""
     corpus = place.data / "corpus.jsonl"
     small_parts = (sys.executable, "-m", "tests.end_to_end.with_fault", "none")
     nodes = ("-N2", "--ntasks-per-node=1")
     launchers = {
         "alone": (),
         "srun": ("srun", *nodes, "--mpi=none", "--kill-on-bad-exit=1"),
-        # the nodes of the test bed share one memory, through which Open MPI would not find its ranks
+        # the nodes of the test bed are one machine, and over shared memory Open MPI would not find its ranks
         "mpirun": ("salloc", *nodes, "mpirun", "--allow-run-as-root", "--mca", "btl", "self,tcp"),
     }
     encode = ("encode", str(place.model), str(corpus), "--part-texts", "10", "--threads", "1", "--out")
@@ -137,6 +137,6 @@ def a_collection(place: Place) -> None:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """Contents by path, but for what a cache remembers of the files that it has read."""
+    """Contents by path, without the cache's notes about files that it has read."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "hashes"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}

@@ -46,7 +46,7 @@ def start(*environments: dict[str, str]) -> list[tuple[int, str, str]]:
 
 
 def free_port() -> int:
-    while True:  # none of those that the system gives away by itself
+    while True:  # not one of the ephemeral ports
         port = random.choice(PORTS)
         with contextlib.suppress(OSError), socket.create_server(("", port)):
             return port

@@ -36,7 +36,7 @@ def test_ranks_are_numbered_node_by_node() -> None:
     assert misplaced([same_name[0], replace(same_name[1], node=("localhost", "another boot"))]) is None
 
 
-def test_cores_are_shared_by_those_who_may_use_them() -> None:
+def test_ranks_that_may_use_the_same_cores_share_them() -> None:
     a, b, c = peers(("a", 0, 2), ("a", 1, 2), ("b", 0, 1))
     assert [each.share_of_cores([a, b, c]) for each in (a, b, c)] == [1, 1, 2]
     a, b = replace(a, cores=frozenset(range(8))), replace(b, cores=frozenset(range(8, 16)))

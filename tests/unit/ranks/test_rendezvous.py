@@ -1,4 +1,4 @@
-"""Who started this process, as which rank of how many: real launchers' environments, and real processes that meet."""
+"""The launcher, rank and world size of a process, from the environments that real launchers set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.unit.ranks.environments import BATCH, BY_HAND, DEEPSPEED, HYDRA, LBR,
         (STEP | {"PMI_SIZE": "3", "PMI_RANK": "2"}, "srun"),  # srun --mpi=pmi2
         (OPENMPI, "mpirun"),
         (HYDRA, "mpirun"),
-        # the inner one counts
+        # the inner launcher counts
         (STEP | TORCHRUN, "torchrun"),
         (STEP | LBR, "lbr"),
         (OPENMPI | TORCHRUN, "torchrun"),
@@ -47,7 +47,7 @@ def test_the_innermost_launcher_is_found(environment: dict[str, str], expected: 
     assert launcher_of(environment) == expected
 
 
-def test_the_names_of_torchrun_and_its_like() -> None:
+def test_torchrun_and_launchers_with_its_variables() -> None:
     assert placement(LBR) == Placement(1, 2, 1, 2, "file:///x/y", "lbr")
     assert placement(TORCHRUN) == Placement(5, 8, 1, 4, "env://", "torchrun")
     assert placement(STEP | TORCHRUN) == Placement(5, 8, 1, 4, "env://", "torchrun")
@@ -81,7 +81,7 @@ def test_a_slurm_step() -> None:
     assert url({"MASTER_PORT": "7"}) == "tcp://n1:7"
     assert url(MASTER | {"MASTER_ADDR": "n1-ib"}) == "tcp://n1-ib:29500"
     assert url({"LBR_RENDEZVOUS": "tcp://n1:4444"} | MASTER) == "tcp://n1:4444"
-    assert url({"RANK": "2", "WORLD_SIZE": "3"}) == found.url  # exported by the user, and right
+    assert url({"RANK": "2", "WORLD_SIZE": "3"}) == found.url  # exported by the user, and correct
     alone = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
     assert placement(STEP | alone) == Placement(0, 1, 0, 1, None, "srun")
     many = {"SLURM_STEP_NUM_TASKS": "21", "SLURM_STEP_TASKS_PER_NODE": "8(x2),2,1(x3)", "SLURM_PROCID": "17"}
@@ -130,7 +130,7 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
         ({k: v for k, v in TORCHRUN.items() if k != "LOCAL_WORLD_SIZE"}, "LOCAL_WORLD_SIZE: not in the environment"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(environment: dict[str, str], says: str) -> None:
+def test_contradictory_variables_are_refused(environment: dict[str, str], says: str) -> None:
     with pytest.raises(LaunchError, match=says):
         placement(environment)
 

@@ -34,7 +34,7 @@ def test_a_submission_without_its_jobs_is_refused(tmp_path: Path) -> None:
         Submission.read(tmp_path)
 
 
-def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_skipped(tmp_path: Path) -> None:
     journal.begin(tmp_path, "learn", "7", "n1", 0)
     journal.end(tmp_path, "learn", "failed", "why", 5, ["n1"])
     with (tmp_path / "slurm" / "tries.jsonl").open("a") as file:

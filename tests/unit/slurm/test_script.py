@@ -17,7 +17,7 @@ def text(folder: Path, settings: SlurmConfig, points: int = 0) -> str:
     return script(settings, "learn", "name", folder / "slurm" / "001", folder, folder, sys.executable, points)
 
 
-def test_a_script_is_what_was_asked_for(tmp_path: Path) -> None:
+def test_a_script_has_the_settings(tmp_path: Path) -> None:
     settings = SlurmConfig(
         nodes=8,
         gpus_per_node=4,
@@ -64,7 +64,7 @@ def test_a_script_is_what_was_asked_for(tmp_path: Path) -> None:
     assert names[-1] == "WANDB_API_KEY" and not {"ALL", "NONE", "NIL"} & set(names)
 
 
-def test_a_script_executes_nothing_of_a_path(tmp_path: Path) -> None:
+def test_a_script_executes_no_part_of_a_path(tmp_path: Path) -> None:
     folder = tmp_path / NASTY
     (folder / "slurm" / "001" / "code").mkdir(parents=True)
     written = folder / "script.sh"

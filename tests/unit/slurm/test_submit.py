@@ -90,7 +90,7 @@ def test_sweep(run: tuple[Path, RunConfig]) -> None:
     assert all(each.run_path.parent == config.run_path / "runs" for _, each in found)
 
 
-def test_what_is_left(run: tuple[Path, RunConfig]) -> None:
+def test_the_stages_that_are_left(run: tuple[Path, RunConfig]) -> None:
     _, config = run
     assert submit.left(config, "learn") == ["learn", "represent", "evaluate"]
     _finish(config, "learn")
@@ -99,7 +99,7 @@ def test_what_is_left(run: tuple[Path, RunConfig]) -> None:
     _finish(config, "represent")
     assert submit.left(config, "learn") == ["evaluate"]
     shutil.rmtree(config.learn_export)
-    assert submit.left(config, "learn") == ["evaluate"], "the model is there: its first stage may be gone"
+    assert submit.left(config, "learn") == ["evaluate"], "the model exists, so the first stage's export is not needed"
     shutil.rmtree(config.model_path)
     assert submit.left(config, "learn") == ["learn", "represent", "evaluate"]
     assert submit.left(
