@@ -83,9 +83,8 @@ def start(timeout_minutes: float = 30.0) -> Ranks:
     cores = peers[place.rank].share_of_cores(peers)
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
-    fullest = max(
-        peer.place.local_world_size for peer in peers
-    )  # the same on all ranks: they must build the same groups
+    # the same number on all ranks, since they must build the same groups
+    fullest = max(peer.place.local_world_size for peer in peers)
     return Ranks(place.rank, place.world_size, place.local_rank, device, fullest, cores, Traffic(fullest))
 
 

@@ -211,10 +211,10 @@ class Bed:
         self.run(*inside, "mount", "--bind", str(folder), str(folder))
         self.run(*inside, "mount", "-o", "remount,bind,ro", str(folder))
 
-        def mend() -> None:
+        def undo() -> None:
             self.run(*inside, "umount", "--lazy", str(folder))
 
-        return mend
+        return undo
 
     def crash_node(self, name: str) -> None:
         """Kill a node's daemon and all that it runs, at once, as a power failure does."""

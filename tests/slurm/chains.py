@@ -133,7 +133,7 @@ def wait(what: str, ready: Callable[[], Any], run: Path, seconds: float = 240.0)
     deadline = time.monotonic() + seconds
     while not (found := ready()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {seconds:g} s in vain: {what}\n{told(run)}")
+            raise AssertionError(f"waited {seconds:g} s in vain: {what}\n{log_tails(run)}")
         time.sleep(0.5)
     return found
 
@@ -151,7 +151,7 @@ def wait_over(run: Path, seconds: float = 400.0) -> dict[str, dict[str, Any]]:
     return status(run)
 
 
-def told(run: Path) -> str:
+def log_tails(run: Path) -> str:
     """The last lines of a run's logs."""
     parts = []
     for path in sorted([*run.glob("slurm/*.log"), *run.glob("*/logs/*.log"), *run.glob("slurm/*/*.log")]):

@@ -21,10 +21,10 @@ def main() -> None:
         with large_imports():
             from lbr_dist import trainer
 
-        take, told = trainer._take, Path(os.environ.get("LBR_TRIAL_PAUSE", "/nowhere"))
+        take, pause = trainer._take, Path(os.environ.get("LBR_TRIAL_PAUSE", "/nowhere"))
 
         def slowly(*arguments: object) -> object:
-            time.sleep(float(told.read_text()) if told.exists() else 0.25)
+            time.sleep(float(pause.read_text()) if pause.exists() else 0.25)
             return take(*arguments)  # type: ignore[arg-type]
 
         trainer._take = slowly  # type: ignore[assignment]

@@ -43,7 +43,7 @@ def killed_and_hung(place: Place) -> None:
     wait("the hung rank has exited", lambda: not Path(f"/proc/{hung}").exists(), config.run_path, 20)
     assert (config.run_path / "learn" / "logs" / "rank-0.stacks").exists()
     found = wait_over(config.run_path, 300)
-    assert found["learn"]["state"] == "finished", chains.told(config.run_path)
+    assert found["learn"]["state"] == "finished", chains.log_tails(config.run_path)
     assert_same_end(config, place.whole)
     assert not ranks(config)
 
@@ -98,10 +98,10 @@ def _on_a_broken_node(place: Place, node: str) -> Try:
     """Run on a broken node. Returns the attempt that met it."""
     config = place.long(node_check=True)
     (place.folder / "run").mkdir(mode=0o700)
-    mend = place.bed.read_only(node, place.folder / "run")
+    undo = place.bed.read_only(node, place.folder / "run")
     try:
         jobs = submit(config, place.folder)
-        assert wait_over(config.run_path, 240)["learn"]["state"] == "finished", chains.told(config.run_path)
+        assert wait_over(config.run_path, 240)["learn"]["state"] == "finished", chains.log_tails(config.run_path)
         first, last = tries(config)
         assert first.outcome == "refused" and first.reason.startswith(f"node {node}: "), first
         assert first.blamed == [node]
@@ -109,7 +109,7 @@ def _on_a_broken_node(place: Place, node: str) -> Try:
         assert_same_end(config, place.whole)
         return first
     finally:
-        mend()
+        undo()
 
 
 def sbatch_refuses(place: Place) -> None:
@@ -141,7 +141,7 @@ def nodes_die(place: Place) -> None:
     wait("the attempt has ended", lambda: outcomes(config)[1], config.run_path)
     assert outcomes(config)[1] == "failed" and f"{second} stopped responding" in tries(config)[1].reason, tries(config)
     found = wait_over(config.run_path)
-    assert found["learn"]["state"] == "finished", chains.told(config.run_path)
+    assert found["learn"]["state"] == "finished", chains.log_tails(config.run_path)
     assert second not in chains.hosts(tries(config)[2].nodes)
     assert_same_end(config, place.whole)
     bed.start_node(second)

@@ -28,7 +28,7 @@ def time_limits(place: Place) -> None:
     wait("two limits are reached", lambda: outcomes(config).count("interrupted") >= 2, config.run_path, 900)
     pause.write_text("0")
     found = wait_over(config.run_path, 400)
-    assert found["learn"]["state"] == "finished", chains.told(config.run_path)
+    assert found["learn"]["state"] == "finished", chains.log_tails(config.run_path)
     assert {each.job for each in tries(config)} == {jobs["learn"]}, "a requeued job keeps its id"
     assert any(each.progressed for each in tries(config)[:-1])
     assert "asked to stop, and saved" in tries(config)[0].reason
@@ -71,7 +71,7 @@ def scancelled(place: Place) -> None:
     wait("no rank is left", lambda: not ranks(config), config.run_path, 30)
     submit(config, place.folder)
     found = wait_over(config.run_path)
-    assert [row["state"] for row in found.values()] == ["finished"] * 2, chains.told(config.run_path)
+    assert [row["state"] for row in found.values()] == ["finished"] * 2, chains.log_tails(config.run_path)
     assert tries(config)[1].first_step == saved
 
 
@@ -121,6 +121,6 @@ def preemption(place: Place) -> None:
     found = status(config.run_path)
     assert found["learn"]["state"] in ("requeued", "running") and found["represent"]["state"] == "waiting", found
     found = wait_over(config.run_path)
-    assert [row["state"] for row in found.values()] == ["finished"] * 2, chains.told(config.run_path)
+    assert [row["state"] for row in found.values()] == ["finished"] * 2, chains.log_tails(config.run_path)
     assert {each.job for each in tries(config)} == {jobs["learn"]}
     assert_same_end(config, place.whole)

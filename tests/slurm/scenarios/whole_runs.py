@@ -69,7 +69,7 @@ def chain(place: Place) -> tuple[Path, RunConfig, dict[str, str]]:
     names = chains.slurm("squeue", "-h", "-o", "%j")
     assert config.slurm.job_name is not None and names.count(config.slurm.job_name) == 3
     found = wait_over(config.run_path)
-    assert [row["state"] for row in found.values()] == ["finished"] * 3, chains.told(config.run_path)
+    assert [row["state"] for row in found.values()] == ["finished"] * 3, chains.log_tails(config.run_path)
     return folder, config, jobs
 
 
