@@ -12,31 +12,37 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML config; every field can be overridden by --section.field=value")
     parser.add_argument("--nodes", type=int, help="nodes of each stage, as slurm.nodes")
     parser.add_argument(
-        "--from", dest="first", choices=STAGES, default="learn", help="begin with this stage; those before are finished"
+        "--from",
+        dest="first",
+        choices=STAGES,
+        default="learn",
+        help="start with this stage; the ones before it must be finished",
     )
     parser.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="FIELD=V1,V2",
-        help="a run for each value, as a job array; given again, for each combination: --sweep seed=0,1,2",
+        help="one run per value, as a job array: --sweep seed=0,1,2. Given several times: one run per combination",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the scripts and what was checked; queue nothing")
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, nargs="?", metavar="RUN", help="run folder (default: all in runs/)")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--watch", action="store_true", help="again and again, until every stage is over")
-    parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="how often, with --watch")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--watch", action="store_true", help="repeat until every stage has ended")
+    parser.add_argument(
+        "--every", type=float, default=5.0, metavar="SECONDS", help="with --watch: seconds between two updates"
+    )
 
 
 def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--stage", choices=STAGES, help="default: the one that ran last")
-    parser.add_argument("--rank", type=int, help="this rank's log alone (default: the job's, and the first rank's)")
-    parser.add_argument("--lines", type=int, default=50, help="so many of each, from the end")
-    parser.add_argument("--follow", action="store_true", help="go on with what is added, until the stage is over")
+    parser.add_argument("--stage", choices=STAGES, help="stage (default: the one that ran last)")
+    parser.add_argument("--rank", type=int, help="only this rank's log (default: the job's log and rank 0's)")
+    parser.add_argument("--lines", type=int, default=50, help="print this many of the last lines of each log")
+    parser.add_argument("--follow", action="store_true", help="keep printing new lines until the stage has ended")
 
 
 def add_cancel_arguments(parser: argparse.ArgumentParser) -> None:

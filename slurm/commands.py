@@ -20,8 +20,10 @@ _LIVING = ("running", "queued", "waiting", "requeued")
 
 
 def status(args: argparse.Namespace, say: Say) -> None:
-    """Raises:
-    ConfigError, SlurmError: there is nothing to tell of, or Slurm gives no answer.
+    """Print the state of each stage.
+
+    Raises:
+        ConfigError, SlurmError: no run was submitted, or Slurm does not answer.
     """
     if args.every <= 0:
         raise ConfigError(f"--every: found {args.every:g}, expected a positive number of seconds.")
@@ -42,17 +44,17 @@ def _runs(given: Path | None) -> list[Path]:
         return [given]
     found = sorted(path.parent.parent.parent for path in Path("runs").glob("*/slurm/*/chain.json"))
     if not found:
-        raise ConfigError("runs/: no run there was submitted. Name a run folder: lbr status RUN")
+        raise ConfigError("runs/: found no submitted run. Name a run folder: lbr status RUN")
     return sorted(set(found))
 
 
 def cancel(args: argparse.Namespace, say: Say) -> None:
-    """End all jobs of a run, those that wait first; what is saved stays, and `lbr submit` goes on from it.
+    """Cancel all jobs of a run, the waiting ones first. What is saved stays, and `lbr submit` resumes from it.
 
-    Of a sweep's run, these are its tasks of the arrays.
+    For one run of a sweep, these are its tasks of the job arrays.
 
     Raises:
-        ConfigError, SlurmError: there is no such run, or Slurm gives no answer.
+        ConfigError, SlurmError: there is no such run, or Slurm does not answer.
     """
     found, only = journal.chain(args.run_folder)
     ids = [job for submission in found for job in submission.jobs.values()]
@@ -66,9 +68,9 @@ def cancel(args: argparse.Namespace, say: Say) -> None:
                 names &= {f"{job}_{submission.index_of(only)}"}
             ours += [(stage, job if only is None else name) for name in sorted(names)]
     if not ours:
-        say(f"{args.run_folder}: no job of it is queued or runs")
+        say(f"{args.run_folder}: none of its jobs is queued or running")
         return
-    if only is None:  # first, so that `lbr status` knows who it was
+    if only is None:  # before the jobs end, so that `lbr status` knows who cancelled them
         dataclasses.replace(found[-1], cancelled=journal.now()).write()
     for stage, job in dict.fromkeys(ours):
         scheduler.cancel([job])
@@ -76,10 +78,10 @@ def cancel(args: argparse.Namespace, say: Say) -> None:
 
 
 def logs(args: argparse.Namespace, say: Say) -> None:
-    """Print the ends of a stage's logs, and what is added.
+    """Print the last lines of a stage's logs, and with `--follow` the lines that are added.
 
     Raises:
-        ConfigError: there is no such log; names those that there are.
+        ConfigError: there is no such log; names the existing ones.
     """
     run = args.run_folder.absolute()
     stage = args.stage or _last_stage(run)
@@ -110,7 +112,7 @@ def logs(args: argparse.Namespace, say: Say) -> None:
 
 
 def _whole_lines(file: TextIO) -> Iterator[str]:
-    """Lines that are complete; the part of one waits for its end."""
+    """The complete lines; a line without its end is left for the next call."""
     while True:
         before = file.tell()
         line = file.readline()
@@ -125,7 +127,7 @@ def _last_stage(run: Path) -> JobStage:
     if not began:
         with_log = [stage for stage in STAGES if journal.log_file(run, stage).exists()]
         if not with_log:
-            raise ConfigError(f"{run}: no stage has begun. `lbr status` tells what it waits for.")
+            raise ConfigError(f"{run}: no stage has started. `lbr status` shows what it is waiting for.")
         return with_log[-1]
     return max(STAGES, key=lambda stage: (began.get(stage, ""), STAGES.index(stage)))
 
@@ -137,5 +139,5 @@ def _paths(run: Path, stage: JobStage, rank: int | None) -> list[Path]:
     there = [path for path in paths if path.exists()]
     if not there:
         others = ", ".join(path.name for path in sorted(folder.glob("rank-*.log"))) or "none"
-        raise ConfigError(f"{paths[-1]}: no such log. Logs of ranks in {folder}: {others}.")
+        raise ConfigError(f"{paths[-1]}: no such log. Rank logs in {folder}: {others}.")
     return there

@@ -1,8 +1,8 @@
 """What a stage's job runs on its first node: `python -m lbr_dist.slurm.job STAGE SUBMISSION`.
 
-Looks at the nodes, starts the ranks with srun, and decides what follows when they have ended: the job's success, which
-lets the next stage begin; its failure, which cancels the rest of the chain; or another try under the same id. A job
-that left politely, told to stop, is not done, and its successor must not begin: it asks for its own requeue.
+Checks the nodes, starts the ranks with srun, and decides what to do when they have exited: succeed, which lets the next
+stage start; fail, which cancels the rest of the chain; or make another attempt under the same id. A job that was asked
+to stop, and saved, is not done, and the next stage must not start: the job requeues itself.
 
 Imports no torch.
 """
@@ -34,18 +34,18 @@ from lbr_dist.ranks.rendezvous import node_name
 from lbr_dist.slurm import journal, nodes, scheduler
 from lbr_dist.slurm.journal import JobStage, Outcome, Submission
 from lbr_dist.slurm.scheduler import Job, patiently
-from lbr_dist.slurm.verdict import Verdict, judge
+from lbr_dist.slurm.verdict import Verdict, verdict_of
 from lbr_dist.storage.files import make_private
 
 MUCH_TEXT = 64 * 2**20
-"""Bytes of text that are worth a step of their own."""
+"""With at least this many bytes of text, tokenising gets its own srun step."""
 
 _OF_THE_JOB = (
     *("SLURM_CONF", "SLURM_CLUSTER_NAME", "SLURM_WORKING_CLUSTER", "SLURM_SUBMIT_DIR", "SLURM_RESTART_COUNT"),
     *("SLURM_NODELIST", "SLURM_NNODES", "SLURM_TASKS_PER_NODE", "SLURM_GPUS_ON_NODE"),
 )
-"""What srun needs of Slurm's variables, beside those that begin with SLURM_JOB and SLURM_ARRAY. The rest may be left
-over from the job inside which this one was submitted: bindings, sizes of memory, numbers of tasks."""
+"""Slurm's variables that srun needs, besides those that start with SLURM_JOB or SLURM_ARRAY. The rest may be left over
+from the job that this one was submitted from: bindings, memory sizes, task counts."""
 
 
 def say(message: str) -> None:
@@ -54,7 +54,7 @@ def say(message: str) -> None:
 
 
 class StageJob:
-    """One try of one stage of one run."""
+    """One attempt of one stage of one run."""
 
     def __init__(self, submission: Submission, stage: JobStage, index: int = 0) -> None:
         self.submission, self.stage = submission, stage
@@ -62,7 +62,7 @@ class StageJob:
         self.config: RunConfig = read_config(self.config_file)
         self.run_path = self.config.run_path
         self.slurm = self.config.slurm
-        # one task of an array has the number of the whole array, whose requeue would be that of all tasks
+        # the last task of an array has the array's own id: a requeue under that id would requeue all tasks
         self.job = (
             os.environ["SLURM_JOB_ID"] if not submission.is_sweep else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}"
         )
@@ -75,11 +75,11 @@ class StageJob:
         return journal.saved_step(self.config, self.stage)
 
     def run(self) -> int:
-        """The job's exit code: 0 where the stage is finished."""
+        """Run the stage. Returns the job's exit code: 0 if the stage is finished."""
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._take)
         if journal.is_finished(self.config, self.stage):
-            say(f"{self.stage}: finished before, nothing to do")
+            say(f"{self.stage}: already finished, nothing to do")
             return 0
         self._end_what_was_lost()
         self._note_where_it_could_not_begin()
@@ -101,10 +101,10 @@ class StageJob:
         verdict = self._tokenise()
         if verdict.outcome == "finished":
             verdict = self._ranks()
-        if journal.is_finished(self.config, self.stage):  # whatever became of a rank afterwards
+        if journal.is_finished(self.config, self.stage):  # even if a rank failed afterwards
             return self._over("finished", "")
         if verdict.outcome == "finished":
-            verdict = Verdict("failed", "the ranks ended without a word, and the stage is not finished")
+            verdict = Verdict("failed", "the ranks exited without an error, but the stage is not finished")
         if verdict.outcome == "mistaken":
             return self._over("failed", self._words_of(verdict.rank))
         if verdict.outcome == "interrupted":
@@ -114,20 +114,22 @@ class StageJob:
 
     @staticmethod
     def _take(number: int, frame: FrameType | None) -> None:
-        """The ranks have got the signal too, or will by srun: what follows is decided when they have ended."""
-        say(f"told to stop by {signal.Signals(number).name}")
+        """The ranks get the signal too, directly or from srun: what to do is decided when they have exited."""
+        say(f"asked to stop by {signal.Signals(number).name}")
 
     # ---- before the ranks --------------------------------------------------------------------------------------
 
     def _end_what_was_lost(self) -> None:
         before = journal.tries(self.run_path, self.stage)
         if before and not before[-1].outcome:
-            reason = f"job {before[-1].job} on {before[-1].nodes} ended without a word: a node failed, or it was killed"
+            reason = (
+                f"job {before[-1].job} on {before[-1].nodes} ended without a record: a node failed, or it was killed"
+            )
             journal.end(self.run_path, self.stage, "lost", reason, self.step)
             say(f"{self.stage}: {reason}")
 
     def _note_where_it_could_not_begin(self) -> None:
-        """The script asks for another try where the job's own part can be neither started nor heard."""
+        """Record the attempts that the script requeued since this program could not start, or write its log."""
         before = journal.tries(self.run_path, self.stage)
         starts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if starts <= sum(each.job == self.job for each in before):
@@ -140,13 +142,13 @@ class StageJob:
             say(f"note: {error}")
             return
         for node in found:
-            reason = f"node {node}: a try began there, and could not use the run folder, the working folder or Python"
+            reason = f"node {node}: an attempt on it could not use the run folder, the working folder or Python"
             journal.begin(self.run_path, self.stage, self.job, node, self.step)
             journal.end(self.run_path, self.stage, "refused", reason, self.step, [node])
             say(f"{self.stage}: {reason}")
 
     def _why_no_further_try(self) -> str | None:
-        """Why this job must not try again: its tries before made no progress, or failed too often."""
+        """Why this job must not try again: its attempts made no progress, or failed too often."""
         before = [t for t in journal.tries(self.run_path, self.stage) if t.job == self.job]
         idle = 0
         for each in reversed(before):
@@ -156,14 +158,14 @@ class StageJob:
         most = self.slurm.max_retries
         if idle > most:
             last = before[-1].reason
-            return f"{idle} tries in a row ended without progress (slurm.max_retries {most}); the last: {last}"
+            return f"{idle} attempts in a row ended without progress (slurm.max_retries {most}); the last one: {last}"
         failures = [each for each in before if each.outcome in ("failed", "refused")]
         if len(failures) > most:
-            return f"failed {len(failures)} times (slurm.max_retries {most}); the last: {failures[-1].reason}"
+            return f"failed {len(failures)} times (slurm.max_retries {most}); the last time: {failures[-1].reason}"
         return None
 
     def _check_before(self) -> None:
-        """The stage before this one is finished, and its model is what it wrote.
+        """Check that the stage before this one is finished, and that its model is unchanged.
 
         Raises:
             CheckpointError: it is not.
@@ -205,7 +207,7 @@ class StageJob:
         return environment | threads | preload | self.slurm.environment
 
     def _tokenise(self) -> Verdict:
-        """Stage 1's text by all ranks, where it is much: one rank would take hours, while the others wait for it."""
+        """Tokenise stage 1's text on all ranks if there is a lot: one rank would take hours while the others wait."""
         data = self.config.data
         corpus = Path(data.learn_corpus or data.corpus)
         if self.stage != "learn" or sum(file.stat().st_size for file in record_files(corpus)) < MUCH_TEXT:
@@ -220,18 +222,18 @@ class StageJob:
         return self._srun(["lbr_dist.launch.cli", "data", "tokens", *words])
 
     def _ranks(self) -> Verdict:
-        """Run the stage's ranks to their end."""
+        """Run the stage's ranks until they exit."""
         return self._srun(["lbr_dist.launch.worker", self.stage, str(self.config_file)])
 
     def _srun(self, module: Sequence[str]) -> Verdict:
-        """Run a module of Python on all ranks; the evaluation's is one."""
+        """Run a Python module on all ranks; the evaluation has one."""
         alone = self.stage == "evaluate"
         number, each = (1, 1) if alone else (self.slurm.nodes, self.slurm.ranks_per_node)
         logs = self.logs
         make_private(logs.parent)
         make_private(logs)
         self._sizes = {path: path.stat().st_size for path in logs.glob("rank-*.log")}
-        # free on this node now, where the first rank will run: another job, or this one's next try, takes another
+        # a port that is free now on this node, where rank 0 will run; other jobs and later attempts get other ports
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
@@ -240,7 +242,7 @@ class StageJob:
             *("srun", "--export=ALL", "--unbuffered", "--mpi=none", "--open-mode=append"),
             *(f"--nodes={number}", f"--ntasks={number * each}", f"--ntasks-per-node={each}"),
             f"--cpus-per-task={self.slurm.cpus_per_task}",
-            # a rank that was told to stop has code 75: the others must not be killed for it while they do the same
+            # a rank that was asked to stop exits with code 75: the others must not be killed for it while they save too
             *("--kill-on-bad-exit=0", f"--wait={self.slurm.wait_seconds}"),
             f"--output={str(logs).replace('%', '%%')}/rank-%t.log",
             *self.slurm.srun_arguments,
@@ -260,10 +262,10 @@ class StageJob:
         code = process.wait()
         reader.join(10.0)
         hosts = scheduler.hosts(self.nodes)
-        return judge(code, lines, lambda rank: hosts[rank // each])
+        return verdict_of(code, lines, lambda rank: hosts[rank // each])
 
     def _end_time(self) -> dict[str, str]:
-        """The moment of the time limit: the ranks stop earlier than the signal, where a step and a save need longer."""
+        """When the time limit is reached: the ranks stop before the signal if a step and a save need longer."""
         try:
             ends = datetime.fromisoformat(self._now().ends)
         except (LbrError, ValueError):  # the controller is down, or there is no limit: the signal is enough
@@ -271,7 +273,7 @@ class StageJob:
         return {END_TIME: f"{ends.timestamp():.0f}"}
 
     def _words_of(self, rank: int | None) -> str:
-        """A rank's last error in this try, or its last line; in its log, or in another's where it has none."""
+        """A rank's last error in this attempt, or another rank's if it has none, or the rank's last line."""
         paths = sorted(self.logs.glob("rank-*.log"))
         own = self.logs / f"rank-{rank}.log"
         for path in (own, *(path for path in paths if path != own)):
@@ -285,7 +287,7 @@ class StageJob:
             return [line for line in own.read_text(errors="replace").splitlines() if line.strip()][-1].strip()
         return ""
 
-    # ---- what follows ------------------------------------------------------------------------------------------
+    # ---- after the ranks ---------------------------------------------------------------------------------------
 
     def _over(self, outcome: Outcome, reason: str, blamed: Sequence[str] = ()) -> int:
         journal.end(self.run_path, self.stage, outcome, reason, self.step, blamed)
@@ -293,7 +295,7 @@ class StageJob:
         return 0 if outcome == "finished" else 1
 
     def _again(self, outcome: Outcome, reason: str, blamed: Sequence[str] = ()) -> int:
-        """Put this job back into the queue, where another try makes sense and nobody cancelled it."""
+        """Put this job back into the queue, if another attempt makes sense and nobody cancelled it."""
         before = [t for t in journal.tries(self.run_path, self.stage) if t.job == self.job]
         state = patiently(self._now, say).state
         if state == "PENDING":  # Slurm has requeued it already
@@ -306,7 +308,7 @@ class StageJob:
         earlier = before[-2] if len(before) > 1 else None
         again_here = earlier is not None and earlier.outcome == "failed" and earlier.last_step == self.step
         if failed and again_here and not without and not before[-1].first_step < self.step:
-            return self._over(outcome, f"{reason}; it failed at this step before")
+            return self._over(outcome, f"{reason}; it has failed at this step before")
         journal.end(self.run_path, self.stage, outcome, reason, self.step, blamed)
         why = self._why_no_further_try()
         if why is not None:
@@ -320,7 +322,7 @@ class StageJob:
                 excluded = ",".join((*without, *([self.slurm.exclude] if self.slurm.exclude else [])))
                 patiently(lambda: scheduler.exclude(self.job, excluded), say)
         except LbrError as error:
-            say(f"{self.stage}: cannot be requeued, or nodes excluded: {error}")
+            say(f"{self.stage}: cannot requeue the job, or exclude nodes: {error}")
             return 1
         return self._await_end()
 
@@ -328,12 +330,12 @@ class StageJob:
         """This job as Slurm sees it.
 
         Raises:
-            SlurmError: the controller gives no answer.
+            SlurmError: the controller does not answer.
         """
         return scheduler.jobs([self.job], accounting=False).get(self.job, Job(self.job, "UNKNOWN"))
 
     def _await_end(self) -> int:
-        """Slurm ends a requeued job; one that ended by itself before would count as done or failed."""
+        """Wait until Slurm ends this requeued job; if it exited by itself first, it would count as done or failed."""
         time.sleep(120.0)
         return 1
 
@@ -345,7 +347,7 @@ def _pass_on(stream: IO[str], lines: list[str]) -> None:
 
 
 def _print_to(path: Path) -> None:
-    """From now on this process, and what it starts, print into the run's own log."""
+    """From now on, this process and its children print into the run's own log."""
     make_private(path.parent)
     with path.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -357,7 +359,7 @@ def main() -> int:
     assert stage in journal.STAGES
     try:
         submission = Submission.read(Path(folder))
-        # left over from the job that this one was submitted in, the variable says nothing
+        # without a sweep the variable can only be left over from an outer job
         index = int(os.environ["SLURM_ARRAY_TASK_ID"]) if submission.is_sweep else 0
         job = StageJob(submission, stage, index)
         if submission.is_sweep:

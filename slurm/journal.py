@@ -1,10 +1,10 @@
-"""What submissions and tries leave in a run folder, for the jobs themselves and for `lbr status`.
+"""What submissions and attempts record in a run folder, for the jobs themselves and for `lbr status`.
 
-    RUN/slurm/001/chain.json       a submission: its jobs, and the runs that they train (one; a sweep's are many)
+    RUN/slurm/001/chain.json       a submission: its jobs, and the runs that they train (several for a sweep)
                  /config-0.yaml    each run's config as it was submitted
                  /code/            the package as it was submitted
-                 /learn.sh …       what sbatch was given
-    RUN/slurm/tries.jsonl          every try of every stage: where it ran, how it ended and why
+                 /learn.sh …       the scripts that sbatch was given
+    RUN/slurm/tries.jsonl          every attempt of every stage: where it ran, how it ended and why
     RUN/slurm/learn.log …          what a stage's job printed; the ranks' logs are in RUN/learn/logs/
 
 Imports no torch.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +30,8 @@ JobStage = Literal["learn", "represent", "evaluate"]
 STAGES: tuple[JobStage, ...] = ("learn", "represent", "evaluate")
 
 Outcome = Literal["finished", "interrupted", "failed", "refused", "lost"]
-"""How a try ended. `interrupted`: told to stop, and saved. `refused`: a node failed its check. `lost`: without a word,
-as when the first node dies."""
+"""How an attempt ended. `interrupted`: asked to stop, and saved. `refused`: a node failed its check. `lost`: it could
+not record its end, as when the first node dies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Point:
     """One run of a submission."""
 
     label: str
-    """Of a sweep: what differs, as `seed=1 learn.steps=500`; else empty."""
+    """In a sweep, the values of this run: `seed=1 learn.steps=500`; otherwise empty."""
 
     run_dir: str
 
@@ -49,15 +49,14 @@ class Submission:
     """A chain of jobs that was queued together."""
 
     folder: Path
-    created: str
     working_folder: str
     """Paths in the configs are relative to it."""
 
     python: str
-    """Of the job's own part on the first node; the ranks' is `slurm.python`."""
+    """Runs the job's own part on the first node, and the ranks unless `slurm.python` is set."""
 
     jobs: dict[JobStage, str]
-    """Ids, of those stages that were not finished before."""
+    """Job ids of the stages that were not finished yet."""
 
     points: tuple[Point, ...]
     cancelled: str = ""
@@ -71,7 +70,7 @@ class Submission:
         return len(self.points) > 1 or bool(self.points[0].label)
 
     def index_of(self, run: Path) -> int | None:
-        """Which of its runs has this folder, if one has."""
+        """The index of the run with this folder; None if there is none."""
         folders = [Path(point.run_dir).resolve() for point in self.points]
         return folders.index(run.resolve()) if run.resolve() in folders else None
 
@@ -87,19 +86,21 @@ class Submission:
         try:
             content = json.loads((folder / "chain.json").read_text(encoding="utf-8"))
             points = tuple(Point(**point) for point in content.pop("points"))
-            return Submission(folder, points=points, **content)
+            # other versions may have written other keys
+            known = {field.name for field in fields(Submission)}
+            return Submission(folder, points=points, **{key: content[key] for key in content if key in known})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{folder / 'chain.json'}: cannot be read ({error}).") from None
 
 
 def submissions(run: Path) -> list[Submission]:
-    """Those of a run folder, or of a sweep's, from the first to the last."""
+    """The submissions of a run folder or of a sweep's folder, oldest first."""
     folders = (path for path in (run / "slurm").glob("[0-9]*") if (path / "chain.json").exists())
     return [Submission.read(folder) for folder in sorted(folders, key=lambda path: int(path.name))]
 
 
 def chain(run: Path) -> tuple[list[Submission], Path | None]:
-    """The submissions of a run folder, or a sweep's; and, where the folder is that of one of a sweep's runs, that run.
+    """The submissions of a run folder or a sweep's folder; and the run, if the folder is that of one run of a sweep.
 
     Raises:
         ConfigError: there is none.
@@ -109,11 +110,11 @@ def chain(run: Path) -> tuple[list[Submission], Path | None]:
         return found, None
     if found := [each for each in submissions(root.parent.parent) if each.index_of(root) is not None]:
         return found, root
-    raise ConfigError(f"{run}: no submission. Name a run folder: the run_dir of a config that `lbr submit` has seen.")
+    raise ConfigError(f"{run}: found no submission. Name a run folder: the run_dir of a config given to `lbr submit`.")
 
 
 def new_folder(run: Path) -> Path:
-    """The folder of the next submission, made."""
+    """Create the folder of the next submission."""
     make_private(run)
     make_private(run / "slurm")
     taken = [int(path.name) for path in (run / "slurm").glob("[0-9]*") if path.name.isdigit()]
@@ -123,7 +124,7 @@ def new_folder(run: Path) -> Path:
 
 
 def log_file(run: Path, stage: JobStage) -> Path:
-    """What a stage's job itself prints, every try."""
+    """The log of a stage's job itself, over all attempts."""
     return run / "slurm" / f"{stage}.log"
 
 
@@ -132,19 +133,19 @@ def rank_logs(run: Path, stage: JobStage) -> Path:
     return run / "slurm" / "evaluate-logs" if stage == "evaluate" else run / stage / "logs"
 
 
-# ---- tries ---------------------------------------------------------------------------------------------------------
+# ---- attempts ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Try:
-    """One try of a stage."""
+    """One attempt of a stage."""
 
     stage: JobStage
     job: str
     nodes: str
     began: str
     first_step: int
-    """The newest checkpoint's when it began."""
+    """Step of the newest checkpoint when it started."""
 
     ended: str = ""
     outcome: Outcome | Literal[""] = ""
@@ -152,10 +153,10 @@ class Try:
 
     reason: str = ""
     last_step: int = 0
-    """The newest checkpoint's when it ended."""
+    """Step of the newest checkpoint when it ended."""
 
     blamed: list[str] = field(default_factory=list)
-    """Nodes that the next try is to avoid."""
+    """Nodes that the next attempt should avoid."""
 
     @property
     def progressed(self) -> bool:
@@ -167,7 +168,7 @@ def now() -> str:
 
 
 def note(run: Path, entry: dict[str, Any]) -> None:
-    """Add a line to a run's tries; on disk when this returns."""
+    """Add a line to a run's `tries.jsonl`; it is on disk when this returns."""
     make_private(run / "slurm")
     with open(run / "slurm" / "tries.jsonl", "a", encoding="utf-8", opener=open_private) as file:
         file.write(json.dumps(entry) + "\n")
@@ -185,7 +186,7 @@ def end(run: Path, stage: JobStage, outcome: Outcome, reason: str, step: int, bl
 
 
 def tries(run: Path, stage: JobStage) -> list[Try]:
-    """A stage's, from the first to the last; a line that a full disk cut off is left out."""
+    """A stage's attempts, oldest first; a line that a full disk cut off is skipped."""
     found: list[Try] = []
     try:
         lines = (run / "slurm" / "tries.jsonl").read_text(encoding="utf-8").splitlines()
@@ -211,7 +212,7 @@ def tries(run: Path, stage: JobStage) -> list[Try]:
 
 
 def saved_step(config: RunConfig, stage: JobStage) -> int:
-    """The step that a stage would go on from; 0 where it would begin."""
+    """The step that a stage would resume from; 0 if it would start from scratch."""
     if stage == "evaluate":
         return 0
     return max(Checkpoints(config.stage_path(stage) / "checkpoints").steps(), default=0)

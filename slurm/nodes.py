@@ -1,4 +1,4 @@
-"""Nodes that must not be used: found broken before the ranks start, or to blame for the end of an earlier try.
+"""Nodes that must not be used: they fail the check before the ranks start, or are blamed for a failed attempt.
 
 Imports no torch.
 """
@@ -18,7 +18,7 @@ from lbr_dist.slurm.journal import Try
 from lbr_dist.slurm.scheduler import patiently
 
 CHECK_SECONDS = 90.0
-"""For the look at the nodes. One that does not answer by then is broken."""
+"""Time limit of the node check. A node that has not answered by then counts as broken."""
 
 Say = Callable[[str], None]
 
@@ -26,14 +26,14 @@ Say = Callable[[str], None]
 def faults(
     nodes: Sequence[str], python: Sequence[str], run_path: Path, gpus: int, environment: Mapping[str, str], say: Say
 ) -> dict[str, str]:
-    """Run `lbr doctor --node` on each node of this job; gives those that cannot be used, and why.
+    """Run `lbr doctor --node` on each node of this job. Returns the nodes that cannot be used, and why.
 
     Args:
-        nodes: the first ones of the job.
-        python: the command that starts it there.
-        run_path: the folder in which a node must be able to write.
-        gpus: how many each node must have; 0: they are not looked at.
-        environment: of srun.
+        nodes: the first nodes of the job.
+        python: the command that starts Python on a node.
+        run_path: the folder that a node must be able to write to.
+        gpus: how many each node must have; 0: they are not checked.
+        environment: srun's environment.
         say: prints a line.
     """
     words = ["-m", "lbr_dist.launch.cli", "doctor", "--node", "--json", "--run-dir", str(run_path)]
@@ -47,7 +47,7 @@ def faults(
     try:
         printed, _ = process.communicate(timeout=CHECK_SECONDS)
     except subprocess.TimeoutExpired:
-        process.terminate()  # which srun passes on
+        process.terminate()  # srun passes the signal on
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10.0)
         process.kill()
@@ -59,7 +59,7 @@ def faults(
             found = [f for f in report["findings"] if f["state"] == "fault"]
             answered[report["node"]] = [f"{f['name']}: {f['found']}. {f['advice']}" for f in found]
     if not answered:
-        say("the check of the nodes gave no answer; going on without it")
+        say("the node check printed no result; continuing without it")
         return {}
     silent = [f"no answer to the check within {CHECK_SECONDS:g} s"]
     found_of = {node: answered.get(node, silent) for node in nodes}
@@ -67,12 +67,12 @@ def faults(
 
 
 def to_leave_out(blamed: Sequence[str], before: Sequence[Try], needed: int, say: Say) -> tuple[str, ...]:
-    """Nodes that the next try is to avoid: those that are blamed now, then earlier ones, while enough others are left.
+    """Nodes that the next attempt avoids: those blamed now, then those blamed earlier, as long as enough are left.
 
     Args:
-        blamed: for the end of this try.
-        before: the job's tries.
-        needed: how many nodes it wants.
+        blamed: nodes blamed for the end of this attempt.
+        before: the job's attempts.
+        needed: how many nodes the job needs.
         say: prints a line.
     """
     ask = ("sinfo", "-h", "-N", "-p", os.environ.get("SLURM_JOB_PARTITION", ""), "-o", "%N %T")

@@ -1,6 +1,6 @@
-"""What is asked of Slurm, through its own commands: queue, cancel and requeue jobs, and what became of them.
+"""Runs Slurm's own commands: queue, cancel and requeue jobs, and look up their states.
 
-Every command has a time limit: a client of a cluster whose controller is down would wait for ever.
+Every command has a time limit: with the controller down, it would wait for ever.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from lbr_dist.errors import LaunchError
 
 SECONDS = 20.0
 PATIENCE_SECONDS = 600.0
-"""For a controller that is down, when a job is to be requeued."""
+"""How long a job keeps asking a controller that is down, for its requeue for example."""
 
 T = TypeVar("T")
 _FIELDS = ("%i", "%T", "%r", "%N", "%S", "%e", "%M")
 _ACCOUNTING = "JobID,State,ExitCode,NodeList,Start,End"
 _DEAF = ("sh", "-c", 'trap "" TERM; exec "$@"', "sh")
-"""Before a command that ends the job inside which it runs: it is sent SIGTERM like all of the job."""
+"""Prefix of a command that ends the job it runs in: it must ignore the SIGTERM that Slurm sends to the whole job."""
 
 OVER = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "UNKNOWN")
 )
-"""States in which a job stays. UNKNOWN is ours: neither the controller nor the accounting knows the job any more."""
+"""Final states of a job. UNKNOWN is ours: neither the controller nor the accounting knows the job any more."""
 
 
 class SlurmError(LaunchError):
-    """A command of Slurm failed, or gave no answer in time."""
+    """A Slurm command failed, or did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Job:
     """As squeue prints it in full: PENDING, RUNNING, COMPLETING, COMPLETED, …"""
 
     reason: str = ""
-    """Why it waits; empty where it doesn't."""
+    """Why it is waiting; empty if it is not."""
 
     nodes: str = ""
     began: str = ""
@@ -59,10 +59,10 @@ class Job:
 
 
 def command(*words: str, seconds: float = SECONDS, environment: Mapping[str, str] | None = None) -> str:
-    """Output of one of Slurm's commands.
+    """The output of a Slurm command.
 
     Raises:
-        SlurmError: it is not installed, failed, or gave no answer in time; with its own message.
+        SlurmError: it is not installed, failed, or did not answer in time; with its own message.
     """
     name = words[len(_DEAF)] if words[: len(_DEAF)] == _DEAF else words[0]
     try:
@@ -76,22 +76,22 @@ def command(*words: str, seconds: float = SECONDS, environment: Mapping[str, str
             env=_plain(os.environ if environment is None else environment),
         )
     except FileNotFoundError:
-        raise SlurmError(f"{name}: not found. Run this on a node from which jobs are submitted.") from None
+        raise SlurmError(f"{name}: not found. Run this on a node that can submit jobs.") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(
-            f"{name}: no answer within {seconds:g} s. Is the controller up? `scontrol ping` tells."
+            f"{name}: no answer within {seconds:g} s. Check with `scontrol ping` that the controller is up."
         ) from None
     if done.returncode:
-        message = (done.stderr or done.stdout).strip() or f"ended with code {done.returncode}, without a word"
+        message = (done.stderr or done.stdout).strip() or f"exited with code {done.returncode}, without a message"
         raise SlurmError(f"{name}: {message}")
     return done.stdout
 
 
 def patiently(ask: Callable[[], T], say: Callable[[str], None]) -> T:
-    """What Slurm answers, also when its controller is down for some minutes; `say` is told of each try.
+    """The answer of `ask`, even if the controller is down for some minutes; `say` gets a note for each retry.
 
     Raises:
-        SlurmError: it refuses, or has been down too long.
+        SlurmError: Slurm refuses, or the controller is down for too long.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -101,18 +101,18 @@ def patiently(ask: Callable[[], T], say: Callable[[str], None]) -> T:
             down = any(words in str(error) for words in ("Unable to contact", "no answer", "Socket timed out"))
             if not down or time.monotonic() > deadline:
                 raise
-            say(f"note: {error}; asking again")
+            say(f"note: asking again: {error}")
             time.sleep(5.0)
 
 
 def _plain(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what a user has set for these commands' output, or their defaults: filters, formats, times."""
+    """Without the variables by which users change these commands' output or defaults: filters, formats, times."""
     own = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_", "SBATCH_", "SLURM_TIME_FORMAT")
     return {name: value for name, value in environment.items() if not name.startswith(own)}
 
 
 def submit(script: str, options: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Queue a script, and give the job's id.
+    """Queue a script. Returns the job's id.
 
     Raises:
         SlurmError: sbatch refuses, with its message.
@@ -122,21 +122,21 @@ def submit(script: str, options: Sequence[str], environment: Mapping[str, str]) 
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """Cancel jobs; those that are over already stay as they are."""
+    """Cancel jobs; jobs that have ended already stay as they are."""
     known = list(ids)
     if known:
         command("scancel", *known)
 
 
 def jobs(ids: Iterable[str], accounting: bool = True) -> dict[str, Job]:
-    """Jobs by id, those of an array by `ID_INDEX`; what Slurm has forgotten is missing.
+    """Jobs by id, those of an array by `ID_INDEX`; jobs that Slurm has forgotten are missing.
 
     Args:
-        ids: of jobs or whole arrays.
+        ids: of jobs or of whole arrays.
         accounting: ask the accounting for what the controller has forgotten.
 
     Raises:
-        SlurmError: the controller gives no answer.
+        SlurmError: the controller does not answer.
     """
     wanted = sorted(set(ids))
     if not wanted:
@@ -151,10 +151,10 @@ def jobs(ids: Iterable[str], accounting: bool = True) -> dict[str, Job]:
 def _from_controller(ids: Sequence[str]) -> dict[str, Job]:
     found: dict[str, Job] = {}
     try:
-        # one field a line end: no value of these has a tab
+        # tabs between the fields: no value contains one
         printed = command("squeue", "-h", "-r", "-a", "-t", "all", "-j", ",".join(ids), "-o", "\t".join(_FIELDS))
     except SlurmError as error:
-        if "Invalid job id" in str(error):  # of the only one that was asked for
+        if "Invalid job id" in str(error):  # squeue fails like this only if a single id was asked for
             return {}
         raise
     for line in printed.splitlines():
@@ -169,18 +169,18 @@ def _from_controller(ids: Sequence[str]) -> dict[str, Job]:
 def _from_accounting(ids: Sequence[str]) -> dict[str, Job]:
     try:
         printed = command("sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", _ACCOUNTING)
-    except SlurmError:  # there is none
+    except SlurmError:  # no accounting
         return {}
     found: dict[str, Job] = {}
     for line in printed.splitlines():
         name, state, code, nodes, began, ends = line.split("|")
-        # "CANCELLED by 0"
+        # the state may be "CANCELLED by 0"
         found[name] = Job(name, state.split()[0], "", nodes.replace("None assigned", ""), began, ends, code)
     return found
 
 
 def requeue(job: str) -> None:
-    """Put a running job back into the queue, under its id. A job that calls this for itself is sent SIGTERM by it.
+    """Put a running job back into the queue, under its id. A job that requeues itself gets SIGTERM from Slurm.
 
     Raises:
         SlurmError: Slurm refuses.
@@ -189,7 +189,7 @@ def requeue(job: str) -> None:
 
 
 def hosts(nodes: str) -> list[str]:
-    """`gpu[01,03-04]` written out, in the order of Slurm.
+    """The node names in `gpu[01,03-04]`, in Slurm's order.
 
     Raises:
         SlurmError: Slurm cannot read it.
@@ -201,15 +201,15 @@ def excluded(job: str) -> list[str]:
     """The nodes that a job must not use.
 
     Raises:
-        SlurmError: there is no such job, or the controller gives no answer.
+        SlurmError: there is no such job, or the controller does not answer.
     """
     found = re.search(r" ExcNodeList=([^ (]+)", command("scontrol", "-o", "show", "job", job))
     return hosts(found[1]) if found else []
 
 
 def exclude(job: str, nodes: str) -> None:
-    """Keep a waiting job off nodes. A job can do so for itself right after its `requeue`: then it counts as waiting,
-    and its own processes have until `KillWait` to end.
+    """Keep a waiting job off nodes. A job can do so for itself right after its `requeue`: it then counts as waiting,
+    and its own processes have until `KillWait` to exit.
 
     Raises:
         SlurmError: Slurm refuses.
@@ -218,7 +218,7 @@ def exclude(job: str, nodes: str) -> None:
 
 
 def minimal_environment(passed: Iterable[str]) -> dict[str, str]:
-    """This process's variables that a job is to have: nothing of an outer job's, of its binding or its ranks."""
+    """The variables of this process that a job gets: none of an outer job, its bindings or its ranks."""
     names = {*KEPT, *passed}
     return {name: value for name, value in os.environ.items() if name in names}
 

@@ -1,4 +1,4 @@
-"""The batch script of a stage's job: submitit's header, our few lines. It can be given to sbatch by hand as it is."""
+"""The batch script of a stage's job: submitit's header and a few lines of ours. sbatch accepts it as it is."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lbr_dist.config import SlurmConfig
 from lbr_dist.slurm.journal import JobStage, log_file
 from lbr_dist.slurm.scheduler import KEPT
 
-# Our own part of the job could write nowhere on such a node, nor be started there.
+# In shell, since `lbr_dist.slurm.job` could neither start nor write its log on such a node.
 _ELSEWHERE = r"""
-# where the log, the working folder or Python cannot be used on the first node: another try without it
+# if the first node cannot use the log, the working folder or Python: requeue the job without that node
 elsewhere() {{
     local job={job} bad left
     bad=$(scontrol -o show job "$job" | sed -nE 's/.* ExcNodeList=([^ (]+).*/\1/p')
@@ -30,11 +30,11 @@ elsewhere() {{
 
 
 class _Scripts(SlurmExecutor):  # type: ignore[misc]
-    """submitit's way to a script, without its pickles: what a job runs is a command and a folder of plain files."""
+    """submitit's script writer, without its pickles: a job runs a command that reads a folder of plain files."""
 
     @classmethod
     def affinity(cls) -> int:
-        return 1  # a script can be looked at where there is no Slurm
+        return 1  # so that a script can be written on a machine without Slurm
 
     def text(self, command: str) -> str:
         return str(self._make_submission_file_text(command, ""))
@@ -53,14 +53,14 @@ def script(
     """The text of a stage's script.
 
     Args:
-        settings: what to ask for.
-        stage: which one.
-        name: of the job, before the stage's.
+        settings: what to ask Slurm for.
+        stage: the stage.
+        name: the job's name, without the stage.
         submission: the submission's folder.
         log_root: the run folder; the job's own output goes into its `slurm/`.
-        working_folder: where relative paths of the config begin.
-        python: of the part on the first node.
-        points: runs of a sweep: the job is an array of so many tasks; 0: no array.
+        working_folder: the folder that relative paths in the config start from.
+        python: the Python of the part on the first node.
+        points: runs of a sweep: the job is an array of this many tasks; 0: no array.
     """
     evaluates = stage == "evaluate"
     nodes = 1 if evaluates else settings.nodes
@@ -86,7 +86,7 @@ def script(
         "wckey": None,
     }
     more: dict[str, Any] = {
-        # the log is opened by the script: a path in an option has rules of its own for `%`, `\\` and line ends
+        # the script opens the log: in an option, Slurm would interpret `%`, `\\` and line ends in its path
         "output": "/dev/null",
         "requeue": True,
         "export": ",".join((*KEPT, *settings.pass_environment)),
@@ -104,7 +104,7 @@ def script(
         most=f"{settings.max_retries}{excluded}",
     )
     setup = [
-        # until Python heeds them; the ranks have their own
+        # until Python sets its handlers; the ranks set their own
         "trap '' TERM USR2 HUP",
         elsewhere.strip(),
         f"exec >>{log} 2>&1 || elsewhere",
@@ -115,7 +115,7 @@ def script(
         *(f"module load {shlex.quote(module)}" for module in settings.modules),
         *settings.setup,
         f"export PYTHONPATH={shlex.quote(str(submission / 'code'))}",
-        # or the working folder would come first, and with it the tree that was submitted from
+        # otherwise the working folder would come first, and with it the source tree instead of the snapshot
         "export PYTHONSAFEPATH=1",
     ]
     executor = _Scripts(submission)

@@ -1,7 +1,7 @@
-"""`lbr status`: a run's chain as Slurm, the jobs' own records and the ranks' metrics have it. Imports no torch.
+"""`lbr status`: a run's chain, from Slurm, the jobs' own records and the ranks' metrics. Imports no torch.
 
-Slurm knows what is queued and runs; when it has forgotten a job, and there is no accounting, the run folder still tells
-what became of it.
+Slurm knows what is queued and running. If it has forgotten a job, and there is no accounting, the run folder still
+shows how the job ended.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _RATES = (("tokens_per_second", "tokens/s"), ("pairs_per_second", "pairs/s"))
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class StageRow:
     """One stage of one run."""
 
     run: str
     label: str
-    """Of a sweep's run."""
+    """In a sweep, the values of this run; otherwise empty."""
 
     stage: JobStage
     state: str
@@ -46,26 +46,26 @@ class Row:
     steps: int | None = None
     loss: float | None = None
     rate: float | None = None
-    """Tokens, or pairs, a second."""
+    """Tokens or pairs per second."""
 
     rate_unit: str = ""
     left_seconds: float | None = None
-    """Of the training, at the pace of its last steps."""
+    """Training time left, at the pace of its last steps."""
 
     limit_seconds: float | None = None
     """Until the job's time limit."""
 
     tries: int = 0
     reason: str = ""
-    """Why it waits, or why its last try ended."""
+    """Why it is waiting, or why its last attempt ended."""
 
 
-def rows(run: Path) -> list[Row]:
-    """The chain of a run folder, of each run of a sweep's, or of one of a sweep's runs.
+def rows(run: Path) -> list[StageRow]:
+    """The chain of a run, of each run of a sweep, or of one run of a sweep.
 
     Raises:
         ConfigError: nothing was submitted from this folder.
-        SlurmError: the controller gives no answer.
+        SlurmError: the controller does not answer.
     """
     found, only = journal.chain(run)
     jobs = scheduler.jobs([job for submission in found for job in submission.jobs.values()])
@@ -74,7 +74,7 @@ def rows(run: Path) -> list[Row]:
     return [row for index in indices if index is not None for row in _run_rows(found, index, jobs)]
 
 
-def _run_rows(found: Sequence[Submission], index: int, jobs: dict[str, Job]) -> list[Row]:
+def _run_rows(found: Sequence[Submission], index: int, jobs: dict[str, Job]) -> list[StageRow]:
     latest = found[-1]
     config = read_config(latest.config_file(index))
     run = Path(latest.points[index].run_dir)
@@ -83,7 +83,7 @@ def _run_rows(found: Sequence[Submission], index: int, jobs: dict[str, Job]) -> 
         "represent": config.represent.steps > 0,
         "evaluate": config.data.test is not None,
     }
-    rows: list[Row] = []
+    rows: list[StageRow] = []
     for stage in STAGES:
         if wanted[stage]:
             asked = [
@@ -107,9 +107,9 @@ def _row(
     name: str,
     job: Job | None,
     submission: Submission | None,
-    before: Row | None,
-) -> Row:
-    # records of the run lie where it was submitted from; its config may name it otherwise
+    before: StageRow | None,
+) -> StageRow:
+    # the submission has the absolute path of the run folder; the config may have a relative one
     here = _moved(config, run)
     tries = journal.tries(run, stage)
     state, reason = _state(here, run, stage, job, submission, before)
@@ -120,7 +120,7 @@ def _row(
         row["nodes"] = tries[-1].nodes
     if stage != "evaluate":
         row |= _progress(here, stage, state)
-    return Row(str(run), latest.points[index].label, stage, state, **row)
+    return StageRow(str(run), latest.points[index].label, stage, state, **row)
 
 
 def _moved(config: RunConfig, run: Path) -> RunConfig:
@@ -133,9 +133,9 @@ def _state(
     stage: JobStage,
     job: Job | None,
     submission: Submission | None,
-    before: Row | None,
+    before: StageRow | None,
 ) -> tuple[str, str]:
-    """A word for the state, and why."""
+    """The state, and the reason for it."""
     tries = journal.tries(run, stage)
     last = tries[-1].reason if tries else ""
     log = journal.log_file(run, stage)
@@ -158,14 +158,14 @@ def _state(
     if tries and tries[-1].outcome:
         return "failed", last
     if job is not None and job.state == "TIMEOUT":
-        return "failed", "its time limit came before it had saved: raise slurm.lead_seconds"
+        return "failed", "it reached its time limit before it had saved: raise slurm.lead_seconds"
     if job is not None:
-        return "failed", f"Slurm says {job.state}{f' ({job.exit_code})' if job.exit_code else ''}; see {log}"
-    return "unknown", f"Slurm knows the job no more, and nothing says how it ended; see {log}"
+        return "failed", f"Slurm reports {job.state}{f' ({job.exit_code})' if job.exit_code else ''}; see {log}"
+    return "unknown", f"Slurm has forgotten the job, and no record says how it ended; see {log}"
 
 
 def _progress(config: RunConfig, stage: JobStage, state: str) -> dict[str, Any]:
-    """What the metrics say: step, loss, pace, and what is left at it."""
+    """From the metrics: step, loss, pace, and the time left at that pace."""
     assert stage != "evaluate"
     steps = config.learn.steps if stage == "learn" else config.represent.steps
     lines = [line for line in _tail(config.stage_path(stage) / "metrics.jsonl") if line.get("step")]
@@ -184,7 +184,7 @@ def _progress(config: RunConfig, stage: JobStage, state: str) -> dict[str, Any]:
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:
-    """The last rows of a JSONL file, without what is not whole."""
+    """The last rows of a JSONL file, without incomplete ones."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
@@ -212,13 +212,13 @@ def _until(moment: str) -> float | None:
 # ---- what is printed -----------------------------------------------------------------------------------------------
 
 
-def to_json(found: Sequence[Row]) -> str:
+def to_json(found: Sequence[StageRow]) -> str:
     """The rows as JSON."""
     return json.dumps([asdict(row) for row in found], indent=1)
 
 
-def table(found: Sequence[Row]) -> str:
-    """The rows for people; reasons below the stages that have one."""
+def table(found: Sequence[StageRow]) -> str:
+    """The rows as a table; a stage's reason, if any, is on the line below it."""
     lines: list[str] = []
     run = None
     for row in found:
@@ -231,7 +231,7 @@ def table(found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: Row) -> str:
+def _line(row: StageRow) -> str:
     parts = [f"{row.stage:<10} {row.state:<13}"]
     if row.job:
         parts.append(f"job {row.job}")
@@ -248,5 +248,5 @@ def _line(row: Row) -> str:
     if row.limit_seconds is not None:
         parts.append(f"limit in {clock(row.limit_seconds)}")
     if row.tries > 1:
-        parts.append(f"{row.tries} tries")
+        parts.append(f"{row.tries} attempts")
     return "  ".join(parts).rstrip()

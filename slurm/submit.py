@@ -1,4 +1,4 @@
-"""`lbr submit`: checks everything that can be checked here, then queues a run's stages as one chain of jobs."""
+"""`lbr submit`: checks what can be checked on this machine, then queues a run's stages as one chain of jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from lbr_dist.slurm.journal import (
     Submission,
     is_finished,
     new_folder,
-    now,
     submissions,
 )
 from lbr_dist.slurm.scheduler import SlurmError
@@ -41,10 +40,10 @@ LITTLE_TEXT = 16 * 2**20
 
 
 def run(args: argparse.Namespace, say: Say) -> None:
-    """Do what the arguments say.
+    """Check and queue a run, or with `--dry-run` print the scripts.
 
     Raises:
-        LbrError: something is refused; nothing is queued then, and the run folder is as it was.
+        LbrError: something is refused; then nothing is queued, and the run folder is unchanged.
     """
     overrides = [*args.overrides, *([f"--slurm.nodes={args.nodes}"] if args.nodes is not None else [])]
     whole = read_config(args.config, overrides)
@@ -80,20 +79,20 @@ def run(args: argparse.Namespace, say: Say) -> None:
     submission.write()
     for stage, job in jobs.items():
         say(f"{stage:<10} job {job}   {submission.folder / f'{stage}.sh'}")
-    say(f"queued; `lbr status {whole.run_dir}` tells how it goes")
+    say(f"queued; `lbr status {whole.run_dir}` shows its progress")
 
 
 def _silent(message: str) -> None:
-    """Of many alike runs, the first one's notes are enough."""
+    """For all runs of a sweep but the first, whose notes they would repeat."""
 
 
 # ---- what is checked -----------------------------------------------------------------------------------------------
 
 
 def left(config: RunConfig, first: JobStage) -> list[JobStage]:
-    """The stages of a run that are to run: from `first` on, the first one that is not finished, and all after it.
+    """The stages of a run that still have to run: from `first` on, the first unfinished one and all after it.
 
-    Where the second one is finished, the first one's export is needed no more, and may be gone.
+    If stage 2 is finished, stage 1's export is no longer needed, and may have been deleted.
     """
     wanted: list[JobStage] = ["learn"] if config.learn.steps else []
     wanted += ["represent"] if config.represent.steps else []
@@ -106,13 +105,13 @@ def left(config: RunConfig, first: JobStage) -> list[JobStage]:
 
 
 def check(config: RunConfig, first: JobStage, say: Say) -> None:
-    """Refuse what would fail in the job: everything that needs no GPU.
+    """Refuse what would fail in the job, as far as this can be checked without a GPU.
 
     Raises:
         LbrError: see the messages.
     """
     if ":" in str(config.run_path.absolute()):
-        raise ConfigError(f"run_dir: found {config.run_dir!r}, expected a path without colons: PYTHONPATH takes none.")
+        raise ConfigError(f"run_dir: found {config.run_dir!r}, expected a path without colons, for PYTHONPATH.")
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
     preflight.check_prefixes(config)
@@ -121,41 +120,41 @@ def check(config: RunConfig, first: JobStage, say: Say) -> None:
     steps: dict[Stage, int] = {"learn": config.learn.steps, "represent": config.represent.steps}
     before = [stage for stage in steps if steps[stage] and stage not in todo]
     if todo and before and not is_finished(config, before[-1]):
-        raise ConfigError(f"--from {first}: {before[-1]} is not finished in {config.run_dir}. Begin with it.")
+        raise ConfigError(f"--from {first}: {before[-1]} is not finished in {config.run_dir}. Use --from {before[-1]}.")
     preflight.check_disk(config, [s for s in ("learn", "represent") if s in todo], say)
     check_states(config, say)
 
 
 def check_states(config: RunConfig, say: Say) -> None:
-    """Refuse a model whose weights, gradients and optimizer do not fit into the ranks' memory, without torch.
+    """Refuse a model whose weights, gradients and optimizer do not fit into the ranks' memory. Needs no torch.
 
     Raises:
-        ConfigError: names the bytes and how many nodes would do.
+        ConfigError: names the bytes, and how many nodes are enough.
     """
     slurm, gib = config.slurm, 2**30
     memory = MACHINES[slurm.gpu_kind].memory if slurm.gpu_kind else _node_bytes(slurm)
     if config.model.lora.rank or memory is None:
-        say("memory     not checked: slurm.gpu_kind is not set" if memory is None else "memory     of adapters: small")
+        say(f"memory     not checked: {'slurm.gpu_kind is not set' if memory is None else 'adapters need little'}")
         return
     elements = sum(num_elements(file) for file in Path(config.model.base).glob("*.safetensors"))
     offloaded = 12 if config.engine.offload_optimizer != "none" else 0
     needed = elements * (preflight.OPTIMIZER_BYTES - offloaded) / slurm.world_size
-    where = slurm.gpu_kind or "node memory a rank"
+    where = slurm.gpu_kind or "node memory per rank"
     say(
-        f"memory     {elements / 1e9:.2f}e9 parameters on {slurm.world_size} ranks: {needed / gib:.2f} GiB of weights, "
-        f"gradients and optimizer each, of {memory / gib:.1f} GiB ({where})"
+        f"memory     {elements / 1e9:.2f}e9 parameters on {slurm.world_size} ranks: weights, gradients and "
+        f"optimizer take {needed / gib:.2f} of each rank's {memory / gib:.1f} GiB ({where})"
     )
     if needed > 0.9 * memory:
         ranks = int(elements * (preflight.OPTIMIZER_BYTES - offloaded) / (0.9 * memory)) + 1
         raise ConfigError(
             f"slurm.nodes: found {slurm.nodes}: weights, gradients and optimizer take {needed / gib:.1f} GiB of each "
-            f"rank's {memory / gib:.1f} GiB. Take at least {-(-ranks // slurm.ranks_per_node)} nodes, or "
-            "engine.offload_optimizer."
+            f"rank's {memory / gib:.1f} GiB. Use at least {-(-ranks // slurm.ranks_per_node)} nodes, or "
+            "set engine.offload_optimizer."
         )
 
 
 def _node_bytes(slurm: SlurmConfig) -> float | None:
-    """A rank's share of its node's memory, on nodes without GPUs; None where it isn't said."""
+    """A rank's share of its node's memory, on nodes without GPUs; None if the config does not say."""
     text = slurm.memory_per_node
     if text is None or text == "0" or slurm.gpus_per_node:
         return None
@@ -164,7 +163,7 @@ def _node_bytes(slurm: SlurmConfig) -> float | None:
 
 
 def check_plan(config: RunConfig) -> None:
-    """Refuse a step of stage 2 that does not fit; takes seconds, since it weighs the model's graph with torch.
+    """Refuse a step of stage 2 that does not fit. Takes seconds, since it measures the model's graph with torch.
 
     Raises:
         ConfigError: names the nearest plans that fit.
@@ -176,7 +175,7 @@ def check_plan(config: RunConfig) -> None:
 
 
 def check_little_text(config: RunConfig, say: Say) -> None:
-    """Tokenise stage 1's text here where that takes a moment, so that a defect in it shows before a job is queued.
+    """Tokenise stage 1's text here if it is short, so that a defect in it shows before a job is queued.
 
     Raises:
         DataError: names file and line.
@@ -188,7 +187,7 @@ def check_little_text(config: RunConfig, say: Say) -> None:
 
 def _check_not_queued(root: Path) -> None:
     """Raises:
-    LaunchError: jobs of an earlier submission are queued or run.
+    LaunchError: jobs of an earlier submission are queued or running.
     """
     known = [job for submission in submissions(root) for job in submission.jobs.values()]
     living = [job for job in scheduler.jobs(known, accounting=False).values() if not job.is_over]
@@ -203,7 +202,7 @@ def _check_not_queued(root: Path) -> None:
 
 
 def sweep(path: Path, overrides: Sequence[str], given: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
-    """Label and config of each run; each has a folder of its own in the run folder.
+    """The label and config of each run; each has its own folder inside the run folder.
 
     Raises:
         ConfigError: a field is unknown, or a value doesn't fit.
@@ -214,7 +213,9 @@ def sweep(path: Path, overrides: Sequence[str], given: Sequence[str]) -> Iterato
         if not equals or not values:
             raise ConfigError(f"--sweep: found {text!r}, expected FIELD=V1,V2: --sweep seed=0,1,2")
         if name.split(".")[0] in ("run_dir", "slurm"):
-            raise ConfigError(f"--sweep: found {name}, expected a field of the training; jobs of an array are alike.")
+            raise ConfigError(
+                f"--sweep: found {name}, expected a training field. A sweep's runs share run_dir and slurm."
+            )
         fields.append([(name, value) for value in values.split(",")])
     if not fields:
         return
@@ -249,12 +250,12 @@ def _write(points: list[tuple[str, RunConfig]], root: Path, stages: Sequence[Job
             write_config(config, folder / f"config-{index}.yaml")
         package = Path(lbr_dist.__file__).parent
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-        # links are followed: the snapshot stands by itself
+        # follows links, so that the snapshot is complete
         shutil.copytree(package, folder / "code" / "lbr_dist", ignore=ignored)
         for stage in stages:
             (folder / f"{stage}.sh").write_text(texts.of(stage, folder), encoding="utf-8")
         labelled = tuple(Point(label, str(config.run_path.absolute())) for label, config in points)
-        submission = Submission(folder, now(), os.getcwd(), sys.executable, {}, labelled)
+        submission = Submission(folder, os.getcwd(), sys.executable, {}, labelled)
         submission.write()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -263,10 +264,10 @@ def _write(points: list[tuple[str, RunConfig]], root: Path, stages: Sequence[Job
 
 
 def _queue(submission: Submission, stages: Sequence[JobStage], is_sweep: bool) -> dict[JobStage, str]:
-    """Ids of the jobs, each waiting for the one before; all or none.
+    """Queue the jobs, each waiting for the one before; all or none. Returns their ids.
 
     Raises:
-        SlurmError: sbatch refuses one; those before it are cancelled again.
+        SlurmError: sbatch refuses a job; the jobs before it are cancelled again.
     """
     settings = read_config(submission.config_file(0)).slurm
     environment = scheduler.minimal_environment(settings.pass_environment)
@@ -275,11 +276,11 @@ def _queue(submission: Submission, stages: Sequence[JobStage], is_sweep: bool) -
         for stage in stages:
             options = ["--kill-on-invalid-dep=yes"]
             if jobs:
-                # of an array, each task waits for its own
+                # in an array, each task waits only for its own run
                 kind = "aftercorr" if is_sweep else "afterok"
                 options.append(f"--dependency={kind}:{list(jobs.values())[-1]}")
             jobs[stage] = scheduler.submit(str(submission.folder / f"{stage}.sh"), options, environment)
-            # at once: should this process die now, the jobs are known
+            # at once, so that the jobs are known even if this process dies now
             dataclasses.replace(submission, jobs=dict(jobs)).write()
     except SlurmError as error:
         scheduler.cancel(jobs.values())

@@ -1,4 +1,4 @@
-"""The ranks: who am I, how many are we, and the few collectives that the stages call themselves."""
+"""The process group: rank, world size, and the few collectives that the stages call themselves."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from lbr_dist.ranks.watchdog import Watchdog
 T = TypeVar("T")
 
 WEEK_MINUTES = 7 * 24 * 60.0
-"""For work without steps, where a rank may wait hours for the slowest one."""
+"""The timeout for work without steps, where a rank may wait hours for the slowest one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among its peers."""
+    """This process's rank, world size and device."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     local_world_size: int = 1
-    """Ranks on this node, or on the fullest one where they differ; ranks are numbered node by node."""
+    """Ranks on this node, or on the fullest node if nodes differ; ranks are numbered node by node."""
 
     cores: int = 1
-    """Of the cores that this process may use, its share among the ranks that may use them too."""
+    """This rank's share of the cores that it and other ranks may use."""
 
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
     """What this rank exchanges with the others."""
 
     watchdog: Watchdog = field(default_factory=Watchdog, compare=False, repr=False)
-    """Ends this process when it makes no progress; the one who starts a stage switches it on."""
+    """Ends this process when it makes no progress; whoever starts a stage switches it on."""
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> Ranks:
@@ -61,11 +61,11 @@ class Ranks:
 def start(timeout_minutes: float = 30.0) -> Ranks:
     """Join the process group of this process's launcher (see `rendezvous`); a lone process is its own group.
 
-    NCCL where there is a GPU for each local rank, gloo otherwise. The names that torchrun has made common are set for
-    the libraries that read them.
+    NCCL if there is a GPU for each local rank, gloo otherwise. Sets the environment variables of torchrun, since other
+    libraries read them.
 
     Raises:
-        LaunchError: the ranks cannot meet, or are not numbered node by node: on every rank alike.
+        LaunchError: the ranks cannot meet, or are not numbered node by node; raised on every rank.
     """
     place = rendezvous.here() or Placement(0, 1, 0, 1, None, "environment")
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed reads it
@@ -79,17 +79,18 @@ def start(timeout_minutes: float = 30.0) -> Ranks:
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     else:
-        # DeepSpeed warns, and probes for accelerators, unless it is told
+        # otherwise DeepSpeed warns, and probes for accelerators
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
     if not dist.is_initialized():
-        # the watchdog comes first: it says more
+        # a minute longer than the watchdog, whose message says more
         _join(place, "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes + 1))
     peers = _meet(place)
     cores = peers[place.rank].share_of_cores(peers)
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
-    fullest = max(peer.place.local_world_size for peer in peers)  # one number for all: they must build alike groups
+    # the same number on all ranks, since they must build the same groups
+    fullest = max(peer.place.local_world_size for peer in peers)
     return Ranks(place.rank, place.world_size, place.local_rank, device, fullest, cores, Traffic(fullest))
 
 
@@ -109,13 +110,13 @@ def _join(place: Placement, backend: str, timeout: timedelta) -> None:
                 "for all ranks, or start again."
             ) from error
         raise LaunchError(
-            f"rank {place.rank}: cannot meet the others at {where} ({error}). Rank 0 must run there, and nodes must "
-            "reach each other; MASTER_ADDR and MASTER_PORT name another place."
+            f"rank {place.rank}: cannot meet the other ranks at {where} ({error}). Rank 0 must run there, and the "
+            "nodes must reach each other. MASTER_ADDR and MASTER_PORT set another address."
         ) from error
 
 
 def _meet(place: Placement) -> list[Peer]:
-    """What every rank tells, in their order. Raises LaunchError, on all ranks, where the order is not that of nodes."""
+    """Every rank's `Peer`, in rank order. Raises LaunchError, on all ranks, if they are not numbered node by node."""
     me = Peer.of(place)
     if place.world_size == 1:
         return [me]
@@ -124,10 +125,10 @@ def _meet(place: Placement) -> list[Peer]:
     wrong = misplaced(peers)
     if wrong is not None:
         with contextlib.suppress(RuntimeError):
-            dist.barrier()  # nobody leaves before all know
+            dist.barrier()  # no rank leaves before all have the result
         raise LaunchError(
-            f"{wrong}. Ranks must be numbered node by node, local ranks from 0 on each: with srun, no "
-            "--distribution=cyclic; with mpirun, --map-by slot."
+            f"{wrong}. Ranks must be numbered node by node, local ranks from 0 on each: with srun, give no "
+            "--distribution=cyclic; with mpirun, give --map-by slot."
         )
     return peers
 
@@ -140,7 +141,7 @@ def stop() -> None:
 
 @contextlib.contextmanager
 def joined(timeout_minutes: float = WEEK_MINUTES) -> Iterator[Ranks]:
-    """This process's place in work without steps, for as long as that takes; a lone one needs no process group."""
+    """Join the ranks for work without steps, however long it takes; a lone process needs no process group."""
     if rendezvous.here() is None:
         yield Ranks.alone("cuda" if torch.cuda.is_available() else "cpu")
         return
@@ -151,14 +152,14 @@ def joined(timeout_minutes: float = WEEK_MINUTES) -> Iterator[Ranks]:
 
 
 def share(total: int, rank: int, world_size: int) -> slice:
-    """The contiguous part of `total` items that is this rank's; parts differ by one item at most."""
+    """This rank's contiguous part of `total` items; parts differ by at most one item."""
     base, more = divmod(total, world_size)
     start = rank * base + min(rank, more)
     return slice(start, start + base + (rank < more))
 
 
 def largest(values: Sequence[int], ranks: Ranks) -> list[int]:
-    """The largest of every rank's values, place by place."""
+    """The element-wise maximum over the ranks."""
     tensor = torch.tensor(list(values), dtype=torch.int64, device=ranks.device)
     _all_reduce(tensor, ranks, dist.ReduceOp.MAX)
     found: list[int] = tensor.tolist()
@@ -166,7 +167,7 @@ def largest(values: Sequence[int], ranks: Ranks) -> list[int]:
 
 
 def total(values: Sequence[float], ranks: Ranks) -> list[float]:
-    """Sums over the ranks, in float64, place by place."""
+    """The element-wise sum over the ranks, in float64."""
     tensor = torch.tensor(list(values), dtype=torch.float64, device=ranks.device)
     _all_reduce(tensor, ranks, dist.ReduceOp.SUM)
     summed: list[float] = tensor.tolist()
@@ -179,7 +180,7 @@ def add_up(tensor: Tensor, ranks: Ranks) -> None:
 
 
 def together(values: Sequence[str], ranks: Ranks) -> list[str]:
-    """Every rank's texts, in rank order. For messages: it pickles."""
+    """Every rank's strings, in rank order. It pickles, so use it for messages only."""
     return [value for of_rank in from_all(list(values), ranks) for value in of_rank]
 
 
@@ -193,7 +194,7 @@ def from_first(value: T, ranks: Ranks) -> T:
 
 
 def from_all(value: T, ranks: Ranks, group: Any = None) -> list[T]:
-    """Every rank's value, in rank order, once all ranks are here. It pickles; a lone process needs no group."""
+    """Every rank's value, in rank order; waits for all ranks. It pickles; a lone process needs no group."""
     values = [value] * ranks.world_size
     if ranks.world_size > 1:
         ranks.traffic.add("all_gather_object", len(pickle.dumps(value)) * ranks.world_size, group)
@@ -202,7 +203,7 @@ def from_all(value: T, ranks: Ranks, group: Any = None) -> list[T]:
 
 
 def meet(ranks: Ranks) -> None:
-    """Return once all ranks are here; a lone process needs no group."""
+    """Wait for all ranks; a lone process needs no group."""
     if ranks.world_size > 1:
         ranks.traffic.add("barrier", 0)
         dist.barrier()

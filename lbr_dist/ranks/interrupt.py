@@ -1,4 +1,4 @@
-"""Being told to stop: by a signal to any rank, or by a time limit ahead, all stop after the same step, and save."""
+"""Requests to stop: after a signal to any rank, or near a time limit, all ranks stop after the same step and save."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def taking_stops(take: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 
 END_TIME = "LBR_END_TIME"
-"""The variable with the moment of the job's time limit, in seconds since 1970: set by `lbr submit`'s jobs."""
+"""Environment variable: when the job's time limit is reached, in seconds since 1970. Jobs of `lbr submit` set it."""
 
 MARGIN = 1.5
-"""The next step and save may take so many times as long as those before."""
+"""The next step and save may take this many times as long as those before."""
 
 
 def seconds_left() -> float:
-    """Until the job's time limit; infinite where none is known, or where it is over: then it was another job's."""
+    """Seconds until the job's time limit; infinite if none is known, or if it has passed: then it was another job's."""
     try:
         left = float(os.environ[END_TIME]) - time.time()
     except (KeyError, ValueError):
@@ -47,15 +47,15 @@ def seconds_left() -> float:
 
 
 class StopRequest:
-    """Whether this rank was told to stop, or should.
+    """Whether this rank was asked to stop, or should stop before a time limit.
 
-    A signal only leaves its name here, however often it comes and whatever is running; the loop looks between two
+    A signal only stores its name here, however often it comes and whatever is running; the loop looks between two
     steps, and the ranks agree on what they do.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        """Of the signal, or what else asks to stop."""
+        """Name of the signal, or what else asks to stop."""
         self._looked = time.monotonic()
         self._steps: deque[float] = deque(maxlen=16)
 
@@ -67,13 +67,13 @@ class StopRequest:
         self.name = self.name or signal.Signals(number).name
 
     def look_ahead(self, save_seconds: float) -> None:
-        """Stop where the time limit would come before another step and a save are done; called after each step.
+        """Stop if the time limit would come before another step and a save are done; called after each step.
 
-        The scheduler's signal comes at a moment that was chosen before anything was measured. Here the measurements
-        decide, where they ask for more.
+        The time of the scheduler's signal was chosen before anything was measured. Here the measurements decide, if
+        they ask for an earlier stop.
 
         Args:
-            save_seconds: what the last save took; 0 before the first one.
+            save_seconds: how long the last save took; 0 before the first one.
         """
         now = time.monotonic()
         self._steps.append(now - self._looked)

@@ -1,4 +1,4 @@
-"""What the ranks tell each other when they have met, and whether they are numbered as the exchange of two levels wants.
+"""What ranks tell each other when they meet, and the check that the two-level exchange can rely on their numbering.
 
 Imports no torch.
 """
@@ -21,25 +21,25 @@ class Peer:
 
     place: Placement
     node: tuple[str, str]
-    """Its name, and what tells nodes of one name apart."""
+    """The node's name, and what distinguishes nodes of the same name."""
 
     cores: frozenset[int]
 
     @classmethod
     def of(cls, place: Placement) -> Peer:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        # an agent of such a launcher is a node to its ranks, also where two of them share a machine
+        # for these launchers each agent counts as a node, even if two agents share a machine
         agent = os.environ.get(_AGENTS.get(place.launcher, ""), "")
         return cls(place, (node_name(), f"{boot} {agent}"), frozenset(os.sched_getaffinity(0)))
 
     def share_of_cores(self, peers: Sequence[Peer]) -> int:
-        """How many of its cores are this rank's; some launchers give each rank cores of its own."""
+        """How many cores this rank gets; some launchers give each rank its own cores."""
         sharing = sum(peer.node == self.node and bool(peer.cores & self.cores) for peer in peers)
         return max(1, len(self.cores) // sharing)
 
 
 def misplaced(peers: Sequence[Peer]) -> str | None:
-    """What is found and what was expected of the first rank that stands where it should not; None where all fit.
+    """What was found and expected for the first rank that is out of place; None if all are in place.
 
     Args:
         peers: every rank's, in rank order.
@@ -51,9 +51,9 @@ def misplaced(peers: Sequence[Peer]) -> str | None:
         expected = rank - begun.setdefault(peer.node, rank)
         where = f"rank {rank} on {peer.node[0]}"
         if place.world_size != len(peers):
-            return f"{where}: found a world of {place.world_size} ranks, expected {len(peers)}"
+            return f"{where}: found world size {place.world_size}, expected {len(peers)}"
         if expected >= size or (expected and peers[rank - 1].node != peer.node):
-            return f"{where}: found ranks of other nodes between those of this one, expected its {size} in a row"
+            return f"{where}: found ranks of other nodes between those of this node, expected its {size} in a row"
         if (place.local_rank, place.local_world_size) != (expected, size):
             found = f"local rank {place.local_rank} of {place.local_world_size}"
             return f"{where}: found {found}, expected {expected} of the {size} ranks there"

@@ -1,7 +1,7 @@
-"""Which rank this process is, of how many, and where they meet: read once, from whichever launcher started it.
+"""This process's rank, the world size, and where the ranks meet: read once, from whichever launcher started it.
 
-The innermost launcher is the one that counts: torchrun inside srun or mpirun, `lbr` inside any of them. A process that
-none has started is alone. Imports no torch.
+The innermost launcher counts: torchrun inside srun or mpirun, `lbr` inside any of them. A process that no launcher
+started is alone. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Launcher = Literal["lbr", "torchrun", "deepspeed", "mpirun", "srun", "environmen
 Environment = Mapping[str, str]
 
 PORTS = range(20000, 32000)
-"""What a Slurm step's port is taken from: below the ports that systems give away by themselves."""
+"""The ports for Slurm steps: below the ephemeral ports that systems hand out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Placement:
     """This process among the ranks of its launcher.
 
     Raises:
-        LaunchError: a rank outside its world, or a local rank outside its node.
+        LaunchError: the rank does not fit the world size, or the local rank the local world size.
     """
 
     rank: int
@@ -40,7 +40,7 @@ class Placement:
     local_rank: int
     local_world_size: int
     url: str | None
-    """The rendezvous, as `init_process_group` takes it; None where there is nobody to meet."""
+    """The rendezvous URL for `init_process_group`; None if there is no other rank."""
 
     launcher: Launcher
 
@@ -54,26 +54,26 @@ class Placement:
                 raise self._wrong(f"{name} {number} of {of} {size}", expected)
         if self.local_world_size > self.world_size:
             found = f"{self.local_world_size} ranks on this node, {self.world_size} in all"
-            raise self._wrong(found, "a node with at most all of them")
+            raise self._wrong(found, f"at most {self.world_size} on a node")
 
     def _wrong(self, found: str, expected: str) -> LaunchError:
         return LaunchError(
-            f"{self.launcher}'s environment: found {found}, expected {expected}. Start all ranks by one launcher, and "
-            "set none of its variables by hand."
+            f"{self.launcher}'s environment: found {found}, expected {expected}. Start all ranks with one launcher, "
+            "and do not set its variables yourself."
         )
 
 
 @functools.cache
 def here() -> Placement | None:
-    """The placement of this process, worked out once: under mpirun that takes all ranks. Raises as `placement` does."""
+    """The placement of this process, determined once: under mpirun all ranks take part. Raises as `placement` does."""
     return placement()
 
 
 def started_as(wanted: int | None) -> Placement | None:
-    """The placement of a process that may start ranks itself; None where it is to.
+    """The placement of a process that may start ranks itself; None if it should start them.
 
     Args:
-        wanted: ranks that its user asks for. A Slurm step of one task may have the whole node for them.
+        wanted: how many ranks the user asks for. A Slurm step of one task may have the whole node for them.
     """
     place = here()
     if place is not None and place.launcher == "srun" and place.world_size == 1 and (wanted or 1) > 1:
@@ -82,10 +82,10 @@ def started_as(wanted: int | None) -> Placement | None:
 
 
 def placement(environment: Environment = os.environ) -> Placement | None:
-    """Where a process with this environment stands; None where it is alone.
+    """The placement of a process with this environment; None if it is alone.
 
     Raises:
-        LaunchError: a variable is missing, is no number, or contradicts the launcher; or mpi4py cannot be used.
+        LaunchError: a variable is missing, is not a number, or contradicts the launcher; or mpi4py cannot be used.
     """
     launcher = launcher_of(environment)
     if launcher is None:
@@ -106,7 +106,7 @@ def placement(environment: Environment = os.environ) -> Placement | None:
 
 
 def launcher_of(environment: Environment) -> Launcher | None:
-    """Who started a process with this environment, as one rank of its own; None where nobody has."""
+    """The launcher that started a process with this environment as one of its ranks; None if there is none."""
     if "RANK" in environment:
         if "LBR_RENDEZVOUS" in environment:
             return "lbr"
@@ -114,8 +114,8 @@ def launcher_of(environment: Environment) -> Launcher | None:
             return "torchrun"
         if "CROSS_RANK" in environment and "LOCAL_SIZE" in environment:
             return "deepspeed"
-    # orted is a task of a Slurm step itself, and its ranks inherit the step's variables; so are the proxies of MPICH
-    # and Intel MPI, whose ranks have MPI_LOCALNRANKS. PMI_SIZE alone may also be srun's own
+    # Open MPI's orted is itself a task of a Slurm step, and its ranks inherit the step's variables; so are the proxies
+    # of MPICH and Intel MPI, whose ranks have MPI_LOCALNRANKS. PMI_SIZE alone may also come from srun
     step = "SLURM_STEP_NUM_TASKS" in environment
     hydra = "PMI_SIZE" in environment and (not step or "MPI_LOCALNRANKS" in environment)
     if "OMPI_COMM_WORLD_SIZE" in environment or hydra:
@@ -126,17 +126,17 @@ def launcher_of(environment: Environment) -> Launcher | None:
 
 
 def _is_shell(environment: Environment) -> bool:
-    """Inside `srun --pty bash`: a step of one task whose commands are no ranks."""
+    """Inside `srun --pty bash`: a step of one task, whose commands are not ranks."""
     alone = environment["SLURM_STEP_NUM_TASKS"] == "1" and "SLURM_PTY_PORT" in environment
     return alone and "LBR_RENDEZVOUS" not in environment
 
 
 def _is_batch_script(environment: Environment) -> bool:
-    """A batch script that was submitted from inside a step inherits the step's variables; who started it tells."""
+    """A batch script submitted from inside a step inherits the step's variables; its parent shows which it is."""
     with contextlib.suppress(OSError, IndexError):
         status = Path(f"/proc/{environment.get('SLURM_TASK_PID')}/stat").read_text(encoding="utf-8", errors="replace")
         parent = status.rpartition(")")[2].split()[1]
-        # it calls itself `slurmstepd: [123.batch]`, and `slurmstepd: [123.0]` for a step
+        # the parent's title is `slurmstepd: [123.batch]` for a script, `slurmstepd: [123.0]` for a step
         return b".batch]" in Path(f"/proc/{parent}/cmdline").read_bytes()
     return False
 
@@ -145,12 +145,12 @@ def _is_batch_script(environment: Environment) -> bool:
 
 
 def _from_names(environment: Environment, launcher: Launcher) -> Placement:
-    """The names that torchrun has made common."""
+    """From torchrun's variables, which other launchers set too."""
     rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     alone = size == 1 and launcher == "environment"
     local_rank = 0 if alone and "LOCAL_RANK" not in environment else _number(environment, "LOCAL_RANK")
     local_name = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
-    # by hand, for one node, it is often left out; ranks of several nodes find out when they meet
+    # users who set the variables for one node often omit it; ranks of several nodes notice when they meet
     missing = launcher == "environment" and local_name not in environment
     local_size = size if missing else _number(environment, local_name)
     if launcher == "lbr":
@@ -165,17 +165,17 @@ def _from_names(environment: Environment, launcher: Launcher) -> Placement:
 
 
 def _from_mpi(environment: Environment) -> Placement:
-    """Through MPI, which is left again at once: it is wanted for nothing but the meeting.
+    """Through MPI, which is finalized at once: only the meeting needs it.
 
-    A process that has left MPI may end as it likes: mpirun stops the others when one ends with a fault. One that has
-    not would wait in MPI's own exit for all the others, fault or not.
+    A process that has finalized MPI can exit at any time, and mpirun stops the others if one exits with an error. A
+    process that has not would wait in MPI's own exit for all the others, error or not.
     """
     ours = "mpi4py.MPI" not in sys.modules
     try:
         from mpi4py import MPI
     except ModuleNotFoundError:
         raise LaunchError(
-            "mpirun: the package mpi4py is not installed, and tells the ranks of mpirun who they are. Install it with "
+            "mpirun: the package mpi4py is not installed; mpirun's ranks need it to meet. Install it with "
             "`pip install 'lbr-dist[mpi]'`, or start the ranks with torchrun or srun."
         ) from None
     except (ImportError, RuntimeError) as error:
@@ -214,21 +214,21 @@ def _from_srun(environment: Environment) -> Placement:
     if node >= len(counts) or sum(counts) != size:
         raise LaunchError(
             f"SLURM_STEP_TASKS_PER_NODE: found {environment['SLURM_STEP_TASKS_PER_NODE']} on node {node}, expected "
-            f"{size} tasks in all (SLURM_STEP_NUM_TASKS). Start the ranks by srun itself."
+            f"{size} tasks in all (SLURM_STEP_NUM_TASKS). Start the ranks with srun itself."
         )
     url = None
     if size > 1:
         url = environment.get("LBR_RENDEZVOUS") or _step_address(environment)
         if rank == 0 and node != 0:
             raise LaunchError(
-                f"srun: found rank 0 on node {node} of the step, expected it on the first one, where the ranks meet. "
+                f"srun: found rank 0 on node {node} of the step, expected it on the first node, where the ranks meet. "
                 "Use srun's own order: no --distribution=arbitrary."
             )
     return Placement(rank, size, local_rank, counts[node], url, "srun")
 
 
 def _step_address(environment: Environment) -> str:
-    """An address that every task of a step works out by itself, without asking Slurm."""
+    """An address that every task of a step computes by itself, without asking Slurm."""
     host = environment.get("MASTER_ADDR") or first_host(_given(environment, "SLURM_STEP_NODELIST"))
     if "MASTER_PORT" in environment:
         return f"tcp://{host}:{_number(environment, 'MASTER_PORT')}"
@@ -239,20 +239,20 @@ def _step_address(environment: Environment) -> str:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: ``n01`` of ``n[01-03,07],gpu5``."""
+    """The first node of a list from Slurm: ``n01`` for ``n[01-03,07],gpu5``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise LaunchError(f"SLURM_STEP_NODELIST: found {nodes!r}, expected names of nodes. Start the ranks by srun.")
+        raise LaunchError(f"SLURM_STEP_NODELIST: found {nodes!r}, expected node names. Start the ranks with srun.")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def _task_counts(text: str) -> list[int]:
-    """Tasks of each node: 2, 2, 1 of ``2(x2),1``."""
+    """Tasks on each node: 2, 2, 1 for ``2(x2),1``."""
     counts: list[int] = []
     for item in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
         if found is None:
-            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE: found {text!r}, expected one like '2(x3),1'.")
+            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE: found {text!r}, expected a list like '2(x3),1'.")
         counts += [int(found[1])] * int(found[2] or 1)
     return counts
 
@@ -261,14 +261,14 @@ def _task_counts(text: str) -> list[int]:
 
 
 def node_name(environment: Environment = os.environ) -> str:
-    """The node's name for messages and addresses: Slurm's where there is one."""
+    """The node's name for messages and addresses: Slurm's, if it has one."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _given(environment: Environment, name: str) -> str:
     if not environment.get(name):
         raise LaunchError(
-            f"{name}: not in the environment of this rank, expected as its launcher sets it. Start all ranks by one "
+            f"{name}: not in the environment of this rank, expected its launcher to set it. Start all ranks with one "
             "launcher: lbr, torchrun, srun, mpirun or deepspeed."
         )
     return environment[name]

@@ -1,8 +1,8 @@
 """Counts what the ranks send each other: calls and bytes of every collective, within a node and between nodes.
 
-The bytes are those that one rank receives when each piece goes straight from the rank that has it to the rank that
-needs it, the least that the collective can do: of ``S`` bytes gathered or scattered over ``W`` ranks, ``S / W`` from
-each of the others; of ``S`` bytes all-reduced, both; of a broadcast, all.
+The bytes are those that one rank receives if each piece goes straight from the rank that has it to the rank that needs
+it, the minimum for the collective. For ``S`` bytes over ``W`` ranks: a gather or a scatter receives ``S / W`` from each
+other rank, an all-reduce twice as much, a broadcast ``S``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WATCHED = (
 
 @dataclass(slots=True)
 class Count:
-    """Of one kind of collective."""
+    """Calls and bytes of one kind of collective."""
 
     calls: int = 0
     within: float = 0.0
@@ -48,7 +48,7 @@ class Traffic:
     """The counts of one rank, by kind of collective."""
 
     local_world_size: int = 1
-    """Ranks of a node; ranks are numbered node by node."""
+    """Ranks per node; ranks are numbered node by node."""
 
     counts: dict[str, Count] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock, compare=False, repr=False)
@@ -58,8 +58,8 @@ class Traffic:
 
         Args:
             kind: the collective's name in torch.distributed.
-            nbytes: of the whole result of a gather or a broadcast, or of the whole input of a reduction.
-            group: the process group; the default one where None.
+            nbytes: size of the whole result of a gather or a broadcast, or of the whole input of a reduction.
+            group: the process group; None is the default one.
             root: the rank that a broadcast comes from.
         """
         ranks: Sequence[int] = dist.get_process_group_ranks(group or dist.group.WORLD)
@@ -77,20 +77,20 @@ class Traffic:
             self.counts[kind] = self.counts.get(kind, Count()) + Count(1, *received)
 
     def take(self) -> dict[str, Count]:
-        """The counts since the last time, and begin again from zero."""
+        """Return the counts since the last call, and reset them to zero."""
         with self._lock:
             counts, self.counts = self.counts, {}
         return counts
 
     def watch(self, backend: Any) -> Callable[[], None]:
-        """Count every collective that goes through `backend`'s methods of `WATCHED`. Returns what ends it."""
+        """Count every collective that goes through `backend`'s methods of `WATCHED`. Returns a function to end it."""
         originals = {name: getattr(backend, name) for name in WATCHED if hasattr(backend, name)}
         for name, original in originals.items():
             setattr(backend, name, self._counted(name, original))
 
         def stop() -> None:
             for name in originals:
-                delattr(backend, name)  # the class's own method is seen again
+                delattr(backend, name)  # uncovers the class's own method
 
         return stop
 
@@ -120,7 +120,7 @@ def by_kind(counts: Mapping[str, Count]) -> dict[str, float]:
 
 
 def _payload(arguments: Iterable[object]) -> int:
-    """The bytes of the largest tensor, or list of tensors, among the arguments: the whole of what is exchanged."""
+    """The bytes of the largest tensor, or list of tensors, among the arguments: all that is exchanged."""
     sizes = [0]
     for argument in arguments:
         if isinstance(argument, Tensor):

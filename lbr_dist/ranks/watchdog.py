@@ -1,7 +1,7 @@
-"""A hung rank ends, by itself and within a stated time, and every rank's stacks are in the log.
+"""Ends a hung rank within a set time, and writes every rank's stacks to a file.
 
-Each rank watches itself: whoever hangs, the others wait for it in their next collective, so all of them stop making
-progress together. Stacks go to a file, since a terminal would drown in them.
+Each rank watches itself: if one hangs, the others wait for it in their next collective, so all of them stop making
+progress together. Stacks go to a file, since they would flood a terminal.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import TextIO
 from lbr_dist.errors import EXIT_HUNG
 
 STACKS_SIGNAL = signal.SIGUSR1
-"""Makes a rank write the stacks of its threads to its file, and go on."""
+"""Makes a rank write the stacks of its threads to its file, and continue."""
 
 _LOCKED_UP = 3.0
-"""Seconds beyond the deadline, after which a rank ends even where a library holds the interpreter."""
+"""Seconds after the deadline when a rank ends even if a library holds the interpreter."""
 
 
 class Watchdog:
-    """Ends this process where too much time passes between two calls of `beat`. Does nothing until `watching`."""
+    """Ends this process if too much time passes between two calls of `beat`. Does nothing until `watching`."""
 
     def __init__(self) -> None:
         self._deadline = 0.0
@@ -41,14 +41,14 @@ class Watchdog:
 
         Args:
             seconds: the deadline between two beats.
-            name: of this process, for the log.
-            doing: what it does first.
-            stacks: the file for the stacks; it is gone again where none were written.
+            name: the name of this process, for the log.
+            doing: what the process does first.
+            stacks: the file for the stacks; deleted again if none were written.
         """
         stacks.parent.mkdir(parents=True, exist_ok=True)
         with stacks.open("w", encoding="utf-8") as file:
             self._deadline, self._name, self._stacks = seconds, name, file
-            # written by C code, which needs no interpreter: a rank that hangs inside a library can still be asked
+            # written by C code, without the interpreter: it works even if the rank hangs inside a library
             faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True, chain=False)
             self._stop = threading.Event()
             thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -66,7 +66,7 @@ class Watchdog:
             stacks.unlink()
 
     def beat(self, doing: str) -> None:
-        """Progress: this process now begins with `doing`."""
+        """Report progress: this process now starts `doing`."""
         self._last, self._doing = time.monotonic(), doing
         if self._stacks is not None:
             faulthandler.dump_traceback_later(self._deadline + _LOCKED_UP, exit=True, file=self._stacks)
@@ -83,7 +83,7 @@ class Watchdog:
         print(
             f"error: {self._name}: no progress for {waited:.0f} s in {self._doing} (cluster.timeout_minutes "
             f"{self._deadline / 60:g}). This rank, or one that it waits for, hangs; its stacks are in "
-            f"{self._stacks.name}, and it ends.",
+            f"{self._stacks.name}. It exits now.",
             file=sys.stderr,
             flush=True,
         )

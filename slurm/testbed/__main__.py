@@ -14,7 +14,7 @@ from lbr_dist.slurm.testbed.bed import Bed
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lbr_dist.slurm.testbed", description="A Slurm on one machine.")
     parser.add_argument("what", choices=("up", "down"))
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/lbr-testbed"), help="where all of it is kept")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/lbr-testbed"), help="the test bed's folder")
     parser.add_argument("--no-accounting", action="store_true", help="without slurmdbd")
     args = parser.parse_args()
     bed = Bed(args.folder, accounting=not args.no_accounting)

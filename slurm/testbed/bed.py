@@ -1,8 +1,8 @@
-"""A real Slurm of three nodes on one Debian machine, brought up and taken down by root.
+"""A real Slurm with three nodes on one Debian machine, started and stopped by root.
 
-Everything is in one folder: daemons' settings, state, logs, sockets, the accounting's database. Names of nodes resolve
-in the daemons' own view of `/etc/hosts` alone (a mount namespace), ports are free ones of the loopback device, and no
-file, user or service of the host is touched: what the folder's daemons started is gone when they are.
+Everything is in one folder: the daemons' settings, state, logs and sockets, and the accounting database. Node names
+resolve only in the daemons' own view of `/etc/hosts` (a mount namespace), ports are free ones of the loopback device,
+and no file, user or service of the host is touched: all that the daemons started ends with them.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _SEARCH = ":".join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 
 
 def why_not() -> str | None:
-    """Why no test bed can be brought up here, and what to do; None where one can."""
+    """Why no test bed can start on this machine, and what to do; None if one can."""
     if os.geteuid() != 0:
-        return "it takes root: its daemons start jobs as their users. Run as root, in a container for instance"
+        return "it needs root: its daemons start jobs as their users. Run as root, in a container for example"
     missing = [name for name in PROGRAMS if shutil.which(name, path=_SEARCH) is None]
     if missing:
         return f"{', '.join(missing)} not found; apt-get install {' '.join(PACKAGES)}"
@@ -49,13 +49,13 @@ def why_not() -> str | None:
 
 
 class Bed:
-    """The cluster in a folder, up or not."""
+    """The cluster in a folder, running or not."""
 
     def __init__(self, folder: Path, accounting: bool = True, niceness: int = 0) -> None:
         """Args:
-        folder: absolute, of fewer than 60 characters (sockets' names are short), without spaces.
-        accounting: with slurmdbd and its database.
-        niceness: of all jobs, on a machine that has other work.
+        folder: an absolute path of up to 60 characters (socket names are short), without spaces.
+        accounting: start slurmdbd and its database too.
+        niceness: of all jobs, for a machine with other work.
         """
         self.folder = folder
         self.accounting = accounting
@@ -63,12 +63,12 @@ class Bed:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to talk to this cluster: the host's own Slurm, if any, is another."""
+        """The environment for talking to this cluster, not to a Slurm of the host."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
         return kept | {"SLURM_CONF": str(self._etc / "slurm.conf"), "PATH": _SEARCH}
 
     def run(self, *command: str, seconds: float = 20.0, check: bool = True) -> str:
-        """The output of a client's command.
+        """The output of a client command.
 
         Raises:
             LaunchError: it fails, or doesn't end in time.
@@ -86,10 +86,10 @@ class Bed:
     # ---- up ---------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
-        """Bring the cluster up; returns when all nodes are up.
+        """Start the cluster; returns when all nodes are up.
 
         Raises:
-            LaunchError: it cannot be, or isn't within half a minute; what was started is down again.
+            LaunchError: it cannot start, or is not up within half a minute; what was started is stopped again.
         """
         reason = why_not()
         if reason:
@@ -97,7 +97,7 @@ class Bed:
         if not self.folder.is_absolute() or len(str(self.folder)) > 60 or " " in str(self.folder):
             raise LaunchError(f"{self.folder}: expected an absolute path of up to 60 characters, without spaces.")
         if self._pids():
-            raise LaunchError(f"{self.folder}: a test bed is up there. Take it down first.")
+            raise LaunchError(f"{self.folder}: a test bed is already up there. Take it down first.")
         try:
             self._write()
             self._start_munge()
@@ -114,7 +114,9 @@ class Bed:
     def wait_up(self) -> None:
         """Wait until all nodes can take jobs, or have some."""
         up = ("idle", "mixed", "allocated")
-        self._wait("all nodes are up", lambda: [state in up for state in self.states().values()] == [True] * len(NODES))
+        self._wait(
+            "all nodes to be up", lambda: [state in up for state in self.states().values()] == [True] * len(NODES)
+        )
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +153,7 @@ class Bed:
             "--foreground",
             "--force",
         )
-        self._wait("munge answers", (run / "munge.socket").exists)
+        self._wait("munge to answer", (run / "munge.socket").exists)
 
     def _start_accounting(self) -> None:
         database, ports = self.folder / "db", json.loads((self._etc / "ports.json").read_text())
@@ -172,16 +174,16 @@ class Bed:
             "--innodb-lock-wait-timeout=900",
             "--skip-innodb-doublewrite",
         )
-        self._wait("the database answers", lambda: _listens(ports["database"]))
+        self._wait("the database to answer", lambda: _listens(ports["database"]))
         self._start("slurmdbd", "-D", environment={"SLURM_CONF": str(self._etc / "slurm.conf")})
-        self._wait("slurmdbd answers", lambda: _listens(ports["accounting"]))
+        self._wait("slurmdbd to answer", lambda: _listens(ports["accounting"]))
 
     def start_controller(self) -> None:
         """Start slurmctld, for the first time or again."""
         self._start("slurmctld", "-D", "-f", str(self._etc / "slurm.conf"))
 
     def start_node(self, name: str) -> None:
-        """Start the slurmd of a node; jobs on it can look up the nodes' names."""
+        """Start the slurmd of a node; jobs on it can resolve the nodes' names."""
         bind = 'mount --bind "$1" /etc/hosts && shift && exec "$@"'
         self._start(
             "slurmd",
@@ -200,26 +202,26 @@ class Bed:
     # ---- faults, and down -------------------------------------------------------------------------------------
 
     def stop_controller(self) -> None:
-        """Stop slurmctld, whose state is saved."""
+        """Stop slurmctld; it saves its state."""
         _end([self._pid("slurmctld")])
 
     def read_only(self, name: str, folder: Path) -> Callable[[], None]:
-        """Make a folder unwritable on one node alone, as a broken mount does; gives what mends it."""
+        """Make a folder read-only on one node only, as a broken mount does. Returns a function that undoes it."""
         inside = ("nsenter", f"--mount=/proc/{self._pid(f'slurmd-{name}')}/ns/mnt")
         self.run(*inside, "mount", "--bind", str(folder), str(folder))
         self.run(*inside, "mount", "-o", "remount,bind,ro", str(folder))
 
-        def mend() -> None:
+        def undo() -> None:
             self.run(*inside, "umount", "--lazy", str(folder))
 
-        return mend
+        return undo
 
     def crash_node(self, name: str) -> None:
-        """Kill a node's daemon and all that it runs, at once, as a loss of power does."""
+        """Kill a node's daemon and all that it runs, at once, as a power failure does."""
         _kill(_tree(self._pid(f"slurmd-{name}")) + self._steps(name))
 
     def _steps(self, name: str) -> list[int]:
-        """Processes of slurmstepd on a node, and below: they outlive their slurmd."""
+        """The slurmstepd processes of a node and their descendants: they outlive their slurmd."""
         found = []
         for process in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -230,7 +232,7 @@ class Bed:
         return found
 
     def down(self) -> None:
-        """Take everything down, jobs first; the folder stays, with the logs."""
+        """Stop everything, jobs first; the folder stays, with the logs."""
         pids = self._pids()
         if "slurmctld" in pids and pids.keys() & {f"slurmd-{name}" for name in NODES}:
             with contextlib.suppress(LaunchError):
@@ -254,7 +256,7 @@ class Bed:
             command = [str(shutil.which(program, path=_SEARCH)), *arguments]
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, timeout=120)
         if done.returncode:
-            raise LaunchError(f"{program} ended with code {done.returncode}; see {self.folder}/log/{program}.log")
+            raise LaunchError(f"{program} exited with code {done.returncode}; see {self.folder}/log/{program}.log")
 
     def _start(
         self,
@@ -264,7 +266,7 @@ class Bed:
         before: Iterable[str] = (),
         environment: dict[str, str] | None = None,
     ) -> None:
-        """Start a daemon in a session of its own; it stays when this process ends."""
+        """Start a daemon in its own session; it keeps running when this process exits."""
         name = name or program
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             process = subprocess.Popen(
@@ -286,7 +288,7 @@ class Bed:
         return pid
 
     def _pids(self) -> dict[str, int]:
-        """The daemons that are up. A process of another that got the same number since is none of them."""
+        """The pids of the running daemons. An unrelated process that reuses a pid does not count."""
         found: dict[str, int] = {}
         for file in (self.folder / "run").glob("*.process"):
             with contextlib.suppress(OSError, ValueError, IndexError):
@@ -297,7 +299,7 @@ class Bed:
         return found
 
     def states(self) -> dict[str, str]:
-        """Of the nodes: idle, mixed, allocated, down*, …; empty while the controller gives no answer."""
+        """The nodes' states: idle, mixed, allocated, down*, …; empty while the controller does not answer."""
         try:
             rows = self.run("sinfo", "-h", "-N", "-p", "normal", "-o", "%N %T", seconds=5).split()
         except LaunchError:  # the controller does not listen yet
@@ -309,7 +311,7 @@ class Bed:
         while not ready():
             if time.monotonic() > deadline:
                 raise LaunchError(
-                    f"test bed: not true after {START_SECONDS:g} s: {what}. Logs are in {self.folder}/log"
+                    f"test bed: waited {START_SECONDS:g} s for {what}, in vain. Logs are in {self.folder}/log"
                 )
             time.sleep(0.1)
 
@@ -330,7 +332,7 @@ def _listens(port: int) -> bool:
 
 
 def _tree(pid: int) -> list[int]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     children: dict[int, list[int]] = {}
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -349,7 +351,7 @@ def _kill(pids: Iterable[int]) -> None:
 
 
 def _end(pids: list[int]) -> None:
-    """Ask processes to end, and kill those that don't."""
+    """Ask processes to exit, and kill those that don't."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The files that make Slurm's daemons a cluster of three nodes on one machine."""
+"""The config files for a Slurm cluster of three nodes on one machine."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 
 NODES = ("n1", "n2", "n3")
 CPUS, MEMORY_MB, GPUS = 4, 8000, 2
-"""Of each node, whatever the machine has."""
+"""Of each node, whatever the machine really has."""
 
 GRACE_SECONDS = 30
 """Between the signal of a preemption and the end of the job."""
 
 DATABASE_PASSWORD = "testbed"
-"""Of a database that listens on the loopback device alone and holds nothing."""
+"""Not a secret: the database listens only on the loopback device, and holds nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """TCP ports on the loopback device, free when the bed was made."""
+    """TCP ports on the loopback device, free when the test bed was created."""
 
     controller: int
     accounting: int
@@ -48,7 +48,7 @@ SlurmctldPort={ports.controller}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# a requeued job may start again after so many seconds, which are 120 where nothing is set
+# cred_expire: seconds before a requeued job may start again; Slurm's default is 120
 AuthInfo=socket={folder}/run/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/run/slurmctld.pid
@@ -56,7 +56,7 @@ SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdPidFile={folder}/run/slurmd-%n.pid
 SlurmdSpoolDir={folder}/spool/%n
 SlurmdLogFile={folder}/log/slurmd-%n.log
-# several nodes of one host, with more processors than it has
+# several nodes on one host, with more processors than it has
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -86,7 +86,7 @@ PartitionName=urgent Nodes={nodes} MaxTime=INFINITE PriorityTier=10 PreemptMode=
 
 
 def gres_conf(folder: Path) -> str:
-    """`gres.conf`: GPUs that are empty files; Slurm wants a file for each that it hands out."""
+    """`gres.conf`: the GPUs are empty files, since Slurm wants a file for each one."""
     return f"NodeName={','.join(NODES)} Name=gpu File={folder}/gpu/[0-{GPUS - 1}]\n"
 
 

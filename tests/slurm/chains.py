@@ -1,4 +1,4 @@
-"""Runs on the test bed: what the tests queue, wait for and break."""
+"""Helpers for runs on the test bed: queue them, wait for them, and break them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from tests.configs import tiny_run
 
 STEPS = 40
 ODD = {"SQUEUE_PARTITION": "urgent", "SLURM_TIME_FORMAT": "relative", "SINFO_FORMAT": "%P"}
-"""What a user may have set for Slurm's commands, and `lbr` must not care for."""
+"""Variables that a user may have set for Slurm's commands, and that `lbr` must ignore."""
 
 SLOW = (sys.executable, str(Path(__file__).with_name("slow_rank.py")))
-"""Before a rank's command: each step of its training takes a while longer, without the processor."""
+"""Prefix of a rank's command: each training step takes longer, without using the CPU."""
 
 
 def long_run(run_dir: Path, base: Path, files: Path, **slurm: Any) -> RunConfig:
-    """Stage 1 alone, on two nodes with a rank each, long enough to be met in its midst."""
+    """Stage 1 only, on two nodes with one rank each, long enough to interrupt."""
     optimizer = OptimizerConfig(lr=3e-3)
     given = {"nodes": 2, "cpus_per_task": 1, "time_minutes": 10, "lead_seconds": 30, "wait_seconds": 15}
     config = tiny_run(
@@ -73,11 +73,11 @@ def write(config: RunConfig, path: Path) -> Path:
 
 ROOT = Path(__file__).parents[2]
 SHELL: dict[str, str] = {}
-"""The environment of a user of the test bed: set when it is up. The tests' own stays as it is."""
+"""The environment of a user of the test bed, set when it is up. The tests' own environment does not change."""
 
 
 def slurm(*command: str, seconds: float = 60.0, **environment: str) -> str:
-    """What one of Slurm's own commands prints."""
+    """The output of a Slurm command."""
     env = SHELL | environment
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == 0, done
@@ -98,7 +98,7 @@ def lbr(*arguments: str, seconds: float = 120.0, **environment: str) -> subproce
 
 
 def submit(config: RunConfig, folder: Path, *arguments: str, **environment: str) -> dict[str, str]:
-    """Queue a run; gives the ids of its jobs by stage."""
+    """Queue a run. Returns its job ids by stage."""
     path = write(config, folder / "submitted.yaml")
     done = lbr("submit", str(path), *arguments, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,7 +106,7 @@ def submit(config: RunConfig, folder: Path, *arguments: str, **environment: str)
 
 
 def rows(run: Path, **environment: str) -> list[dict[str, Any]]:
-    """What `lbr status --json` says of a run, or of each of a sweep's."""
+    """What `lbr status --json` prints for a run, or for each run of a sweep."""
     done = lbr("status", str(run), "--json", **environment)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
@@ -119,7 +119,7 @@ def status(run: Path, **environment: str) -> dict[str, dict[str, Any]]:
 
 
 def forgotten(folder: Path, accounting: bool) -> dict[str, str]:
-    """The environment of a user whose controller has forgotten all jobs, with or without an accounting that knows."""
+    """The environment of a user whose controller has forgotten all jobs, with or without accounting."""
     folder.mkdir()
     (folder / "squeue").write_text("#!/bin/sh\n")
     (folder / "squeue").chmod(0o755)
@@ -129,17 +129,17 @@ def forgotten(folder: Path, accounting: bool) -> dict[str, str]:
 
 
 def wait(what: str, ready: Callable[[], Any], run: Path, seconds: float = 240.0) -> Any:
-    """Wait until something is true; else fail with what the run's logs say."""
+    """Wait until something is true; otherwise fail, and show the run's logs."""
     deadline = time.monotonic() + seconds
     while not (found := ready()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"not so after {seconds:g} s: {what}\n{told(run)}")
+            raise AssertionError(f"waited {seconds:g} s in vain: {what}\n{log_tails(run)}")
         time.sleep(0.5)
     return found
 
 
 def wait_over(run: Path, seconds: float = 400.0) -> dict[str, dict[str, Any]]:
-    """Wait until no job of a run is queued or runs any more; then what `lbr status` says."""
+    """Wait until no job of a run is queued or running. Returns what `lbr status` says."""
     ids = ",".join(job for submission in journal.submissions(run) for job in submission.jobs.values())
 
     def ready() -> bool:
@@ -147,12 +147,12 @@ def wait_over(run: Path, seconds: float = 400.0) -> dict[str, dict[str, Any]]:
         done = subprocess.run(command, env=SHELL, capture_output=True, text=True, timeout=60, check=False)
         return done.returncode == 0 and all(state in OVER for state in done.stdout.split())
 
-    wait("all is over", ready, run, seconds)
+    wait("all jobs have ended", ready, run, seconds)
     return status(run)
 
 
-def told(run: Path) -> str:
-    """What a run's logs end with."""
+def log_tails(run: Path) -> str:
+    """The last lines of a run's logs."""
     parts = []
     for path in sorted([*run.glob("slurm/*.log"), *run.glob("*/logs/*.log"), *run.glob("slurm/*/*.log")]):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
@@ -172,7 +172,7 @@ def step(config: RunConfig, stage: JobStage = "learn") -> int:
 
 
 def wait_step(config: RunConfig, at_least: int, stage: JobStage = "learn") -> None:
-    """Wait until a stage has done so many steps."""
+    """Wait until a stage has done at least this many steps."""
     wait(f"step {at_least}", lambda: step(config, stage) >= at_least, config.run_path)
 
 
@@ -185,7 +185,7 @@ def outcomes(config: RunConfig, stage: JobStage = "learn") -> list[str]:
 
 
 def ranks(config: RunConfig, of: str = "") -> dict[int, int]:
-    """Processes of a run's ranks on this machine, by rank; of a sweep's, those whose config has this name."""
+    """Processes of a run's ranks on this machine, by rank; for a sweep, those whose config file has this name."""
     found: dict[int, int] = {}
     for process, words, environment in _processes():
         is_ours = (
@@ -216,7 +216,7 @@ def node_of(config: RunConfig, rank: int) -> str:
 
 
 def hosts(nodes: str) -> list[str]:
-    """`n[1,3]` written out."""
+    """The node names in `n[1,3]`."""
     return slurm("scontrol", "show", "hostnames", nodes).split()
 
 

@@ -1,4 +1,4 @@
-"""One Slurm for all tests of this folder, and what plays on it beside the rest of the suite.
+"""One Slurm for all tests of this folder, and the scenarios that run on it beside the rest of the suite.
 
 A plugin, not a conftest: its first fixture runs before all tests, wherever they are.
 """
@@ -23,15 +23,16 @@ from lbr_dist.launch.local_ranks import run_stage
 from lbr_dist.slurm.testbed.bed import Bed, why_not
 from tests.slurm import chains
 from tests.slurm.chains import long_run
-from tests.slurm.scenarios import ALONE, SCENARIOS, Place
+from tests.slurm.scenarios import ALONE, SCENARIOS
+from tests.slurm.scenarios.place import Place
 
 SMALL_DISK = "16m"
 AT_ONCE = 2
-"""Beside the other tests, two cores start so many runs without any of them missing a deadline."""
+"""Scenarios at once. Two cores can start this many runs beside the other tests without missing a deadline."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Their runs begin before the first test of all, and play beside the others: their ends are looked at last."""
+    """Slurm tests go last: their runs start before the first test, and go on beside the others."""
     for item in items:
         if _is_ours(item):
             item.add_marker(pytest.mark.slurm)
@@ -45,15 +46,15 @@ def _is_ours(item: pytest.Item) -> bool:
 @pytest.fixture(scope="session", autouse=True)
 def _begun(request: pytest.FixtureRequest) -> None:
     if any(_is_ours(item) for item in request.session.items) and why_not() is None:
-        with contextlib.suppress(Exception):  # those who ask for it meet it again
+        with contextlib.suppress(Exception):  # tests that use the fixture raise the error again
             request.getfixturevalue("played")
 
 
 @pytest.fixture(scope="session")
 def small_disk() -> Iterator[Path]:
-    """A disk that is soon full; mounted before the bed, whose daemons have their own view of mounts."""
+    """A disk that fills up quickly; mounted before the test bed, whose daemons have their own view of mounts."""
     if os.geteuid() != 0:
-        pytest.skip("a small disk is mounted by root")
+        pytest.skip("mounting a small disk needs root")
     folder = Path(tempfile.mkdtemp(prefix="lbr-small-"))
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(folder)], check=True)
     yield folder
@@ -63,7 +64,7 @@ def small_disk() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def bed(small_disk: Path) -> Iterator[Bed]:
-    """A Slurm that is up."""
+    """A running Slurm."""
     reason = why_not()
     if reason:
         pytest.skip(f"no Slurm test bed: {reason}")
@@ -83,7 +84,7 @@ def uninterrupted(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.Te
     path = config.run_path / "config.yaml"
     write_config(config, path)
     before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # as on the test bed: sums have an order
+    os.environ["OMP_NUM_THREADS"] = "1"  # as on the test bed: the order of sums depends on it
     try:
         run_stage("learn", path, 2, config.stage_path("learn") / "logs")
     finally:
@@ -103,7 +104,7 @@ def played(
     small_disk: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, Future[Any]]]:
-    """All scenarios that the chosen tests look at, begun now: so many at once, then those that play alone."""
+    """All scenarios that the chosen tests need, started now: `AT_ONCE` at a time, then those that run alone."""
     ours = [item for item in request.session.items if _is_ours(item) and isinstance(item, pytest.Function)]
     chosen = {str(item.callspec.params["name"]) for item in ours if item.originalname == "test_scenario"}
     chosen |= {"chain"} if any(item.path.name == "test_chain.py" for item in ours) else set()

@@ -1,6 +1,6 @@
-"""Runs a rank's command, here, with a pause before each step: `python slow_rank.py PYTHON -u -m MODULE ARGUMENTS…`.
+"""Runs a rank's command here, with a pause before each step: `python slow_rank.py PYTHON -u -m MODULE ARGUMENTS…`.
 
-The pause is a quarter of a second, or what the file says that LBR_TRIAL_PAUSE names.
+The pause is 0.25 s, or the seconds in the file that LBR_TRIAL_PAUSE names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
         take, told = trainer.optimizer_step, Path(os.environ.get("LBR_TRIAL_PAUSE", "/nowhere"))
 
         def slowly(*arguments: object) -> object:
-            time.sleep(float(told.read_text()) if told.exists() else 0.25)
+            time.sleep(float(pause.read_text()) if pause.exists() else 0.25)
             return take(*arguments)  # type: ignore[arg-type]
 
         trainer.optimizer_step = slowly  # type: ignore[assignment]

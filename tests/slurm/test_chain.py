@@ -1,4 +1,4 @@
-"""The whole chain on two nodes, four ranks, to an evaluated model: with names and values that a shell would execute."""
+"""The whole chain on two nodes, four ranks, to an evaluated model, with names and values that a shell would execute."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lbr_dist.export.checksums import verify_export
 from lbr_dist.slurm import journal
 from tests.slurm import chains
 from tests.slurm.chains import lbr, status, submit, wait_over
-from tests.slurm.scenarios import DIRTY, NASTY_VALUE, SECRET
+from tests.slurm.scenarios.whole_runs import DIRTY, NASTY_VALUE, SECRET
 
 
 @pytest.fixture(scope="module")
 def finished(played: dict[str, Future[Any]]) -> tuple[Path, RunConfig, dict[str, str]]:
-    """The folder of it all, the config, and the ids of the jobs, which are over."""
+    """The scenario's folder, the config, and the ids of the finished jobs."""
     found: tuple[Path, RunConfig, dict[str, str]] = played["chain"].result()
     return found
 
@@ -56,7 +56,7 @@ def test_nothing_is_executed_and_all_arrives(finished: tuple[Path, RunConfig, di
 
 
 def test_the_environment_is_what_was_asked_for(finished: tuple[Path, RunConfig, dict[str, str]]) -> None:
-    """A fourth job by the same script: it shows its environment instead of training."""
+    """A fourth job with the same script writes out its environment instead of training."""
     folder, config, _ = finished
     script = (config.run_path / "slurm" / "001" / "learn.sh").read_text()
     shown = folder / "environment"
@@ -80,7 +80,7 @@ def test_no_secret_is_written(finished: tuple[Path, RunConfig, dict[str, str]]) 
 
 
 def test_a_snapshot_runs(finished: tuple[Path, RunConfig, dict[str, str]]) -> None:
-    """The jobs run the code of the submission, kernels and all, not the tree that it was submitted from."""
+    """The jobs run the submission's snapshot of the code, kernels included, not the tree it was submitted from."""
     _, config, _ = finished
     code = config.run_path / "slurm" / "001" / "code"
     assert not [path for path in code.rglob("*") if path.is_symlink()]
@@ -102,7 +102,7 @@ def test_submitted_again(finished: tuple[Path, RunConfig, dict[str, str]]) -> No
     before = (config.learn_export / "model.safetensors").stat().st_mtime_ns
     script = config.run_path / "slurm" / "001" / "learn.sh"
     chains.slurm("sbatch", "--wait", str(script))
-    assert "finished before, nothing to do" in journal.log_file(config.run_path, "learn").read_text()
+    assert "already finished, nothing to do" in journal.log_file(config.run_path, "learn").read_text()
     assert (config.learn_export / "model.safetensors").stat().st_mtime_ns == before
 
 

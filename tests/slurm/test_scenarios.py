@@ -1,4 +1,4 @@
-"""The scenarios of `scenarios.py`, played together; each has a test of its own."""
+"""The scenarios of `scenarios/`, which run at the same time; each has its own test."""
 
 from __future__ import annotations
 

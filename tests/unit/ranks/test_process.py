@@ -1,4 +1,4 @@
-"""A rank's quick start and end."""
+"""A rank's large imports, and its exit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from lbr_dist.ranks.process import large_imports
 
 
-def test_the_collector_rests_and_works_again() -> None:
+def test_the_garbage_collector_pauses_and_works_again() -> None:
     with pytest.raises(KeyError), large_imports():
         assert not gc.isenabled()
         raise KeyError
     assert gc.isenabled()
 
 
-def test_what_asked_to_be_called_at_the_end_is_called() -> None:
+def test_exit_handlers_are_called() -> None:
     code = (
         "import atexit, sys; from lbr_dist.ranks.process import leave; atexit.register(print, 'called'); "
         "print('said'); sys.stderr.write('complained'); leave(75)"
