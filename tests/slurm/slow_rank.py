@@ -21,7 +21,7 @@ def main() -> None:
         with large_imports():
             from lbr_dist import trainer
 
-        take, told = trainer.optimizer_step, Path(os.environ.get("LBR_TRIAL_PAUSE", "/nowhere"))
+        take, pause = trainer.optimizer_step, Path(os.environ.get("LBR_TRIAL_PAUSE", "/nowhere"))
 
         def slowly(*arguments: object) -> object:
             time.sleep(float(pause.read_text()) if pause.exists() else 0.25)
