@@ -1,4 +1,4 @@
-"""The uninterrupted run that every interrupted one must end as."""
+"""The uninterrupted run whose result every interrupted run must reproduce."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.ranks import RankPool
 def whole(
     two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> RunConfig:
-    """Stage 1 in six steps, a checkpoint after each second one, all kept; run to its end."""
+    """Stage 1 in six steps, with a checkpoint every two steps, all kept; run to its end."""
     config = tiny_run(tmp_path_factory.mktemp("whole") / "run", tiny_model, tiny_data)
     config = dataclasses.replace(
         config,
@@ -33,7 +33,7 @@ def whole(
 
 @pytest.fixture
 def broken(whole: RunConfig, tmp_path: Path) -> RunConfig:
-    """The same run, not begun, in a folder of its own."""
+    """The same run, not started yet, in its own folder."""
     return dataclasses.replace(whole, run_dir=str(tmp_path / "run"))
 
 
@@ -41,7 +41,7 @@ def broken(whole: RunConfig, tmp_path: Path) -> RunConfig:
 def waits(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Ended]]]:
-    """The runs of `waits.py` whose tests were asked for, begun before the first test of this folder."""
+    """The runs of `waits.py` that the selected tests need, started before the first test of this folder."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     wanted = [str(item.callspec.params["waited"]) for item in items if "waited" in item.fixturenames]
     with ThreadPoolExecutor(len(WAITS)) as pool:
@@ -55,5 +55,5 @@ def waits(
 
 @pytest.fixture
 def waited(request: pytest.FixtureRequest, waits: dict[str, Future[Ended]]) -> Ended:
-    """How the run ended that the test names; waits for that."""
+    """How the run that the test names ended; waits for its end."""
     return waits[request.param].result()

@@ -1,4 +1,4 @@
-"""The real launcher in a process of its own: several runs can be under way at once, each with its own output.
+"""The real launcher in its own process, so that several runs can be under way at once, each with its own output.
 
 python -m tests.faults.launcher STAGE CONFIG RANKS LOGS     # with the fault in `LBR_FAULT`, see `worker`
 """
@@ -13,7 +13,7 @@ from lbr_dist.errors import Interrupted, LaunchError
 from lbr_dist.launch.local_ranks import run_stage
 
 ENDED = "ended.json"
-"""In the run folder: the name of the error that the launcher raised, and its text."""
+"""In the run folder: name and text of the error that the launcher raised."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the fault tests run on every rank of a pool."""
+"""Functions that the fault tests run on every rank of a pool."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ State = dict[str, dict[str, Tensor]]
 
 
 def gathered_state(engine: Engine) -> State:
-    """Master weights and moments of all parameters as DeepSpeed's own functions gather them, and the weights."""
+    """Master weights and moments of all parameters, gathered by DeepSpeed's own functions, and the weights."""
     found: State = {kind: {} for kind in (*shards.KINDS, "weights")}
     for name, parameter in engine.model.named_parameters():
         if not parameter.requires_grad:
@@ -42,7 +42,7 @@ def gathered_state(engine: Engine) -> State:
 
 
 def load(ranks: Ranks, config: RunConfig, stage: Stage) -> tuple[State, dict[str, Any]]:
-    """Resume a stage, and give its state."""
+    """Resume a stage and return its state."""
     engine, _ = on_ranks.open_engine(ranks, config, stage)
     checkpoints = Checkpoints(config.stage_path(stage) / "checkpoints")
     identity = base_identity(config.stage_base(stage), weights=config.model.lora.rank > 0)
@@ -54,7 +54,7 @@ def load(ranks: Ranks, config: RunConfig, stage: Stage) -> tuple[State, dict[str
 
 
 def train(ranks: Ranks, config: RunConfig, stage: Stage) -> tuple[State, list[int]]:
-    """Run a stage; its state at the end, and the numbers of the batches that it drew for its steps."""
+    """Run a stage; return its state at the end, and the numbers of the batches that it drew for its steps."""
     kept: list[State] = []
     drawn: list[int] = []
     close = Engine.close
@@ -78,7 +78,7 @@ def train(ranks: Ranks, config: RunConfig, stage: Stage) -> tuple[State, list[in
 
 
 def save_with_deepspeed(ranks: Ranks, config: RunConfig, folder: Path) -> bool:
-    """Resume stage 1, let DeepSpeed save the state in its own way, and convert that to its universal form."""
+    """Resume stage 1, let DeepSpeed save the state in its own format, and convert that to its universal format."""
     engine, _ = on_ranks.open_engine(ranks, config, "learn")
     checkpoints = Checkpoints(config.stage_path("learn") / "checkpoints")
     assert resume(engine, checkpoints, ranks, config, base_identity(Path(config.model.base), weights=False))

@@ -1,4 +1,4 @@
-"""Runs of a stage by the real launcher, with a fault in one rank; and what a run left behind."""
+"""Run a stage with the real launcher and a fault in one rank, and inspect what the run left behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.faults.worker import VARIABLE
 
 
 def run(config: RunConfig, stage: Stage = "learn", ranks: int = 2, **fault: Any) -> None:
-    """Run a stage on ranks of their own, with a fault in one of them; raises what the launcher raises."""
+    """Run a stage on new ranks, with a fault in one of them; raises what the launcher raises."""
     path = config.run_path / "config.yaml"
     write_config(config, path)
     os.environ[VARIABLE] = json.dumps(fault or None)
@@ -47,7 +47,7 @@ def assert_same_end(found: RunConfig, expected: RunConfig, stage: Stage = "learn
 
 
 def workers(run_path: Path) -> list[int]:
-    """Processes of this machine that work for a run."""
+    """Processes on this machine that work for a run."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,9 +1,9 @@
-"""A soak: ranks are killed at random moments of a short run of both stages, which must end as if nothing had been.
+"""A soak test: ranks are killed at random moments of a short run of both stages, which must end as if uninterrupted.
 
     python -m tests.faults.soak --kills 30
 
-The ranks are forked from a process that has imported everything, so that a start takes a second and not ten; they are
-the launcher's own worker, and die by real signals.
+The ranks are forked from a process that has imported everything, so that a start takes one second instead of ten. They
+run the launcher's own worker, and are killed by real signals.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ __all__ = ["learn", "represent"]  # imported for the forked ranks
 
 RANKS = 2
 START = 3.0
-"""Seconds in which a start is hit by a kill that does not wait for steps."""
+"""A kill that does not wait for steps comes within this many seconds of the start."""
 AHEAD = 5
-"""New steps that another kill waits for, at most."""
+"""Any other kill waits for at most this many new steps."""
 
 
 def _fork(stage: Stage, config_path: Path, rank: int, folder: str, log: Path) -> int:
@@ -68,7 +68,7 @@ def _fork(stage: Stage, config_path: Path, rank: int, folder: str, log: Path) ->
 
 
 def attempt(stage: Stage, config: RunConfig, kill: Callable[[list[int]], None] | None, due: Callable[[], bool]) -> bool:
-    """Start the ranks, and kill some of them when it is due. Returns whether the stage ended before that."""
+    """Start the ranks, and kill some of them when a kill is due. Returns whether the stage ended before that."""
     log = config.run_path / f"{stage}.log"
     with tempfile.TemporaryDirectory() as folder:
         ranks = [_fork(stage, config.run_path / "config.yaml", rank, folder, log) for rank in range(RANKS)]
@@ -79,7 +79,7 @@ def attempt(stage: Stage, config: RunConfig, kill: Callable[[list[int]], None] |
                     found, status = os.waitpid(rank, os.WNOHANG)
                     codes |= {rank: os.waitstatus_to_exitcode(status)} if found else {}
             if any(codes.values()) and len(codes) < RANKS:
-                # what a launcher does when a rank has died
+                # a launcher does the same when a rank has died
                 for rank in set(ranks) - codes.keys():
                     os.kill(rank, signal.SIGKILL)
             if kill is not None and not codes and due():
@@ -88,7 +88,7 @@ def attempt(stage: Stage, config: RunConfig, kill: Callable[[list[int]], None] |
             time.sleep(0.005)
     if not any(codes.values()):
         return True
-    assert kill is None, f"the ranks ended by themselves, with {codes}: {log.read_text()[-3000:]}"
+    assert kill is None, f"the ranks exited by themselves, with {codes}: {log.read_text()[-3000:]}"
     return False
 
 
@@ -119,11 +119,11 @@ def moment(config: RunConfig, stage: Stage, generator: random.Random) -> Callabl
 
 
 def kill_one(generator: random.Random) -> tuple[str, Callable[[list[int]], None]]:
-    """A way to die: one rank or all of them at once, or told to stop and then killed."""
-    name = generator.choice(["rank 0", "rank 1", "all", "told, then killed"])
+    """What to kill: one rank, all of them at once, or all of them after a SIGTERM to one."""
+    name = generator.choice(["rank 0", "rank 1", "all", "SIGTERM, then killed"])
 
     def kill(ranks: list[int]) -> None:
-        if name == "told, then killed":
+        if name == "SIGTERM, then killed":
             os.kill(generator.choice(ranks), signal.SIGTERM)
             time.sleep(generator.uniform(0.0, 0.2))
         victims = {"rank 0": ranks[:1], "rank 1": ranks[1:]}.get(name, ranks)
@@ -134,25 +134,25 @@ def kill_one(generator: random.Random) -> tuple[str, Callable[[list[int]], None]
 
 
 def soak(kills: int, seed: int, folder: Path, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run both stages twice, once in peace, and hold the ends against one another."""
+    """Run both stages twice, once without kills, and compare the results."""
     generator = random.Random(seed)
     base = tiny.write_model(folder / "base")
     tiny.write_data(folder / "data")
-    peace = tiny_run(folder / "peace", base, folder / "data")
+    reference = tiny_run(folder / "reference", base, folder / "data")
     settings = CheckpointConfig(every_steps=1, keep=2)
-    peace = dataclasses.replace(
-        peace,
-        learn=dataclasses.replace(peace.learn, steps=steps),
-        represent=dataclasses.replace(peace.represent, steps=steps),
+    reference = dataclasses.replace(
+        reference,
+        learn=dataclasses.replace(reference.learn, steps=steps),
+        represent=dataclasses.replace(reference.represent, steps=steps),
         checkpoint=settings,
     )
-    war = dataclasses.replace(peace, run_dir=str(folder / "war"))
-    for config in (peace, war):
+    killed = dataclasses.replace(reference, run_dir=str(folder / "killed"))
+    for config in (reference, killed):
         write_config(config, config.run_path / "config.yaml")
     stages: tuple[Stage, ...] = ("learn", "represent")
     began = time.monotonic()
     for stage in stages:
-        assert attempt(stage, peace, None, lambda: False)
+        assert attempt(stage, reference, None, lambda: False)
     seconds = time.monotonic() - began
     done, ways, lost = 0, Counter[str](), []
     for number, stage in enumerate(stages):
@@ -160,20 +160,20 @@ def soak(kills: int, seed: int, folder: Path, steps: int, say: Callable[[str], N
         while True:
             name, kill = kill_one(generator)
             wanted = kill if done < share else None
-            ended = attempt(stage, war, wanted, moment(war, stage, generator))
+            ended = attempt(stage, killed, wanted, moment(killed, stage, generator))
             if ended:
                 assert done >= share, f"{stage} ended after {done} kills: give it more steps"
                 break
             done += 1
             ways[name] += 1
-            step, saved = reached(war, stage), checkpoints(war, stage).complete()
+            step, saved = reached(killed, stage), checkpoints(killed, stage).complete()
             lost.append(max(0, step - (saved[-1].step if saved else 0)))
             say(f"{stage}: kill {done} of {kills} ({name}) after step {step}, {lost[-1]} steps lost")
     for stage in stages:
-        assert losses(war, stage) == losses(peace, stage), f"{stage}: other losses"
-        assert not (checkpoints(war, stage).path / SET_ASIDE).exists(), f"{stage}: a damaged checkpoint"
+        assert losses(killed, stage) == losses(reference, stage), f"{stage}: the losses differ"
+        assert not (checkpoints(killed, stage).path / SET_ASIDE).exists(), f"{stage}: a damaged checkpoint"
     for name in ("learn/export", "model"):
-        first, second = (load_file(c.run_path / name / "model.safetensors") for c in (peace, war))
+        first, second = (load_file(c.run_path / name / "model.safetensors") for c in (reference, killed))
         assert first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first), name
     return {
         "kills": done,
@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=40, help="of each stage, with a checkpoint after each")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each stage, with a checkpoint after each")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Checkpoints that are not what was written: named, set aside, never deleted; the newest whole one is taken."""
+"""Damaged checkpoints are reported and set aside, never deleted; the run resumes from the newest intact one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARD = "rank-00001.safetensors"
 
 @pytest.fixture
 def stopped(whole: RunConfig, broken: RunConfig) -> RunConfig:
-    """The run as it was after step 4, with checkpoints of the steps 2 and 4."""
+    """The run as it was after step 4, with checkpoints of steps 2 and 4."""
     shutil.copytree(whole.stage_path("learn"), broken.stage_path("learn"))
     shutil.rmtree(checkpoints(broken).folder(6))
     for name in ("export", "summary.json"):
@@ -97,8 +97,8 @@ def test_damaged(two_ranks: RankPool, whole: RunConfig, stopped: RunConfig, name
     assert_same_end(stopped, whole)
 
 
-def test_none_is_whole(two_ranks: RankPool, stopped: RunConfig) -> None:
-    """Nothing begins anew unasked; nothing is deleted."""
+def test_all_are_damaged(two_ranks: RankPool, stopped: RunConfig) -> None:
+    """The run does not start from scratch unasked, and nothing is deleted."""
     for step in (2, 4):
         _truncate(checkpoints(stopped).folder(step))
     with pytest.raises(AssertionError, match="all of its checkpoints are damaged"):
@@ -108,7 +108,7 @@ def test_none_is_whole(two_ranks: RankPool, stopped: RunConfig) -> None:
 
 
 def test_an_older_step(two_ranks: RankPool, whole: RunConfig, stopped: RunConfig) -> None:
-    """What is newer is set aside, so that no later start takes it for this run's."""
+    """Newer checkpoints are set aside, so that no later start mistakes them for this run's."""
     resume(two_ranks, stopped, resume=2)
     reason = json.loads((checkpoints(stopped).path / SET_ASIDE / "step-000004-1" / "reason.json").read_text())
     assert reason["why"] == "left behind by checkpoint.resume 2"
@@ -116,14 +116,14 @@ def test_an_older_step(two_ranks: RankPool, whole: RunConfig, stopped: RunConfig
     assert_same_end(stopped, whole)
 
 
-def test_a_damaged_one_that_was_asked_for(two_ranks: RankPool, stopped: RunConfig) -> None:
+def test_a_requested_step_is_damaged(two_ranks: RankPool, stopped: RunConfig) -> None:
     _truncate(checkpoints(stopped).folder(4))
     with pytest.raises(AssertionError, match=r"found [\d,]+ bytes, expected .* also has step-000002\."):
         resume(two_ranks, stopped, resume=4)
     assert checkpoints(stopped).steps() == [2, 4]
 
 
-def test_a_step_that_is_not_there(two_ranks: RankPool, stopped: RunConfig) -> None:
+def test_a_requested_step_does_not_exist(two_ranks: RankPool, stopped: RunConfig) -> None:
     with pytest.raises(AssertionError, match=r"found 3, but .* has step-000002, step-000004"):
         resume(two_ranks, stopped, resume=3)
 
@@ -163,7 +163,7 @@ class _Payload:
 
 
 def test_no_pickle_is_read(two_ranks: RankPool, whole: RunConfig, stopped: RunConfig, tmp_path: Path) -> None:
-    """Not one that lies in the folder, and not one in the place of a shard."""
+    """Neither a pickle in the folder, nor one in place of a shard."""
     folder, touched = checkpoints(stopped).folder(4), tmp_path / "touched"
     content = pickle.dumps(_Payload(touched))
     for name in ("mp_rank_00_model_states.pt", "rank-00000.pt", "latest"):
@@ -174,7 +174,7 @@ def test_no_pickle_is_read(two_ranks: RankPool, whole: RunConfig, stopped: RunCo
     assert (checkpoints(stopped).path / SET_ASIDE / "step-000004-1").is_dir()
     assert_same_end(stopped, whole)
     pickle.loads(content)
-    assert touched.exists(), "the payload would have shown"
+    assert touched.exists(), "the payload does nothing when it is loaded"
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,8 @@ def test_others_can_write(two_ranks: RankPool, stopped: RunConfig, place: str, m
 
 
 @pytest.mark.slow
-def test_a_run_under_any_umask_goes_on(two_ranks: RankPool, whole: RunConfig, broken: RunConfig) -> None:
-    """What a run itself makes, others cannot write."""
+def test_a_run_under_any_umask_resumes(two_ranks: RankPool, whole: RunConfig, broken: RunConfig) -> None:
+    """Other users cannot write to what a run creates."""
     before = os.umask(0)
     try:
         run(broken)

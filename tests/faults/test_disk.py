@@ -1,4 +1,4 @@
-"""No room, no right to write, a slow disk: a save that fails is said, and loses nothing."""
+"""A full, read-only or slow disk: a failed save is logged as a warning, and loses nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.ranks import RankPool
 
 @pytest.fixture
 def small_disk(whole: RunConfig, broken: RunConfig) -> Iterator[Path]:
-    """A disk of its own for the checkpoints, with room for one and a half."""
+    """A separate disk for the checkpoints, with room for one and a half."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a file system")
     one = checkpoints(whole).read(2).num_bytes
@@ -74,7 +74,7 @@ def test_read_only(
 
 @pytest.mark.slow
 def test_a_slow_rank(whole: RunConfig, broken: RunConfig) -> None:
-    """The others wait for its file before anything is published; training does not."""
+    """Nothing is published before its file is written; training does not wait for it."""
     run(broken, rank=1, point="slow_disk", step=2, seconds=2)
     assert checkpoints(broken).steps() == [2, 4, 6]
     assert all(checkpoints(broken).verify(step) for step in (2, 4, 6))

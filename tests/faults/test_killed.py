@@ -1,4 +1,4 @@
-"""A rank that is killed while it saves: the last checkpoint stays as it was, and the run ends as any other."""
+"""A rank is killed while it saves: the last checkpoint stays as it was, and the resumed run gives the same result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.distributed import on_ranks
 from tests.faults.runs import assert_same_end, checkpoints, run, workers
 from tests.ranks import RankPool
 
-KILLED = [  # point, rank, steps that are published then
+KILLED = [  # point, rank, steps that are published by then
     ("mid_shard", 1, [2]),
     ("mid_shard", 0, [2]),
     ("before_manifest", 0, [2]),
@@ -19,7 +19,7 @@ KILLED = [  # point, rank, steps that are published then
 ]
 
 
-# the soak kills at random moments; here in continuous integration, one of each side of the publication
+# the soak test kills at random moments; continuous integration only runs one case before and one after the rename
 IN_CI = ("before_manifest", "before_pointer")
 
 

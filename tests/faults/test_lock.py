@@ -25,7 +25,7 @@ def command(config: RunConfig, *more: str) -> list[str]:
 
 
 def test_a_second_job_is_refused(broken: RunConfig) -> None:
-    """Both by the launcher and where torchrun starts the ranks; the first one's files stay as they are."""
+    """By the launcher, and by the ranks if torchrun started them; the first job's files stay as they are."""
     with run_lock(broken.run_path):
         before = {path: path.read_bytes() for path in broken.run_path.rglob("*") if path.is_file()}
         for more in ({}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}):
@@ -40,7 +40,7 @@ def test_a_second_job_is_refused(broken: RunConfig) -> None:
         pass
 
 
-def test_the_ranks_hold_it_when_the_launcher_is_gone(broken: RunConfig) -> None:
+def test_the_ranks_hold_the_lock_after_the_launcher_was_killed(broken: RunConfig) -> None:
     process = subprocess.Popen(
         command(broken, "--learn.steps=100000"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -1,4 +1,4 @@
-"""State that means nothing to a run is refused: other settings, another tokenizer, other data. What may change may."""
+"""A checkpoint of other settings, another tokenizer or other data is refused; settings that may change are accepted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_other_settings(two_ranks: RankPool, stopped: RunConfig) -> None:
 
 
 def test_another_tokenizer(two_ranks: RankPool, stopped: RunConfig) -> None:
-    """Under the same path, so that the config does not tell."""
+    """Under the same path, so that the config is the same."""
     tokenizer = Path(stopped.model.base) / "tokenizer.json"
     before = tokenizer.read_bytes()
     content = json.loads(before)
@@ -44,7 +44,7 @@ def test_another_tokenizer(two_ranks: RankPool, stopped: RunConfig) -> None:
 
 
 def test_other_data(two_ranks: RankPool, stopped: RunConfig, tmp_path: Path) -> None:
-    """Under the same path: the very next batch tells."""
+    """Under the same path: the next batch differs."""
     corpus = Path(stopped.data.corpus)
     before = corpus.read_bytes()
     corpus.write_text(corpus.read_text().replace("Abnormally", "Unusually"))
@@ -60,7 +60,7 @@ def _cache(config: RunConfig, folder: Path) -> object:
 
 
 def test_other_workers_for_the_data(two_ranks: RankPool, whole: RunConfig, stopped: RunConfig, tmp_path: Path) -> None:
-    """Tokenised again, by another number of processes, into another place: the same next sample."""
+    """Tokenised again, by another number of processes, into another folder: the same next sample."""
     build(Path(stopped.data.corpus), Path(stopped.model.base), tmp_path / "cache", 3, lambda message: None)
     resume(two_ranks, dataclasses.replace(stopped, data=_cache(stopped, tmp_path / "cache")))
     assert_same_end(stopped, whole)
@@ -77,14 +77,14 @@ def test_resumed_twice(two_ranks: RankPool, whole: RunConfig, stopped: RunConfig
     resume(two_ranks, stopped, resume=2)
     resume(two_ranks, stopped, resume=4)
     assert_same_end(stopped, whole)
-    resume(two_ranks, stopped)  # at its end: nothing is trained, the same model is exported
+    resume(two_ranks, stopped)  # already at its end: nothing is trained, the same model is exported
     assert_same_end(stopped, whole)
 
 
 def test_other_base_weights_under_adapters(
     two_ranks: RankPool, tiny_model: Path, whole: RunConfig, tmp_path: Path
 ) -> None:
-    """Adapters are nothing without the weights they were trained on; all weights replace the base's."""
+    """Adapters only fit the weights they were trained on; without adapters, all base weights are replaced anyway."""
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
     model = dataclasses.replace(whole.model, base=str(base), lora=LoraConfig(rank=2))

@@ -1,4 +1,4 @@
-"""Told to stop: by a signal to any rank, whenever and however often, or by a time limit that one rank sees ahead.
+"""Stopping: by a signal to any rank, at any time and any number of times, or because one rank sees the time limit near.
 All ranks stop together, and save.
 """
 
@@ -31,10 +31,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("point", "rank", "more"), CASES)
-def test_one_rank_is_told(
+def test_one_rank_is_asked_to_stop(
     two_ranks: RankPool, whole: RunConfig, broken: RunConfig, point: str, rank: int, more: dict[str, object]
 ) -> None:
-    # in the background, a save that is slow to begin could be told after the last step
+    # in the background, a save that starts late could get the signal after the last step
     settings = dataclasses.replace(broken.checkpoint, background=point != "signals_in_save")
     with pytest.raises(Interrupted):
         run(dataclasses.replace(broken, checkpoint=settings), rank=rank, point=point, **more)
@@ -46,8 +46,8 @@ def test_one_rank_is_told(
     assert_same_end(broken, whole)
 
 
-def test_the_launcher_is_told(two_ranks: RankPool, whole: RunConfig, tmp_path: Path) -> None:
-    """`lbr` passes it on, waits for the save, and ends with a code that says: start me again."""
+def test_the_launcher_is_asked_to_stop(two_ranks: RankPool, whole: RunConfig, tmp_path: Path) -> None:
+    """`lbr` passes the signal on, waits for the save, and exits with the code that asks for a restart."""
     longer = dataclasses.replace(whole.learn, steps=100)
     whole, broken = (dataclasses.replace(whole, run_dir=str(tmp_path / n / "run"), learn=longer) for n in "ab")
     two_ranks.run(on_ranks.stage, config=whole, name="learn")
@@ -74,8 +74,8 @@ def test_ctrl_c_twice_ends_at_once(waited: Ended) -> None:
     assert not waited.left
 
 
-def test_the_time_limit_is_seen_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step, the longest of the last ones, and a save must fit in what is left, half as long again."""
+def test_a_rank_stops_before_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest of the last steps and a save, times 1.5, must fit into the time that is left."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     stop = interrupt.StopRequest()
@@ -91,7 +91,7 @@ def test_the_time_limit_is_seen_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert after(10, 20, "") is None and after(10, 20, "not a number") is None
     assert after(10, 0, 20) is None, "nothing was saved yet"
     assert after(10, 20, 50) is None
-    assert after(10, 20, -5) is None, "a limit that is over is that of another job"
+    assert after(10, 20, -5) is None, "a limit in the past belongs to another job"
     assert after(1, 20, 40) == "the time limit, 40 s ahead,", "the longest of the last steps counts"
     stop = interrupt.StopRequest()
     stop.take(signal.SIGTERM, None)

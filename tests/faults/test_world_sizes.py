@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks: the same state to the bit, the same next batch, the same losses."""
+"""A run resumes on another number of ranks: with the same state to the bit, the same next batch, the same losses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CASES: dict[str, tuple[Stage, str, int]] = {
 def test_other_world_sizes(
     pools: dict[int, RankPool], tiny_model: Path, tiny_data: Path, tmp_path: Path, case: str
 ) -> None:
-    """Two steps on each of 4, 2, 8 and 1 ranks; each begins with the bits that the one before ended with."""
+    """Two steps on each of 4, 2, 8 and 1 ranks; each starts with exactly the state that the previous one ended with."""
     stage, dtype, rank = CASES[case]
     config = tiny_run(tmp_path / "changing", tiny_model, tiny_data)
     model = dataclasses.replace(config.model, dtype=dtype, lora=LoraConfig(rank=rank))  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def test_other_world_sizes(
 
 
 def test_saved_is_what_deepspeed_saves(two_ranks: RankPool, whole: RunConfig, tmp_path: Path) -> None:
-    """The truth beside it: DeepSpeed's own checkpoint, converted to its universal form, holds the same numbers."""
+    """DeepSpeed's own checkpoint, converted to its universal format, contains the same numbers."""
     two_ranks.run(on_ranks.save_with_deepspeed, config=whole, folder=tmp_path)
     manifest = checkpoints(whole).read(6)
     names = {"master": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}

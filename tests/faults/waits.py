@@ -1,6 +1,6 @@
-"""Runs that wait most of their time for a deadline: they wait in the background, while other tests work.
+"""Runs that spend most of their time waiting for a deadline; they wait in the background, while other tests run.
 
-One starts at a time, because it is the start that wants the cores; each has a test that judges what it left.
+They start one at a time, because the start is what needs the cores. Each has a test that checks what it left behind.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Ended:
 
     config: RunConfig
     seconds: float
-    """From its start to the end of its launcher."""
+    """From its start until its launcher exited."""
     code: int
     printed: str
     error: tuple[str, str] | None
     """Name and text of what the launcher raised."""
     left: list[int]
-    """Processes that still worked for the run when its launcher had ended."""
+    """Processes that still worked for the run after its launcher had exited."""
 
 
 def _play(
@@ -46,7 +46,7 @@ def _play(
     then: Callable[[subprocess.Popen[bytes]], None],
     fault: object = None,
 ) -> Ended:
-    """Start a launcher, and when its run has begun do something to it, and wait for its end."""
+    """Start a launcher, do something to it when its run has begun, and wait for its end."""
     printed = config.run_path.parent / "printed"
     with printed.open("wb") as output:
         with _STARTING:
@@ -69,7 +69,7 @@ def _play(
             then(process)
             code = process.wait(timeout=60)
         finally:
-            process.kill()  # where it has not ended; its ranks die with it
+            process.kill()  # if it is still running; its ranks die with it
     seconds = time.monotonic() - began
     ended = config.run_path / ENDED
     error = tuple(json.loads(ended.read_text())) if ended.exists() else None
@@ -77,7 +77,7 @@ def _play(
 
 
 def hangs(config: RunConfig, point: str) -> Ended:
-    """Rank 1 stops making progress in its third step; both ranks have half a minute to notice."""
+    """Rank 1 hangs in its third step; both ranks have half a minute to notice."""
     config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, timeout_minutes=0.5))
     path, folder = config.run_path / "config.yaml", config.stage_path("learn")
     write_config(config, path)
@@ -87,7 +87,7 @@ def hangs(config: RunConfig, point: str) -> Ended:
 
 
 def ctrl_c_twice(config: RunConfig) -> Ended:
-    """To a launcher whose ranks cannot stop politely."""
+    """Press Ctrl-C twice in a launcher whose ranks do not react to signals."""
     path = config.run_path.parent / "config.yaml"
     write_config(config, path)
     command = [sys.executable, "-m", "lbr_dist.launch.cli", "learn", str(path), "--ranks=2", "--learn.steps=100000"]
@@ -108,4 +108,4 @@ WAITS: dict[str, Callable[[RunConfig], Ended]] = {
     "stopped": lambda config: hangs(config, "stopped"),
     "ctrl_c_twice": ctrl_c_twice,
 }
-"""By the name with which a test asks for `waited`."""
+"""By the name that a test passes to `waited`."""

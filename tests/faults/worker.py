@@ -1,6 +1,6 @@
-"""A rank with a fault in it: the real worker, in which something goes wrong once, at a named point.
+"""A rank with a fault: the real worker, in which something goes wrong once, at a named point.
 
-The fault is in ``LBR_FAULT``, as JSON: ``rank``, ``point``, and what the point needs. Everything else is real.
+``LBR_FAULT`` describes the fault as JSON: ``rank``, ``point``, and the point's arguments. Everything else is real.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _send(name: str, times: int = 1) -> None:
 
 
 def _mid_shard(step: int, **_: Any) -> None:
-    """Killed when a part of its file of a step is written."""
+    """Killed when a step's file is partly written."""
     original, written = shards.write_chunk, 0
 
     def write_chunk(stream: Any, chunk: memoryview) -> None:
@@ -63,17 +63,17 @@ def _nothing() -> None:
 
 
 def _before_manifest(step: int, **_: Any) -> None:
-    """Killed when all shards are on disk, and the manifest is not."""
+    """Killed when all shards are on disk but the manifest is not."""
     _around(manifest, "write_manifest", step, lambda: _send("SIGKILL"), _nothing)
 
 
 def _before_rename(step: int, **_: Any) -> None:
-    """Killed when the manifest is on disk, and the checkpoint has not got its name."""
+    """Killed when the manifest is on disk but the checkpoint has not been renamed."""
     _around(manifest, "write_manifest", step, _nothing, lambda: _send("SIGKILL"))
 
 
 def _before_pointer(step: int, **_: Any) -> None:
-    """Killed when the checkpoint has its name, and the pointer is the old one."""
+    """Killed when the checkpoint has been renamed but the pointer is still the old one."""
     _around(manifest, "move_pointer", step, lambda: _send("SIGKILL"), _nothing)
 
 
@@ -112,7 +112,7 @@ def _read_only(step: int, mount: str) -> None:
 
 
 def _held_interpreter() -> None:
-    ctypes.PyDLL(None).sleep(1000)  # unlike CDLL, it keeps the interpreter's lock
+    ctypes.PyDLL(None).sleep(1000)  # unlike CDLL, PyDLL keeps the interpreter's lock
 
 
 POINTS: dict[str, Callable[..., None]] = {

@@ -1,4 +1,4 @@
-"""Checks before a rank starts, that need no rank."""
+"""Checks that run before a rank starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lbr_dist.errors import LaunchError
 from tests.configs import tiny_run
 
 
-def test_no_room_is_said_before_a_rank_starts(
+def test_a_full_disk_is_reported_before_a_rank_starts(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_run(tmp_path / "run", tiny_model, tiny_data)

@@ -33,7 +33,7 @@ def publish(run: Path, step: int, score: float | None = None, age: float = 0.0, 
 
 
 def run_with_checkpoints(tmp_path: Path) -> Path:
-    """A run folder with four checkpoints of stage 1, the third of them the best, and its config: keep 3."""
+    """A run folder with four checkpoints of stage 1, of which the third is the best, and a config with keep 3."""
     config = tiny_run(tmp_path / "run", tmp_path / "base", tmp_path)
     write_config(config, config.run_path / "config.yaml")
     for step, score in ((10, 3.0), (20, 2.0), (30, 1.0), (40, 1.5)):

@@ -1,4 +1,4 @@
-"""What `lbr checkpoints` says of every state that a run's folder can be in."""
+"""What `lbr checkpoints` reports for every state that a run folder can be in."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _cut_half(path: Path) -> None:
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is said, it is no longer the best one, and the others stand as they did."""
+    """The damage is reported, the checkpoint is no longer the best one, and the others are unaffected."""
     spoil, expected = DAMAGE[name]
     spoil(checkpoints(run).folder(30))
     found = rows(run)
@@ -90,7 +90,7 @@ def test_unfinished_and_set_aside(run: Path, capsys: pytest.CaptureFixture[str])
     (there.saving(50) / "rank-00000.safetensors").write_bytes(bytes(50))
     there.folder(10).rename(there.path / ".deleting-step-000010")
     aside = there.set_aside(20, "left behind by checkpoint.resume 30")
-    (there.path / "set-aside" / "step-000020-2").mkdir()  # of no reason, and with nothing in it
+    (there.path / "set-aside" / "step-000020-2").mkdir()  # empty, without a reason
     (there.path / ".saving-step-000060").write_text("no folder")
     (there.path / "set-aside" / "step-000030-1").symlink_to(there.folder(30))
     found = rows(run)
@@ -134,7 +134,7 @@ def test_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ((datetime.now(UTC) + timedelta(days=400)).isoformat(), "0 s"),
         ("9999-12-31T23:59:59+00:00", "0 s"),
-        ("2020-01-01T00:00:00", "-"),  # of no time zone
+        ("2020-01-01T00:00:00", "-"),  # without a time zone
         ("yesterday", "-"),
     ],
 )
@@ -149,7 +149,7 @@ def test_age_of_a_wrong_clock(run: Path, saved_at: str, expected: str, capsys: p
     assert seconds == (0 if expected == "0 s" else None)
 
 
-def test_the_pointer_that_names_nothing(run: Path) -> None:
+def test_a_pointer_without_a_checkpoint_is_ignored(run: Path) -> None:
     pointer = checkpoints(run).path / "latest.json"
     for text in ("{", '{"step": 999}', None):
         pointer.unlink() if text is None else pointer.write_text(text)
@@ -158,12 +158,12 @@ def test_the_pointer_that_names_nothing(run: Path) -> None:
     assert [name for name, row in rows(run).items() if row.latest] == ["step-000020"]
 
 
-def test_one_that_is_deleted_meanwhile(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_deleted_while_listing_is_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoints, "steps", lambda self: [5, 10])
     assert list(rows(run)) == ["step-000010"]
 
 
-def test_for_people() -> None:
+def test_sizes_and_ages_are_readable() -> None:
     sizes = {0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 5 * 2**30: "5.0 GiB", 3 * 2**40: "3.0 TiB", 2**52: "4096.0 TiB"}
     assert {count: inventory.size_text(count) for count in sizes} == sizes
     ages = {0.4: "0 s", 119.0: "119 s", 120.0: "2 min", 7199.0: "120 min", 7200.0: "2 h", 172_800.0: "2 d"}

@@ -1,4 +1,4 @@
-"""Manifests and retention: what needs no ranks."""
+"""Manifests and retention."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def publish(folder: Path, step: int, score: float | None = None) -> Checkpoints:
     return found
 
 
-def test_text_and_back() -> None:
+def test_written_and_parsed_again() -> None:
     found = manifest(7, 0.1 + 0.2, state={"norms": [1e-17, 3.3]}, values={"loss": float("nan"), "x": float("inf")})
     again = Manifest.parse(found.to_text(), Path("here"))
     assert again == dataclasses.replace(found, values={"loss": None, "x": None})
 
 
 @given(st.data())
-def test_any_changed_byte_is_seen(data: st.DataObject) -> None:
+def test_any_changed_byte_is_detected(data: st.DataObject) -> None:
     text = manifest(7, 0.5, state={"norms": [1.5, 2.5]}).to_text().rstrip().encode()
     place = data.draw(st.integers(0, len(text) - 1))
     bit = data.draw(st.integers(0, 7))
@@ -48,11 +48,11 @@ def test_any_changed_byte_is_seen(data: st.DataObject) -> None:
         found = Manifest.parse(changed.decode(errors="replace"), Path("here"))
     except CheckpointError:
         return
-    # white space between two values, of which JSON knows several
+    # a change of white space between two values, which JSON ignores
     assert found == Manifest.parse(text.decode(), Path("here"))
 
 
-def test_a_newer_format_is_named() -> None:
+def test_a_newer_format_is_refused() -> None:
     text = manifest(1).to_text().replace('"format": 1', '"format": 2')
     with pytest.raises(CheckpointError, match=r"found format 2, expected 1\."):
         Manifest.parse(text, Path("here"))
@@ -75,7 +75,7 @@ def test_retention(settings: dict[str, int], gone: list[int]) -> None:
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 9)), min_size=1, max_size=12), st.data())
-def test_the_newest_always_stays(scores: list[float | None], data: st.DataObject) -> None:
+def test_the_newest_is_always_kept(scores: list[float | None], data: st.DataObject) -> None:
     settings = CheckpointConfig(
         keep=data.draw(st.integers(1, 5)),
         keep_every=data.draw(st.one_of(st.none(), st.integers(1, 5))),
@@ -86,7 +86,7 @@ def test_the_newest_always_stays(scores: list[float | None], data: st.DataObject
 
 
 def test_damaged_ones_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
-    """With keep 1 and a damaged newest one, the only good one stays."""
+    """With keep 1 and a damaged newest checkpoint, the only good one is kept."""
     for step in (1, 2, 3):
         found = publish(tmp_path / "c", step)
     (found.folder(3) / "rank-00000.safetensors").write_bytes(b"")
@@ -94,24 +94,24 @@ def test_damaged_ones_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
     assert found.steps() == [2, 3]
 
 
-def test_published_again(tmp_path: Path) -> None:
+def test_publishing_a_step_again_sets_the_old_one_aside(tmp_path: Path) -> None:
     found = publish(tmp_path / "c", 2)
     publish(tmp_path / "c", 2)
     assert found.verify(2) and found.pointer() == 2
     assert (found.path / "set-aside" / "step-000002-1" / "manifest.json").exists()
 
 
-def test_what_a_killed_job_left_is_no_checkpoint(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_job_are_not_checkpoints(tmp_path: Path) -> None:
     found = publish(tmp_path / "c", 2)
     found.begin(4)
     (found.path / ".deleting-step-000001").mkdir()
-    (found.path / "step-3").mkdir()  # not a name of ours
+    (found.path / "step-3").mkdir()  # not a checkpoint's name
     assert found.steps() == [2]
     assert found.clean() == [".deleting-step-000001", ".saving-step-000004"]
     assert sorted(path.name for path in found.path.iterdir()) == ["latest.json", "step-000002", "step-3"]
 
 
-def test_the_pointer_is_for_people(tmp_path: Path) -> None:
+def test_steps_do_not_depend_on_the_pointer(tmp_path: Path) -> None:
     found = publish(tmp_path / "c", 2)
     assert json.loads((found.path / "latest.json").read_text()) == {"step": 2, "tag": "step-000002", "world_size": 1}
     (found.path / "latest.json").write_text("{")

@@ -1,4 +1,4 @@
-"""A rank's file: what `write` puts on the disk."""
+"""What `write` puts into a rank's file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lbr_dist.checkpoint import shards
 from lbr_dist.storage.files import checksum
 
 
-def test_a_file_system_need_not_know_the_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_may_refuse_the_writeback_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def refuse(*arguments: int) -> None:

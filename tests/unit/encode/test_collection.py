@@ -1,4 +1,4 @@
-"""Encoding in parts: what is there is not made again, and nothing else is taken for it."""
+"""Encoding in parts: existing parts are not made again, and parts of something else are refused."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ ALONE = Ranks.alone()
 
 @pytest.fixture
 def job(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> EncodeJob:
+    torch.set_num_threads(1)  # tests of other modules may have left another number
     collection = tmp_path / "collection.jsonl"
     shutil.copy(tiny_data / "corpus.jsonl", collection)
     return EncodeJob(tiny_model, collection, tmp_path / "out" / "vectors.npy", part_texts=10)
@@ -56,7 +57,7 @@ def cut_off(job: EncodeJob, monkeypatch: pytest.MonkeyPatch, parts: int = 3) -> 
     assert len(list(job.folder.glob("part-*.npy"))) == parts and not job.out.exists()
 
 
-def test_the_vectors_are_those_of_the_encoder_in_the_order_of_the_file(job: EncodeJob) -> None:
+def test_the_vectors_equal_the_encoders_in_the_order_of_the_file(job: EncodeJob) -> None:
     assert encode(job) == [f"written to {job.out}: 96 vectors"]
     found = np.load(job.out)
     expected = Encoder(job.model, chunk_tokens=job.chunk_tokens).encode(list(tiny.texts().values()), "document")
@@ -72,7 +73,7 @@ def test_the_vectors_are_those_of_the_encoder_in_the_order_of_the_file(job: Enco
 
 
 @pytest.mark.parametrize("ending", [".npy", ".parquet"])
-def test_a_job_that_was_cut_off_goes_on(job: EncodeJob, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+def test_an_interrupted_job_resumes(job: EncodeJob, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     job = replace(job, out=job.out.with_suffix(ending))
     encode(job)
     whole = job.out.read_bytes()
@@ -96,7 +97,7 @@ def test_a_job_that_was_cut_off_goes_on(job: EncodeJob, monkeypatch: pytest.Monk
     assert job.out.read_bytes() == whole and not job.folder.exists()
 
 
-def test_a_job_that_was_cut_off_while_it_cleaned_up_begins_again(
+def test_a_job_that_was_interrupted_while_it_cleaned_up_starts_over(
     job: EncodeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode(job)
@@ -166,7 +167,7 @@ def test_a_bad_collection_is_refused_before_anything_is_encoded(
         replace(job, part_texts=0)
 
 
-def test_a_collection_that_changes_meanwhile_is_refused(job: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collection_that_changes_while_it_is_read_is_refused(job: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     real = collection._write_part
 
     def write(path: Path, vectors: Any) -> None:
@@ -179,12 +180,12 @@ def test_a_collection_that_changes_meanwhile_is_refused(job: EncodeJob, monkeypa
     assert not job.out.exists()
 
 
-def test_a_full_disk_is_named_and_what_is_finished_stays(job: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_finished_parts_are_kept(job: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
     import signal
 
     cut_off(job, monkeypatch)
-    size = job.part(0).stat().st_size * 5  # room for every part, not for the whole
+    size = job.part(0).stat().st_size * 5  # enough for every part, but not for the joined file
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -205,8 +206,8 @@ def test_the_command(job: EncodeJob, capsys: pytest.CaptureFixture[str]) -> None
     assert "--part-texts: found 0, expected one or more" in capsys.readouterr().err
 
 
-def test_the_threads_of_the_parts_that_are_there(job: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begun with one thread and gone on with by a process that would take two: the parts that are there decide."""
+def test_existing_parts_set_the_number_of_threads(job: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started with one thread and resumed by a process that would use two: the existing parts decide."""
     assert job.threads is None
     torch.set_num_threads(1)
     try:

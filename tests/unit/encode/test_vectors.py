@@ -30,5 +30,5 @@ def test_vector_files(tmp_path: Path) -> None:
         write_vectors(tmp_path / "v.txt", ["a"], parts, 3)
     with pytest.raises(AssertionError, match="3 vectors of 4"):
         write_vectors(tmp_path / "v.npy", ["a", "b", "c", "d"], parts, 4)
-    assert np.array_equal(np.load(tmp_path / "v.npy"), vectors)  # the former file, whole
+    assert np.array_equal(np.load(tmp_path / "v.npy"), vectors)  # still the old file, intact
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.ids", "v.npy", "v.parquet", "whole.npy"]

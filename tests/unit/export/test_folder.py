@@ -29,7 +29,7 @@ TEXTS = list(tiny.texts().values())[:9]
 
 
 def exported(base: Path, data: Path, folder: Path, pooling: str) -> tuple[Path, torch.Tensor, RunConfig]:
-    """Export an untrained model, and the vectors that training would have pooled for `TEXTS` as queries."""
+    """Export an untrained model; also return the vectors that training would pool for `TEXTS` as queries."""
     k = 4 if pooling.startswith("bottleneck") else 0
     represent = RepresentConfig(pooling=pooling, chunk_tokens=96)  # type: ignore[arg-type]
     model_config = ModelConfig(base=str(base), bottleneck_tokens=k, dtype="float32")
@@ -92,7 +92,7 @@ def test_adapters_are_folded_in(tiny_model: Path, tiny_data: Path, tmp_path: Pat
     torch.testing.assert_close(found, after, rtol=0, atol=1e-5)
 
 
-def test_adapters_for_layers_that_are_not_there(tiny_model: Path) -> None:
+def test_adapters_for_layers_that_do_not_exist(tiny_model: Path) -> None:
     config = ModelConfig(base=str(tiny_model), dtype="float32", lora=LoraConfig(rank=2, targets=("q_proj", "lm_head")))
     with pytest.raises(ModelError, match=r"no linear layers named lm_head\. It has down_proj, .*, v_proj"):
         load_model(config, tiny_model, TextTokenizer(tiny_model), seed=1)
@@ -121,7 +121,7 @@ def test_weights_and_vocabulary(tiny_data: Path, tmp_path: Path, tied: bool) -> 
     settings = EmbeddingSettings.read(folder)
     assert settings is not None and settings.bottleneck_ids == tuple(range(rows, rows + 4))
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == rows + 4
-    # and it is a base again: stage 2 begins with the rows of stage 1
+    # and the export can be a base model: stage 2 starts with the rows of stage 1
     again = load_model(
         ModelConfig(base=str(folder), bottleneck_tokens=4, dtype="float32"), folder, TextTokenizer(folder), 9
     )

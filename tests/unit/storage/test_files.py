@@ -1,4 +1,4 @@
-"""Private folders, who else can write, and writing a file in one go."""
+"""Private folders, other users who can write, and atomic writes."""
 
 from __future__ import annotations
 

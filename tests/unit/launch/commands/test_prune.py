@@ -49,7 +49,7 @@ def test_prune_by_another_rule(run: Path, options: list[str], expected: list[int
     assert checkpoints(run).steps() == expected and checkpoints(run, "represent").steps() == [7]
 
 
-def test_prune_never_deletes_the_only_good_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_never_deletes_the_only_good_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(checkpoints(run).folder(40))
     for options in ([], ["--dry-run"], ["--keep=2", "--keep-best=1"]):
         assert command(run, "prune", *options) == 1
@@ -57,13 +57,13 @@ def test_prune_never_deletes_the_only_good_one(run: Path, capsys: pytest.Capture
         assert "rank-00001.safetensors: its checksum is" in said.err and "deleted" not in said.out
         assert "It is the newest of learn that would stay, so nothing is deleted." in said.err
     assert checkpoints(run).steps() == [10, 20, 30, 40]
-    # whose files are not even there is no checkpoint to the rule: neither kept nor deleted
+    # the rule does not count a checkpoint with incomplete files: it is neither kept nor deleted
     cut(checkpoints(run).folder(40) / "rank-00000.safetensors")
     assert command(run, "prune", "--keep=1") == 0
     assert checkpoints(run).steps() == [30, 40]
 
 
-def test_prune_looks_at_both_stages_before_it_deletes(run: Path) -> None:
+def test_prune_checks_both_stages_before_it_deletes(run: Path) -> None:
     for step in (1, 2):
         publish(run, step, stage="represent")
     flip(checkpoints(run, "represent").folder(2))
@@ -82,7 +82,7 @@ def test_prune_what_was_set_aside(run: Path, capsys: pytest.CaptureFixture[str])
     assert command(run, "prune", "--keep=9", "--set-aside") == 0
     assert "learn set-aside/step-000010-1: deleted" in capsys.readouterr().out
     assert not aside.exists() and stranger.is_dir() and there.steps() == [20, 30, 40]
-    # and not where they are all there is
+    # but not if there are no other checkpoints
     places = [there.set_aside(step, "checkpoint.resume never") for step in there.steps()]
     assert command(run, "prune", "--set-aside") == 1
     assert "what was set aside may be all there is of learn" in capsys.readouterr().err
@@ -107,7 +107,7 @@ def test_prune_needs_a_rule(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert checkpoints(run).steps() == [30, 40]
 
 
-def test_prune_takes_the_runs_own_rule(run: Path, tmp_path: Path) -> None:
+def test_prune_uses_the_rule_of_the_runs_config(run: Path, tmp_path: Path) -> None:
     settings = CheckpointConfig(keep=1, keep_every=20, keep_best=1)
     config = tiny_run(run, tmp_path / "base", tmp_path, checkpoint=settings)
     assert to_dict(config)["checkpoint"]["keep_every"] == 20
