@@ -29,7 +29,7 @@ def _digest(text: str) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class MiningRules:
     """How a pair's negatives are taken from its ranked candidates; NV-Retriever (arXiv 2407.15831)."""
 
     negatives: int
@@ -156,7 +156,7 @@ class Candidates:
         return self.num_searchable - min(len(self.excluded(i)) for i in range(len(self.pairs)))
 
     def choose(
-        self, number: int, positive_score: float, ranked: Iterable[tuple[int, float]], rules: Rules
+        self, number: int, positive_score: float, ranked: Iterable[tuple[int, float]], rules: MiningRules
     ) -> tuple[list[Negative], Counter[str]]:
         """A pair's negatives, best first, and how many documents were dropped for which of `REASONS`.
 

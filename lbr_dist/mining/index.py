@@ -30,7 +30,7 @@ _TRAINING_VECTORS = 64
 """For each list of the IVF; faiss warns below 39, and leaves out what is above 256."""
 
 
-class Vectors:
+class VectorFiles:
     """``[count, d]`` float32 in files of `unit` rows each, which appear whole."""
 
     def __init__(self, folder: Path, name: str, count: int, unit: int) -> None:
@@ -129,7 +129,7 @@ class Ivf:
 
 
 def build_ivf(
-    path: Path, documents: Vectors, count: int, queries: Vectors, k: int, device: torch.device, threads: int
+    path: Path, documents: VectorFiles, count: int, queries: VectorFiles, k: int, device: torch.device, threads: int
 ) -> dict[str, Any]:
     """Train and fill the index of the first `count` documents, and measure it; all vectors are in memory meanwhile.
 
@@ -172,7 +172,7 @@ Search = Callable[[range, Callable[[int], int]], Iterator[tuple[Ranked, float]]]
 
 
 def model_search(
-    candidates: Candidates, documents: Vectors, queries: Vectors, ivf: Ivf | None, device: torch.device
+    candidates: Candidates, documents: VectorFiles, queries: VectorFiles, ivf: Ivf | None, device: torch.device
 ) -> Search:
     """Inner products of the model's vectors. The pairs asked for must be a unit of `queries`."""
 

@@ -28,7 +28,7 @@ from lbr_dist.console import Progress
 from lbr_dist.data.records import read_corpus, write_jsonl
 from lbr_dist.errors import DataError
 from lbr_dist.mining.candidates import REASONS, Candidates
-from lbr_dist.mining.index import Ivf, Search, Vectors, bm25_search, build_ivf, model_search
+from lbr_dist.mining.index import Ivf, Search, VectorFiles, bm25_search, build_ivf, model_search
 from lbr_dist.mining.work import MiningSettings, Say
 from lbr_dist.ranks.group import Ranks, share
 
@@ -91,8 +91,8 @@ def _model_search(
 ) -> tuple[Search, dict[str, Any]]:
     """Encode what no start before has encoded, all ranks together; then the search, and what is known of its index."""
     texts, asked = candidates.texts, [pair.query for pair in candidates.pairs]
-    documents = Vectors(settings.work, "documents", len(texts), settings.document_unit(len(texts)))
-    queries = Vectors(settings.work, "queries", len(asked), settings.pair_unit(len(asked)))
+    documents = VectorFiles(settings.work, "documents", len(texts), settings.document_unit(len(texts)))
+    queries = VectorFiles(settings.work, "queries", len(asked), settings.pair_unit(len(asked)))
     _encode(settings, ranks, tell, (documents, texts), (queries, asked))
     _barrier(ranks)
     if settings.index == "exact":
@@ -118,7 +118,7 @@ def _model_search(
     ), report
 
 
-def _encode(settings: MiningSettings, ranks: Ranks, tell: Say, *work: tuple[Vectors, Sequence[str]]) -> None:
+def _encode(settings: MiningSettings, ranks: Ranks, tell: Say, *work: tuple[VectorFiles, Sequence[str]]) -> None:
     """Write this rank's units of each set of vectors: documents first, then queries."""
     todo = []
     for vectors, texts in work:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.records import write_jsonl
 from lbr_dist.errors import ConfigError
-from lbr_dist.mining.candidates import Rules
+from lbr_dist.mining.candidates import MiningRules
 from lbr_dist.storage.fingerprint import fingerprint
 
 Say = Callable[[str], None]
@@ -77,8 +77,8 @@ class MiningSettings:
             _require(self.model is not None, "model", self.model, "a model folder, or --with bm25")
 
     @property
-    def rules(self) -> Rules:
-        return Rules(
+    def rules(self) -> MiningRules:
+        return MiningRules(
             self.negatives,
             self.first,
             self.last,

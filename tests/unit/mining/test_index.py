@@ -11,18 +11,18 @@ import torch
 
 from lbr_dist.errors import DataError
 from lbr_dist.evaluation.retrieval import exact_search
-from lbr_dist.mining.index import Ivf, Vectors, build_ivf, ivf_lists
+from lbr_dist.mining.index import Ivf, VectorFiles, build_ivf, ivf_lists
 
 
 def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    vectors = Vectors(tmp_path, "documents", 5, 2)
+    vectors = VectorFiles(tmp_path, "documents", 5, 2)
     with pytest.raises(DataError, match=r"documents: found NaN .* of texts range\(2, 4\)"):
         vectors.write(1, torch.tensor([[1.0], [math.nan]]))
     assert not list(tmp_path.iterdir())
 
 
-def _vectors(folder: Path, name: str, values: torch.Tensor) -> Vectors:
-    vectors = Vectors(folder, name, len(values), 300)
+def _vectors(folder: Path, name: str, values: torch.Tensor) -> VectorFiles:
+    vectors = VectorFiles(folder, name, len(values), 300)
     for number in range(vectors.num_units):
         rows = vectors.rows_of(number)
         vectors.write(number, values[rows.start : rows.stop])
