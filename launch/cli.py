@@ -38,12 +38,13 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
     from lbr_dist import preflight
     from lbr_dist.config.file import write_config
     from lbr_dist.export.checksums import is_finished
+    from lbr_dist.ranks.hardware import count_gpus
 
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
     preflight.check_prefixes(config)
     preflight.check_offload(config)
-    preflight.check_attention(config, preflight.count_gpus())
+    preflight.check_attention(config, count_gpus())
     preflight.check_data(config)
     steps: dict[Stage, int] = {"learn": config.learn.steps, "represent": config.represent.steps}
     stages = [stage for stage in wanted if steps[stage]]
@@ -54,7 +55,7 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
             f"{config.learn_export}: not there. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
         )
     place = started_as(config.cluster.ranks)
-    gpus = preflight.count_gpus()
+    gpus = count_gpus()
     ranks = place.world_size if place else preflight.check_ranks(config, gpus)
     first_here = place is None or place.local_rank == 0
     todo: tuple[Stage, ...] = tuple(stage for stage in stages if not is_finished(config, stage))

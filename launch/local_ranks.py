@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import os
 import signal
 import subprocess
@@ -14,32 +13,19 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LaunchError
-from lbr_dist.preflight import count_gpus
+from lbr_dist.errors import EXIT_HUNG, EXIT_INTERRUPTED, Interrupted, LaunchError
+from lbr_dist.ranks.hardware import allocator
 from lbr_dist.ranks.interrupt import taking_stops
-from lbr_dist.ranks.watchdog import EXIT_HUNG, STACKS_SIGNAL
+from lbr_dist.ranks.watchdog import STACKS_SIGNAL
 from lbr_dist.storage.files import make_private
 from lbr_dist.storage.lock import HELD
 
-USER_ERROR = 2  # a rank's exit code for an `LbrError`, whose message it has printed
 GRACE_SECONDS = 10.0
 TAIL_LINES = 25
 
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the launcher is killed
-
-
-def allocator() -> dict[str, str]:
-    """On a CPU, preload tcmalloc where the system has it: it keeps the gigabytes that each step frees and takes again.
-
-    glibc gives them back to the kernel, which clears every page anew: a quarter of a step's time. tcmalloc would give
-    them back too, more slowly, unless it is told: a seventh of a step that keeps 7 GiB of graphs.
-    """
-    library = ctypes.util.find_library("tcmalloc_minimal")
-    if count_gpus() or library is None or "LD_PRELOAD" in os.environ:
-        return {}
-    return {"LD_PRELOAD": library, "TCMALLOC_RELEASE_RATE": "0"}
 
 
 def _tail(path: Path) -> str:

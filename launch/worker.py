@@ -12,8 +12,7 @@ from pathlib import Path
 
 from lbr_dist.config import RunConfig, Stage
 from lbr_dist.config.file import read_config
-from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LbrError
-from lbr_dist.launch.local_ranks import USER_ERROR
+from lbr_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, LbrError
 from lbr_dist.ranks.process import large_imports, leave
 from lbr_dist.storage.files import make_private
 from lbr_dist.storage.lock import run_lock
@@ -87,12 +86,12 @@ def main() -> int:
         return EXIT_INTERRUPTED
     except LbrError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        return EXIT_USER_ERROR
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        return EXIT_USER_ERROR
     except RuntimeError as error:
         if PEER_GONE not in str(error):
             raise

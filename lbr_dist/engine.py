@@ -1,13 +1,12 @@
 """The ZeRO-3 engine: sharded parameters, gradients and optimizer states.
 
-The only module that knows DeepSpeed's settings and calls. The stages see `Engine`: run, backward, step.
+The stages see `Engine`: run, backward, step. DeepSpeed's settings and calls are here, and what it does to a single
+parameter in `model/sharding.py`; no other module knows it.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,41 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbr_dist.checkpoint.shards import extent
 from lbr_dist.config import EngineConfig, OptimizerConfig
-from lbr_dist.ranks.process import large_imports
+from lbr_dist.model.sharding import extent, full_shape, import_deepspeed
 from lbr_dist.ranks.traffic import Traffic
 
 HOLDER = -1
 """Stands among the modules that are at work with a parameter, while `Engine.accumulate` holds it."""
-
-
-def _deepspeed() -> Any:
-    with large_imports():
-        import deepspeed
-
-    # Its shared-memory helper serves inference alone, and would be compiled at the first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with large_imports(), _no_compiler():
-        # It looks whether an optimizer is Muon, whose import makes torch's compiler ready: two seconds of every start.
-        import deepspeed.runtime.zero.muon.muon_optimizer
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    deepspeed.init_distributed(verbose=False)
-    return deepspeed
-
-
-@contextmanager
-def _no_compiler() -> Iterator[None]:
-    """Inside, `torch.compile` leaves functions as they are."""
-    name = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> dict[str, Any]:
@@ -91,32 +61,8 @@ def sharded_init(engine: EngineConfig, dtype: str) -> AbstractContextManager[Non
     """Modules built inside are sharded as they are built, so that no rank ever holds the whole model."""
     config = deepspeed_config(engine, dtype, max_grad_norm=0.0)
     # The type comes from the config: given as an argument it is taken for bfloat16 on machines without fp16.
-    context: AbstractContextManager[None] = _deepspeed().zero.Init(config_dict_or_path=config)
+    context: AbstractContextManager[None] = import_deepspeed().zero.Init(config_dict_or_path=config)
     return context
-
-
-def read_from(parameter: nn.Parameter, read: Callable[[], Tensor]) -> None:
-    """Let `whole` take the value of a parameter on the meta device from `read`, anew each time."""
-    parameter.read_whole = read  # type: ignore[attr-defined]
-
-
-@contextmanager
-def whole(parameter: nn.Parameter, write: bool = False) -> Iterator[Tensor]:
-    """A parameter's full value on every rank; with `write`, what rank 0 leaves in it is everyone's afterwards."""
-    if hasattr(parameter, "read_whole"):
-        assert not write
-        yield parameter.read_whole()
-        return
-    if not hasattr(parameter, "ds_id"):
-        yield parameter.data
-        return
-    with _deepspeed().zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
-        yield parameter.data
-
-
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter that may be sharded."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def parameter_groups(
@@ -193,7 +139,7 @@ class Engine:
         """
         groups = parameter_groups(model, optimizer, fast)
         self.model = model
-        self._engine, self._optimizer, _, _ = _deepspeed().initialize(
+        self._engine, self._optimizer, _, _ = import_deepspeed().initialize(
             model=model,
             optimizer=torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2), fused=True),
             config=deepspeed_config(engine, dtype, optimizer.max_grad_norm),
@@ -210,7 +156,7 @@ class Engine:
         apart = sum(full_shape(p).numel() for p in model.parameters() if not getattr(p, "ds_persist", False))
         self.fits_whole: bool = apart <= engine.live_elements
         """Whether all parameters may be whole at a time."""
-        self._stop_counting = traffic.watch(_deepspeed().comm.comm.cdb) if traffic else None
+        self._stop_counting = traffic.watch(import_deepspeed().comm.comm.cdb) if traffic else None
 
     @property
     def dimension(self) -> int:

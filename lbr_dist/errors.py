@@ -1,16 +1,22 @@
-"""The errors that a user's mistake raises; everything else is a defect of this program.
+"""The errors that a user's mistake raises, and the exit codes; any other exception is a bug of this program.
 
 Each message names the field or file (and line), what was found, what was expected, and what to do.
 """
 
 from __future__ import annotations
 
+EXIT_USER_ERROR = 2
+"""A rank's exit code for an `LbrError`, whose message it has printed."""
+
+EXIT_HUNG = 70  # EX_SOFTWARE
+"""The exit code of a rank that made no progress and ended itself."""
+
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL
-"""The exit code of a command whose run was told to stop, saved its state, and is to be started again."""
+"""The exit code of a command whose run was asked to stop and saved its state: start it again to resume."""
 
 
 class LbrError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+    """Base of every error that is the user can fix; the command line prints it without a traceback."""
 
 
 class ConfigError(LbrError):

@@ -8,9 +8,7 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import json
-import math
 import os
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,9 @@ from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
 from lbr_dist.mining.work import MiningSettings
+from lbr_dist.ranks import hardware
 from lbr_dist.storage.files import others_who_write
+from lbr_dist.storage.headers import num_elements
 
 RANK_BYTES = 900 * 2**20  # interpreter, torch and buffers of one rank, measured on a CPU
 OPTIMIZER_BYTES = 18  # bf16 weight and gradient, fp32 gradient, master weight and two moments
@@ -194,7 +194,7 @@ def check_disk(config: RunConfig, stages: Sequence[Stage], say: Callable[[str], 
     """
     if config.model.lora.rank or config.engine.offload_optimizer == "nvme":
         return  # small, or none
-    one = STATE_BYTES * sum(elements(file) for file in Path(config.model.base).glob("*.safetensors"))
+    one = STATE_BYTES * sum(num_elements(file) for file in Path(config.model.base).glob("*.safetensors"))
     folders = [Checkpoints(config.stage_path(stage) / "checkpoints") for stage in stages]
     there = sum(len(folder.complete()) for folder in folders)
     wanted = len(stages) * config.checkpoint.keep + 1 - there
@@ -204,20 +204,6 @@ def check_disk(config: RunConfig, stages: Sequence[Stage], say: Callable[[str], 
         raise LaunchError(f"{room}. Make room, or name a run_dir elsewhere.")
     if free < one * wanted:
         say(f"warning: {room}, and {wanted} more may be there at a time (checkpoint.keep {config.checkpoint.keep})")
-
-
-def elements(file: Path) -> int:
-    """Elements of all tensors of a safetensors file, out of its header."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise LaunchError("/proc/meminfo: no MemAvailable line; the free memory is unknown.")
 
 
 def check_ranks(config: RunConfig, gpus: int) -> int:
@@ -238,22 +224,13 @@ def check_ranks(config: RunConfig, gpus: int) -> int:
     weights = sum(file.stat().st_size for file in Path(config.model.base).glob("*.safetensors"))
     copy = STATE_BYTES if config.checkpoint.background and not config.model.lora.rank else 0
     needed = ranks * RANK_BYTES + weights // 2 * (OPTIMIZER_BYTES + copy)
-    available = _available_bytes()
+    available = hardware.memory()[0]
     if needed > available:
         raise LaunchError(
             f"--ranks: {ranks} ranks of this model need about {needed / 2**30:.1f} GiB, this machine has "
             f"{available / 2**30:.1f} GiB free. Give fewer ranks, or a smaller model."
         )
     return ranks
-
-
-def count_gpus() -> int:
-    """CUDA devices that this process sees, asked of the driver's files, not of torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
-    if visible is None:
-        return present
-    return min(present, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
 
 
 # ---- mining of negatives -------------------------------------------------------------------------------------------
@@ -303,7 +280,7 @@ def check_mining_ranks(settings: MiningSettings, wanted: int | None, gpus: int) 
         return wanted or gpus
     cores = len(os.sched_getaffinity(0))
     weights = sum(f.stat().st_size for f in Path(settings.model).rglob("*.safetensors")) if settings.model else 0
-    fitting = int(_available_bytes() // (RANK_BYTES + weights))
+    fitting = int(hardware.memory()[0] // (RANK_BYTES + weights))
     if wanted is None:
         return max(1, min(cores // settings.threads, fitting))
     if wanted > 4 * cores:
@@ -330,7 +307,7 @@ def check_plan(config: RunConfig, ranks: int, local_ranks: int, gpus: int, memor
         ConfigError: names the nearest plans that fit.
     """
     if memory is None:
-        memory = _gpu_bytes() if gpus else _available_bytes() // local_ranks
+        memory = hardware.gpu_bytes() if gpus else hardware.memory()[0] // local_ranks
     if not config.represent.steps or memory is None:
         return
     from lbr_dist.plan.machine import MACHINES, Cluster
@@ -344,13 +321,3 @@ def check_plan(config: RunConfig, ranks: int, local_ranks: int, gpus: int, memor
     # the kind of GPU decides how long a step takes, not whether it fits
     cluster = Cluster(MACHINES["h100" if gpus else "cpu"], ranks, local_ranks)
     StepPlanner(config, model_sizes(config.model, base), graph, cluster, HEADROOM * memory)
-
-
-def _gpu_bytes() -> int | None:
-    """The memory of the smallest GPU, asked of nvidia-smi: torch would take a part of it; None where it can't say."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-        return min(int(line) for line in answer.split()) * 2**20
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None

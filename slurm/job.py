@@ -28,8 +28,9 @@ from lbr_dist.config.file import read_config, write_config
 from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import CheckpointError, LbrError
 from lbr_dist.export.checksums import verify_export
-from lbr_dist.launch.local_ranks import allocator
+from lbr_dist.ranks.hardware import allocator
 from lbr_dist.ranks.interrupt import END_TIME
+from lbr_dist.ranks.rendezvous import node_name
 from lbr_dist.slurm import journal, nodes, scheduler
 from lbr_dist.slurm.journal import JobStage, Outcome, Submission
 from lbr_dist.slurm.scheduler import Job, patiently
@@ -234,7 +235,7 @@ class StageJob:
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        host = node_name()
         command = [
             *("srun", "--export=ALL", "--unbuffered", "--mpi=none", "--open-mode=append"),
             *(f"--nodes={number}", f"--ntasks={number * each}", f"--ntasks-per-node={each}"),

@@ -32,6 +32,7 @@ from lbr_dist.slurm.journal import (
 )
 from lbr_dist.slurm.scheduler import SlurmError
 from lbr_dist.slurm.script import script
+from lbr_dist.storage.headers import num_elements
 
 Say = Callable[[str], None]
 
@@ -136,7 +137,7 @@ def check_states(config: RunConfig, say: Say) -> None:
     if config.model.lora.rank or memory is None:
         say("memory     not checked: slurm.gpu_kind is not set" if memory is None else "memory     of adapters: small")
         return
-    elements = sum(preflight.elements(file) for file in Path(config.model.base).glob("*.safetensors"))
+    elements = sum(num_elements(file) for file in Path(config.model.base).glob("*.safetensors"))
     offloaded = 12 if config.engine.offload_optimizer != "none" else 0
     needed = elements * (preflight.OPTIMIZER_BYTES - offloaded) / slurm.world_size
     where = slurm.gpu_kind or "node memory a rank"

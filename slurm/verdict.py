@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from lbr_dist.errors import EXIT_INTERRUPTED
-from lbr_dist.launch.local_ranks import USER_ERROR
-from lbr_dist.ranks.watchdog import EXIT_HUNG
+from lbr_dist.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR
 
 _TASKS = re.compile(r"srun: error: (?P<node>[^\s:]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)")
 _NODE = re.compile(r"srun: error: Node failure on (?P<nodes>\S+)")
@@ -87,7 +85,7 @@ def judge(code: int, lines: Iterable[str], node_of: Callable[[int], str] = lambd
             silent |= numbers(match["tasks"])
     if any(end.code == EXIT_INTERRUPTED for end in ends):
         return Verdict("interrupted", "told to stop, and saved")
-    mistaken = next((end for end in ends if end.code == USER_ERROR), None)
+    mistaken = next((end for end in ends if end.code == EXIT_USER_ERROR), None)
     if mistaken is not None:
         return Verdict("mistaken", "", mistaken.rank)
     killed = next((end for end in ends if end.code is None and not end.told), None)

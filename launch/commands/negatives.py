@@ -51,9 +51,10 @@ def run(args: argparse.Namespace, say: Say) -> None:
     from lbr_dist import preflight
     from lbr_dist.mining.candidates import Candidates
     from lbr_dist.mining.work import MiningSettings
+    from lbr_dist.ranks.hardware import count_gpus
     from lbr_dist.ranks.rendezvous import started_as
 
-    gpus = preflight.count_gpus()
+    gpus = count_gpus()
     miner: Literal["model", "bm25"] = args.miner or ("model" if args.model else "bm25")
     if args.miner is None and args.model is None:
         raise ConfigError("--model: found none, expected a model folder, or --with bm25.")

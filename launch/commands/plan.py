@@ -45,6 +45,7 @@ def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None])
     Raises:
         ConfigError, ModelError: the step fits nowhere, or the options are out of range.
     """
+    from lbr_dist.plan.cost import StepCost
     from lbr_dist.plan.machine import Cluster
     from lbr_dist.plan.model import graph_bytes, model_sizes
     from lbr_dist.plan.planner import HEADROOM, StepPlanner
@@ -67,7 +68,8 @@ def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None])
         return StepPlanner(config, sizes, graph, cluster, budget)
 
     here = planner(args.nodes)
-    plan = here.plan(batch)
+    cost = StepCost(here)
+    plan = cost.plan(batch)
     ranks = here.cluster.ranks
     say(f"model      {sizes.elements() / 1e9:.2f}e9 parameters, {_trained(here)}; sizes from {sizes.source}")
     say(f"cluster    {args.nodes} x {args.gpus_per_node} {machine.name}, {budget / GIB:.1f} GiB each to plan with")
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None])
         say(f"  {name:<41}{seconds:>15.3f}")
     rate = config.represent.grad_accum * batch.pairs / plan.step_seconds
     say(f"  {'in all':<41}{plan.step_seconds:>15.3f}   {rate:,.0f} pairs a second; limit: {plan.limit}")
-    say(f"\nThe largest batch that fits: {here.largest_batch(batch):,} pairs, one graph kept")
+    say(f"\nThe largest batch that fits: {cost.largest_batch(batch):,} pairs, one graph kept")
     say("\n" + _scaling(planner, batch, args.nodes))
     say("\n" + _assumptions(here, machine, args))
 
@@ -178,6 +180,8 @@ def _shape(plan: StepPlan, config: RunConfig) -> str:
 
 def _scaling(planner: Callable[[int], StepPlanner], batch: Batch, nodes: int) -> str:
     """Tables of 1 to 128 nodes: the batch growing with the nodes, and the same batch for all."""
+    from lbr_dist.plan.cost import StepCost
+
     lines = []
     for title, grows in (("Weak scaling: pairs grow with the nodes", True), ("Strong scaling: the same batch", False)):
         lines.append(f"{title}\n   nodes      pairs   chunks   kept   step (s)   pairs/s/node   between (GB)   limit")
@@ -185,7 +189,7 @@ def _scaling(planner: Callable[[int], StepPlanner], batch: Batch, nodes: int) ->
             pairs = max(2, batch.pairs * count // nodes) if grows else batch.pairs
             row = f"{count:>8}{pairs:>11,}"
             try:
-                plan = planner(count).plan(batch.of(pairs))
+                plan = StepCost(planner(count)).plan(batch.of(pairs))
             except ConfigError:
                 lines.append(f"{row}   does not fit")
                 continue

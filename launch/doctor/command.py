@@ -52,7 +52,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             raise ConfigError(f"{option}: found {value}, expected 0 or more, and a number that can be.")
     free = int(args.min_free_gb * 2**30)
     if args.node:
-        from lbr_dist.launch.doctor.node import check_node, node_name
+        from lbr_dist.launch.doctor.node import check_node
+        from lbr_dist.ranks.rendezvous import node_name
 
         findings = check_node(args.run_dir, args.gpus, free)
         topics = {f"node {node_name()}": findings}
@@ -94,7 +95,7 @@ def look(run_dir: Path, gpus: int | None, min_free_bytes: int) -> Topics:
 
 def _count_gpus() -> int:
     try:
-        from lbr_dist.preflight import count_gpus
+        from lbr_dist.ranks.hardware import count_gpus
     except ImportError:  # said where packages are looked at
         return 0
     return count_gpus()

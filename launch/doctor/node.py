@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 
 from lbr_dist.launch.doctor.findings import HANGS_SECONDS, Finding, ask, fault, gib, ok, warning, within
+from lbr_dist.ranks.hardware import count_gpus, memory
+from lbr_dist.ranks.rendezvous import node_name
 
 LOW_BYTES = 2**30
 """Free memory or disk that is warned of below."""
@@ -24,11 +26,6 @@ SHARED_BYTES = 64 * 2**20
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 LEAVE_OUT = "leave this node out (sbatch --exclude), and tell its administrators"
-
-
-def node_name() -> str:
-    """The node's name as Slurm knows it, or the host's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check_node(run_dir: Path | None, gpus: int | None, min_free_bytes: int = 0) -> list[Finding]:
@@ -135,10 +132,9 @@ def check_shared() -> Finding:
 
 def check_memory() -> Finding:
     """The memory that is left."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    sizes = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
-    found = f"{gib(sizes['MemAvailable'])} of {gib(sizes['MemTotal'])} available"
-    if sizes["MemAvailable"] < LOW_BYTES:
+    available, total = memory()
+    found = f"{gib(available)} of {gib(total)} available"
+    if available < LOW_BYTES:
         return warning("memory", found, "A rank takes about 0.9 GiB before its model. See what else runs here.")
     return ok("memory", found)
 
@@ -154,9 +150,6 @@ def visible() -> str:
 
 def check_gpus(wanted: int) -> Finding:
     """That as many devices are here as are wanted."""
-    # here, so that a package that is missing is a finding
-    from lbr_dist.preflight import count_gpus
-
     there = count_gpus()
     found = f"{there} in /dev{visible()}, {wanted} wanted"
     if there < wanted:

@@ -17,7 +17,7 @@ from typing import get_args
 
 from lbr_dist.launch.doctor.findings import Finding, fault, gib, ok, warning
 from lbr_dist.launch.doctor.node import visible
-from lbr_dist.preflight import count_gpus
+from lbr_dist.ranks.hardware import count_gpus
 
 HEAD_DIM = 128
 """Of most models from one to seventy thousand million parameters."""

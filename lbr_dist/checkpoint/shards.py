@@ -42,12 +42,6 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def extent(elements: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The elements of a flattened parameter that a rank holds under ZeRO-3: from, to."""
-    part = math.ceil(elements / world_size)
-    return min(rank * part, elements), min((rank + 1) * part, elements)
-
-
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from lbr_dist import __version__
 from lbr_dist.config import Pooling, RunConfig, to_dict
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
-from lbr_dist.engine import full_shape, whole
 from lbr_dist.errors import CheckpointError
 from lbr_dist.export.checksums import write_checksums
 from lbr_dist.model.adapters import file_parameters, merged_weights
 from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX
 from lbr_dist.model.bottleneck import LBRModel
+from lbr_dist.model.sharding import full_shape, whole
 from lbr_dist.ranks.group import Ranks
 from lbr_dist.storage.files import sync
 

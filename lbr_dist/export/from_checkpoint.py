@@ -18,12 +18,12 @@ from lbr_dist.checkpoint.saver import base_identity
 from lbr_dist.checkpoint.shards import ShardReader
 from lbr_dist.config import RunConfig
 from lbr_dist.data.tokenizer import TextTokenizer
-from lbr_dist.engine import read_from
 from lbr_dist.errors import CheckpointError, ModelError
 from lbr_dist.export.folder import export, stage_settings
 from lbr_dist.model.adapters import add_adapters
 from lbr_dist.model.backbone import WeightFiles, build_backbone
 from lbr_dist.model.bottleneck import LBRModel
+from lbr_dist.model.sharding import read_from
 from lbr_dist.ranks.group import Ranks
 
 _ELEMENTS = 4 << 20  # of the float32 master weights that are read at a time

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lbr_dist.config import LoraConfig
-from lbr_dist.engine import whole
 from lbr_dist.errors import ModelError
+from lbr_dist.model.sharding import whole
 
 ADAPTER = "default"
 

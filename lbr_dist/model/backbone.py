@@ -19,10 +19,10 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import AttentionMaskInterface
 
-from lbr_dist.engine import full_shape, whole
 from lbr_dist.errors import ModelError
 from lbr_dist.kernels.attention import Backend, bottleneck_attention
 from lbr_dist.kernels.layout import BottleneckLayout
+from lbr_dist.model.sharding import exact_buffers, full_shape, is_sharded, whole
 
 ATTENTION = "lbr_bottleneck"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -116,18 +116,6 @@ class WeightFiles:
             return tensor
 
 
-@contextmanager
-def _exact_buffers(sharding: AbstractContextManager[None], sharded: bool) -> Iterator[None]:
-    """Enter `sharding`, but keep the rotary tables in float32, where the context would cast them."""
-    if not sharded:
-        yield
-        return
-    from transformers.integrations.deepspeed import prevent_arange_dtype_change
-
-    with prevent_arange_dtype_change(), sharding:
-        yield
-
-
 def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
     """All names under which each parameter stands in the model, by its first name."""
     first: dict[int, str] = {}
@@ -161,7 +149,7 @@ def _copy_weights(model: PreTrainedModel, files: WeightFiles) -> None:
     for name, source in sources.items():
         with whole(parameters[name], write=True) as value:
             # what is sharded is everyone's when the first rank has written it; any other parameter is a rank's own
-            if is_first or not hasattr(parameters[name], "ds_id"):
+            if is_first or not is_sharded(parameters[name]):
                 value.copy_(files.read(source))
 
 
@@ -202,8 +190,7 @@ def load_backbone(
     Raises:
         ModelError: not a causal LM, or weights that don't fit the config.
     """
-    with_buffers = _exact_buffers(sharding or nullcontext(), sharding is not None)
-    model = build_backbone(folder, dtype, with_buffers)
+    model = build_backbone(folder, dtype, exact_buffers(sharding) if sharding else nullcontext())
     _copy_weights(model, WeightFiles(folder))
     return model
 

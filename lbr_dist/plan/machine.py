@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lbr_dist.ranks.hardware import memory
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,4 @@ def available_memory(device: torch.device, local_ranks: int) -> int:
         import torch
 
         return int(torch.cuda.get_device_properties(device).total_memory)
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return free // local_ranks
+    return memory()[0] // local_ranks

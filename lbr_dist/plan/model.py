@@ -8,9 +8,7 @@ meta device, and every tensor that backward keeps is weighed.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from lbr_dist.kernels.causal_tiles import kept_probabilities
 from lbr_dist.kernels.layout import BottleneckLayout
 from lbr_dist.model.adapters import add_adapters
 from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX, read_json
+from lbr_dist.storage.headers import tensor_shapes
 
 PROBE_TOKENS = 256
 """Tokens of the row that is weighed. What a graph keeps is linear in them, but for probabilities on a CPU."""
@@ -130,13 +129,7 @@ def header_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
         return None
     shapes: dict[str, tuple[int, ...]] = {}
     for name in files:
-        try:
-            with (folder / name).open("rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(size))
-        except (OSError, ValueError, struct.error) as error:
-            raise ModelError(f"{folder / name}: no header of safetensors can be read from it ({error}).") from None
-        shapes |= {key: tuple(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
+        shapes |= tensor_shapes(folder / name)
     return shapes
 
 

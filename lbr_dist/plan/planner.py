@@ -1,10 +1,7 @@
 """The planner of stage 2: how a step is cut into chunks and how many graphs it keeps, from the memory there is.
 
-    memory    shards, gathered parameters, gradients, optimizer, graphs, cache, loss: of one rank, at the step's peak
-    traffic   bytes that one rank receives, in the sense of `traffic.Traffic`, inside a node and between nodes
-    seconds   products at an assumed share of the peak; gathers run beside them, the rest of the traffic does not
-
-The trainer asks `StepPlanner.kept` for every step; `lbr plan` prints the whole `StepPlan`.
+Memory is that of one rank at the step's peak: shards, gathered parameters, gradients, optimizer, graphs, cache, loss.
+The trainer asks `StepPlanner.kept` at every step; what a step costs in traffic and time is in `cost.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +16,11 @@ import torch
 
 from lbr_dist.checkpoint.manifest import STATE_BYTES
 from lbr_dist.config import RunConfig
+from lbr_dist.console import gib
 from lbr_dist.errors import ConfigError
 from lbr_dist.plan.machine import Cluster, Machine, available_memory
 from lbr_dist.plan.model import GraphBytes, ModelSizes, Parameter, graph_bytes, model_sizes
-from lbr_dist.plan.step import Batch, Bytes, StepPlan
+from lbr_dist.plan.step import Batch, Bytes, spread
 from lbr_dist.ranks.group import Ranks, largest
 
 HEADROOM = 0.9
@@ -103,7 +101,7 @@ class StepPlanner:
         shards = item * sum(math.ceil(p.elements / ranks) for p in sizes.parameters)
         trained = sum(math.ceil(p.elements / ranks) for p in sizes.parameters if p.trained)
         optimizer, gradients = STATE_BYTES * trained, item * trained
-        whole = item * sum(p.elements for p in sizes.parameters if _stays(p, config))
+        whole = item * sum(p.elements for p in sizes.parameters if stays_whole(p, config))
         host = shards if engine.offload_parameters != "none" else 0
         on_device = {
             "parameters: shards": shards - host,
@@ -120,19 +118,19 @@ class StepPlanner:
     @property
     def resident(self) -> bool:
         """Whether gathered parameters stay whole until the step's end: where `engine.live_elements` allows it."""
-        return self._gathered_elements() <= self.config.engine.live_elements
+        return self.gathered_elements() <= self.config.engine.live_elements
 
-    def _gathered_elements(self, *parts: str) -> int:
+    def gathered_elements(self, *parts: str) -> int:
         ranks = self.cluster.ranks
         return sum(
             math.ceil(p.elements / ranks) * ranks
             for p in self.sizes.used
-            if not _stays(p, self.config) and (not parts or p.part in parts)
+            if not stays_whole(p, self.config) and (not parts or p.part in parts)
         )
 
     def _whole(self) -> int:
         """Bytes of the parameters that are gathered at a time."""
-        everything = self._gathered_elements()
+        everything = self.gathered_elements()
         biggest = max(self.sizes.layer, self.sizes.elements("embedding"))
         return self.item * min(everything, max(self.config.engine.live_elements, biggest) + biggest)
 
@@ -195,7 +193,7 @@ class StepPlanner:
 
     def _planned_chunk(self) -> int:
         """Tokens whose products take as long as a gather of the parameters; fewer where they don't fit."""
-        hidden = self._gather().seconds(self.cluster.machine) / self._forward_seconds_a_token()
+        hidden = self.gather().seconds(self.cluster.machine) / self.forward_seconds_a_token
         # parameters that stay are gathered once: nothing needs to be hidden behind a chunk
         target = FEWEST_CHUNK_TOKENS if self.resident else max(FEWEST_CHUNK_TOKENS, hidden)
         most = math.ceil(self.batch.tokens / self.cluster.ranks)
@@ -212,8 +210,8 @@ class StepPlanner:
         found = [text for text in self._ways_out() if text]
         ways = "; ".join(found) if found else "no single change would do: take a smaller model, or more of the above"
         raise ConfigError(
-            f"represent.chunk_tokens: a step with one chunk of {self.chunk_tokens:,} tokens needs {_gib(needed)} on "
-            f"each of {self.cluster.ranks} ranks, {_gib(self.budget)} may be used. What would fit: {ways}."
+            f"represent.chunk_tokens: a step with one chunk of {self.chunk_tokens:,} tokens needs {gib(needed)} on "
+            f"each of {self.cluster.ranks} ranks, {gib(self.budget)} may be used. What would fit: {ways}."
         )
 
     def _ways_out(self) -> list[str]:
@@ -245,160 +243,19 @@ class StepPlanner:
             "engine.offload_optimizer cpu" if offload else "",
         ]
 
-    # ---- traffic --------------------------------------------------------------------------------------------------
+    # ---- gathers --------------------------------------------------------------------------------------------------
 
-    def _spread(self, nbytes: float) -> Bytes:
-        """Of `nbytes` gathered or scattered over all ranks, what one rank receives."""
-        share, local = nbytes / self.cluster.ranks, self.cluster.ranks_per_node
-        return Bytes(share * (local - 1), share * (self.cluster.ranks - local))
+    def gather(self, *parts: str) -> Bytes:
+        """Bytes that a rank receives when the parameters of these parts (all if none is named) are gathered once."""
+        return spread(self.item * self.gathered_elements(*parts), self.cluster)
 
-    def _gather(self, *parts: str) -> Bytes:
-        return self._spread(self.item * self._gathered_elements(*parts))
-
-    def _gather_again(self) -> Bytes:
-        """Of the layers, what a recomputation has let go when the backward pass comes to it."""
-        ending = sum(p.elements for p in self.sizes.used if p.ends_layer and not _stays(p, self.config))
-        return self._spread(self.item * (self._gathered_elements("layer") - ending))
-
-    def _gathers(self, chunks: int, kept: int) -> tuple[int, int, int]:
-        """How often a batch gathers: for a forward pass, for a backward pass, and the layers of a checkpointed one
-        once more. DeepSpeed records the order of the modules; where a step departs from the record (a second backward
-        pass in a row), what is recomputed is let go and gathered again."""
-        if self.resident:
-            return 1, 0, 0
-        forwards, backwards = chunks + (chunks - kept), chunks
-        again = 0
-        if self.graph.checkpointed:
-            remembers = self.config.engine.live_elements >= self.sizes.layer
-            again = chunks if not remembers else 0 if kept == 1 else kept
-        return forwards, backwards, again
-
-    def traffic(self, chunks: int, kept: int, batch: Batch, most_rows: int | None = None) -> dict[str, Bytes]:
-        """Bytes that a rank receives in a step. Not among them: what DeepSpeed gathers ahead at the end of a pass and
-        lets go unused, at most `engine.prefetch_elements` and one parameter a pass.
-
-        Args:
-            chunks: of a rank.
-            kept: of them keep their graphs.
-            batch: the global batch.
-            most_rows: documents of the rank with the most; evenly shared where not given.
-        """
-        forwards, backwards, again = self._gathers(chunks, kept)
-        ranks, item = self.cluster.ranks, self.item
-        trained = sum(math.ceil(p.elements / ranks) * ranks for p in self.sizes.used if p.trained)
-        after = sum(math.ceil(p.elements / ranks) * ranks for p in self.sizes.parameters if _stays(p, self.config))
-        symmetric = self.config.represent.symmetric
-        shared = batch.documents + (batch.pairs if symmetric else 0)
-        rows = ranks * (most_rows or math.ceil(shared / ranks)) * 4 * self.sizes.hidden
-        # forward and backward alike: one collective each way
-        backward_parts = self._gather() if self._embeds_back() else self._gather("layer", "other")
-        batches = self.config.represent.grad_accum
-        gathers = self._gather() * forwards + backward_parts * backwards + self._gather_again() * again
-        return {
-            "parameters": gathers * (1 if self.resident else batches) + self._spread(item * after),
-            "gradients": self._spread(item * trained),
-            "representations": self._exchange(rows) * (2 * batches),
-            # agreement on the batch, unusable rows, four sums; and a norm of each parameter group, twice
-            "counts and norms": self._spread(8 * ((2 + 1 + 4) * batches + 2 * 3)) * 2,
-        }
-
-    def _embeds_back(self) -> bool:
-        return any(p.trained for p in self.sizes.parameters if p.part == "embedding")
-
-    def _exchange(self, nbytes: float) -> Bytes:
-        """One way of the representations; see `exchange.Exchange`."""
-        ranks, local, route = self.cluster.ranks, self.cluster.ranks_per_node, self.config.represent.exchange
-        even = ranks % local == 0
-        if not (even and (route == "two_level" or (route == "auto" and 1 < local < ranks))):
-            return self._spread(nbytes)
-        nodes = ranks // local
-        return Bytes(nbytes / local * (local - 1), nbytes / local / nodes * (nodes - 1))
-
-    # ---- time -----------------------------------------------------------------------------------------------------
-
-    def _forward_seconds_a_token(self) -> float:
+    @property
+    def forward_seconds_a_token(self) -> float:
+        """Of the layers' matrix products."""
         return 2 * self.sizes.products / self.cluster.machine.rate
 
-    def plan(self, batch: Batch | None = None) -> StepPlan:
-        """The step of a batch, every chunk as full as the others.
 
-        Raises:
-            ConfigError: the batch's representations and one graph don't fit.
-        """
-        batch = batch or self.batch
-        represent, machine, ranks = self.config.represent, self.cluster.machine, self.cluster.ranks
-        tokens = math.ceil(batch.tokens / ranks)
-        chunks = max(1, math.ceil(tokens / self.chunk_tokens))
-        each = [math.ceil(tokens / chunks)] * chunks
-        kept = self.kept(each, batch)
-        memory = self.memory(each, kept, batch)
-        if sum(memory.values()) > self.budget:
-            raise ConfigError(
-                f"represent.batch_pairs: a step of {batch.pairs:,} pairs needs {_gib(sum(memory.values()))} on each of "
-                f"{ranks} ranks, {_gib(self.budget)} may be used. {self._largest_words(batch)}"
-            )
-        attention = 2 * self.sizes.layers * self.sizes.attention_width * batch.squares / ranks
-        forward = 2 * self.sizes.products * tokens + attention
-        trained = sum(p.elements for p in self.sizes.parameters if p.part == "layer" and p.matrix and p.trained)
-        back = forward * (1 + trained / self.sizes.products) + (forward if self.graph.checkpointed else 0)
-        loss = 8 * (batch.pairs / ranks) * batch.documents * self.sizes.hidden * (2 if represent.symmetric else 1)
-        replay = forward * (chunks - kept) / chunks
-        traffic = self.traffic(chunks, kept, batch)
-        forwards, backwards, again = self._gathers(chunks, kept)
-        gather, layers = self._gather().seconds(machine), self._gather_again().seconds(machine)
-        a_forward, a_backward = forward / chunks / machine.rate, back / chunks / machine.rate
-        bare = max(0.0, gather - a_forward) * forwards
-        bare += max(0.0, gather + layers * again / chunks - a_backward) * backwards
-        batches = represent.grad_accum
-        bare *= 1 if self.resident else batches
-        flops = batches * (forward + back + replay + loss)
-        shard = 32 * sum(p.elements for p in self.sizes.parameters if p.trained) / ranks
-        offloaded = self.config.engine.offload_optimizer != "none"
-        seconds = {
-            "matrix products": batches * (forward + back + replay) / machine.rate,
-            "loss": batches * loss / machine.rate,
-            "gathers that the products don't hide": bare,
-            "reduction of the gradients": traffic["gradients"].seconds(machine),
-            "exchange of the representations": traffic["representations"].seconds(machine),
-            "optimizer": shard / (machine.host_bandwidth if offloaded else machine.bandwidth),
-        }
-        return StepPlan(
-            self.chunk_tokens,
-            chunks,
-            kept,
-            tokens,
-            self.resident,
-            memory,
-            self.standing(self.config, self.sizes, ranks)[1],
-            flops,
-            (1 if self.resident else batches) * (forwards + backwards + (again * layers / gather if gather else 0.0)),
-            traffic,
-            seconds,
-        )
-
-    def largest_batch(self, batch: Batch) -> int:
-        """Pairs of the largest batch that fits, one graph kept; 0 where none does."""
-
-        def fits(pairs: int) -> bool:
-            other = batch.of(pairs)
-            tokens = math.ceil(other.tokens / self.cluster.ranks)
-            chunks = max(1, math.ceil(tokens / self.chunk_tokens))
-            return sum(self.memory([math.ceil(tokens / chunks)] * min(chunks, 2), 1, other).values()) <= self.budget
-
-        low, high = 0, 1
-        while high < 2**40 and fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
-
-    def _largest_words(self, batch: Batch) -> str:
-        pairs = self.largest_batch(batch)
-        return f"At most {pairs:,} pairs fit." if pairs > 1 else "No batch fits: lower represent.chunk_tokens."
-
-
-def _stays(parameter: Parameter, config: RunConfig) -> bool:
+def stays_whole(parameter: Parameter, config: RunConfig) -> bool:
     """Whether a parameter is whole on every rank all the time."""
     return parameter.elements <= config.engine.persistence_threshold
 
@@ -409,7 +266,3 @@ def _halves(value: int, least: int) -> list[int]:
         value = max(least, value // 2)
         found.append(value)
     return found
-
-
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"

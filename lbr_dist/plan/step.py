@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from lbr_dist.plan.machine import Machine
+from lbr_dist.plan.machine import Cluster, Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,12 @@ class Bytes:
     def seconds(self, machine: Machine) -> float:
         """Both links carry their bytes at the same time."""
         return max(self.within / machine.within, self.between / machine.between)
+
+
+def spread(nbytes: float, cluster: Cluster) -> Bytes:
+    """What one rank receives of `nbytes` that are gathered or scattered over all ranks."""
+    share, local = nbytes / cluster.ranks, cluster.ranks_per_node
+    return Bytes(share * (local - 1), share * (cluster.ranks - local))
 
 
 @dataclass(frozen=True, slots=True)

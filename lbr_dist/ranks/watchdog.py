@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-EXIT_HUNG = 70  # EX_SOFTWARE
+from lbr_dist.errors import EXIT_HUNG
+
 STACKS_SIGNAL = signal.SIGUSR1
 """Makes a rank write the stacks of its threads to its file, and go on."""
 

@@ -14,9 +14,10 @@ from lbr_dist.config import RunConfig
 from lbr_dist.data.packing import Sequence, rank_rows
 from lbr_dist.data.targets import LearnData
 from lbr_dist.data.tokenizer import TextTokenizer
-from lbr_dist.engine import Engine, full_shape, whole
+from lbr_dist.engine import Engine
 from lbr_dist.heldout.texts import Diagnostics
 from lbr_dist.model.bottleneck import LossWeights
+from lbr_dist.model.sharding import full_shape, whole
 from lbr_dist.ranks.group import Ranks
 from lbr_dist.trainer import Stage, load_engine
 from tests.distributed import single

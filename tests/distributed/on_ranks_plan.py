@@ -14,6 +14,7 @@ from lbr_dist.data.packing import PackedRow, Sequence, pack_row
 from lbr_dist.data.pairs import load_pairs
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.engine import Engine
+from lbr_dist.plan.cost import StepCost
 from lbr_dist.plan.step import Batch
 from lbr_dist.ranks.group import Ranks
 from lbr_dist.represent import ContrastiveStep
@@ -69,7 +70,9 @@ def measure(ranks: Ranks, config: RunConfig, steps: int = 3) -> dict[str, Any]:
         graph = _graph_bytes(engine, chunk)
     result = {
         "received": received,
-        "received, planned": sum(t.total for t in step.planner.traffic(chunks, kept, planned, max(rows)).values()),
+        "received, planned": sum(
+            t.total for t in StepCost(step.planner).traffic(chunks, kept, planned, max(rows)).values()
+        ),
         "shards": _bytes(p.ds_tensor for p in engine.model.parameters()),
         "shards, planned": standing["parameters: shards"],
         "optimizer": _bytes([*zero.fp32_partitioned_groups_flat, *states]),

@@ -14,9 +14,10 @@ from lbr_dist.config import RunConfig
 from lbr_dist.contrastive.exchange import Exchange, Route
 from lbr_dist.data.pairs import PairBatch, load_with_dev
 from lbr_dist.data.tokenizer import TextTokenizer
-from lbr_dist.engine import Engine, whole
+from lbr_dist.engine import Engine
 from lbr_dist.errors import RefusedStep, TrainingError
 from lbr_dist.heldout.pairs import DevPairs
+from lbr_dist.model.sharding import whole
 from lbr_dist.ranks.group import Ranks
 from lbr_dist.ranks.traffic import Traffic
 from lbr_dist.represent import ContrastiveStep

@@ -14,9 +14,9 @@ from lbr_dist.config import LearnConfig, RepresentConfig, RunConfig
 from lbr_dist.data.packing import Sequence, pack_row
 from lbr_dist.data.pairs import PairBatch
 from lbr_dist.data.tokenizer import TextTokenizer
-from lbr_dist.engine import whole
 from lbr_dist.learn import unit_noise
 from lbr_dist.model.bottleneck import LBRModel, load_model
+from lbr_dist.model.sharding import whole
 
 Gradients = dict[str, Tensor]
 

@@ -19,10 +19,10 @@ from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.checkpoint.shards import ShardReader
 from lbr_dist.config import LoraConfig, ModelConfig, RunConfig, Stage
 from lbr_dist.config.file import from_plain, write_config
-from lbr_dist.engine import whole
 from lbr_dist.export import folder, from_checkpoint
 from lbr_dist.export.from_checkpoint import stored_model
 from lbr_dist.launch import cli
+from lbr_dist.model.sharding import whole
 from tests import tiny
 from tests.configs import tiny_run
 from tests.distributed import on_ranks

@@ -19,7 +19,8 @@ from lbr_dist.checkpoint.saver import base_identity
 from lbr_dist.config import RunConfig, Stage
 from lbr_dist.data.pairs import TrainingPairs
 from lbr_dist.data.targets import LearnData
-from lbr_dist.engine import Engine, whole
+from lbr_dist.engine import Engine
+from lbr_dist.model.sharding import whole
 from lbr_dist.ranks.group import Ranks
 from tests.distributed import on_ranks
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lbr_dist.checkpoint.shards import KINDS, ShardReader, extent
+from lbr_dist.checkpoint.shards import KINDS, ShardReader
 from lbr_dist.config import CheckpointConfig, LoraConfig, RunConfig, Stage
+from lbr_dist.model.sharding import extent
 from tests.configs import tiny_run
 from tests.faults import on_ranks
 from tests.faults.runs import checkpoints, losses

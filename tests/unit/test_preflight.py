@@ -145,7 +145,7 @@ def test_too_many_ranks(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixtu
 
 
 def test_a_model_too_large_for_memory(run: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_available_bytes", lambda: 2**30)
+    monkeypatch.setattr(preflight.hardware, "memory", lambda: (2**30, 2**34))
     with pytest.raises(preflight.LaunchError, match=r"2 ranks of this model need about 1.8 GiB, .* 1.0 GiB free"):
         preflight.check_ranks(run[1], gpus=0)
 
@@ -171,7 +171,7 @@ def test_a_machine_without_faiss_or_memory(
         patch.setitem(sys.modules, "faiss", None)
         with pytest.raises(ConfigError, match=r"faiss cannot be imported .*lbr-dist\[mining\]"):
             mining_index.Ivf(tmp_path / "index", 1, 1)
-    monkeypatch.setattr(preflight, "_available_bytes", lambda: 2**31)
+    monkeypatch.setattr(preflight.hardware, "memory", lambda: (2**31, 2**34))
     assert preflight.check_mining_ranks(chosen, None, gpus=0) <= 2
     assert preflight.check_mining_ranks(chosen, None, gpus=3) == 3
     with pytest.raises(preflight.LaunchError, match="found 3, this machine has room for 2 ranks"):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lbr_dist.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
 from lbr_dist.errors import ConfigError, ModelError
 from lbr_dist.launch.cli import main
+from lbr_dist.plan.cost import StepCost
 from lbr_dist.plan.machine import MACHINES, Cluster
 from lbr_dist.plan.model import graph_bytes, header_shapes, model_sizes
 from lbr_dist.plan.planner import StepPlanner
@@ -90,7 +91,7 @@ def test_what_stands_in_memory(base: Path) -> None:
     assert held["parameters: shards"] == pytest.approx(2 * elements / 64, rel=1e-4)
     assert held["optimizer: master weights and two moments"] == pytest.approx(12 * elements / 64, rel=1e-4)
     assert host == 0
-    plan = planner(base, engine={"offload_optimizer": "cpu", "offload_parameters": "cpu"}).plan()
+    plan = StepCost(planner(base, engine={"offload_optimizer": "cpu", "offload_parameters": "cpu"})).plan()
     assert plan.memory["parameters: shards"] == plan.memory["optimizer: master weights and two moments"] == 0
     assert plan.host == pytest.approx(16 * elements / 64, rel=1e-4)
 
@@ -99,7 +100,7 @@ def test_adapters_alone_have_gradients_and_states(base: Path) -> None:
     model = ModelConfig(base=str(base), bottleneck_tokens=8, lora=LoraConfig(rank=16, targets=("q_proj", "down_proj")))
     sizes = model_sizes(model, base)
     assert sizes.elements(trained=True) == LAYERS * 16 * (2 * D + D + INNER) + 8 * D
-    plan = planner(base, model=model).plan()
+    plan = StepCost(planner(base, model=model)).plan()
     assert plan.memory["gradients: whole, of all chunks"] == 2 * sizes.elements(trained=True)
 
 
@@ -138,11 +139,11 @@ def test_planned_chunks_hide_a_gather_or_fit(base: Path) -> None:
 def test_operations_of_one_pass_and_of_a_replay(base: Path) -> None:
     def flops(**represent: Any) -> float:
         here = planner(base, gib=2000, represent={"chunk_tokens": 8192} | represent)
-        plan = here.plan()
+        plan = StepCost(here).plan()
         return plan.flops / (here.sizes.products * plan.tokens)
 
     assert flops() == pytest.approx(6, rel=0.02)
-    chunks = planner(base, gib=2000).plan().chunks
+    chunks = StepCost(planner(base, gib=2000)).plan().chunks
     assert flops(keep_graphs=1) == pytest.approx(8 - 2 / chunks, rel=0.02)
 
 
@@ -150,7 +151,7 @@ def test_parameters_that_stay_are_gathered_once(base: Path) -> None:
     used = model_sizes(ModelConfig(base=str(base)), base).elements("layer", "embedding", "other")
     for live, gathers in ((used + 64 * 1000, 1), (0, None)):
         here = planner(base, gib=2000, engine={"live_elements": live}, represent={"keep_graphs": 2})
-        plan = here.plan()
+        plan = StepCost(here).plan()
         expected = gathers or 3 * plan.chunks - 2
         assert plan.gathers == expected
         received = plan.traffic["parameters"]
@@ -173,10 +174,10 @@ def test_what_cannot_fit_names_what_would(base: Path) -> None:
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not(base: Path) -> None:
     here = planner(base, ranks=8, represent={"chunk_tokens": 2048})
-    pairs = here.largest_batch(here.batch)
-    here.plan(here.batch.of(pairs))
+    pairs = StepCost(here).largest_batch(here.batch)
+    StepCost(here).plan(here.batch.of(pairs))
     with pytest.raises(ConfigError, match=rf"represent.batch_pairs: .* At most {pairs:,} pairs fit"):
-        here.plan(here.batch.of(2 * pairs))
+        StepCost(here).plan(here.batch.of(2 * pairs))
 
 
 def test_headers_are_read_without_weights(tmp_path: Path) -> None:

@@ -167,4 +167,5 @@ def test_package_whose_files_are_gone() -> None:
     root = str(Path(lbr_dist.__file__).parents[1])
     exit_code, found = node("--gpus", "1", code=code, PYTHONPATH=root)
     assert exit_code == 1 and found["packages"]["found"] == "torch, deepspeed, transformers cannot be imported"
-    assert "No module named" in found["GPUs"]["found"]
+    # the rest of the check needs none of them
+    assert found["GPUs"]["found"].startswith("0 in /dev")
