@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from lbr_dist import preflight
 from lbr_dist.config import RunConfig, file, to_dict
-from lbr_dist.errors import ConfigError
+from lbr_dist.errors import ConfigError, LaunchError
 from lbr_dist.mining import index as mining_index
 from tests import tiny
+from tests.configs import tiny_run
 from tests.unit.launch.cases import message
 from tests.unit.mining.cases import settings
 
@@ -153,6 +155,23 @@ def test_a_model_too_large_for_memory(run: tuple[Path, RunConfig], monkeypatch: 
 def test_ranks_default_to_the_gpus(run: tuple[Path, RunConfig]) -> None:
     assert preflight.check_ranks(run[1], gpus=3) == 3
     assert preflight.check_ranks(run[1], gpus=0) == 2
+
+
+def test_no_room_is_said_before_a_rank_starts(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tmp_path / "run", tiny_model, tiny_data)
+    elements = sum(tensor.numel() for tensor in load_file(tiny_model / "model.safetensors").values())
+    said: list[str] = []
+    for room, words in ((12 * elements - 1, None), (12 * elements, 1), (12 * elements * 7, 0)):
+        monkeypatch.setattr(preflight, "free_bytes", lambda _, room=room: room)
+        if words is None:
+            with pytest.raises(LaunchError, match=r"GiB free; a checkpoint takes .* Make room"):
+                preflight.check_disk(config, ("learn", "represent"), said.append)
+            continue
+        preflight.check_disk(config, ("learn", "represent"), said.append)
+        assert len(said) == words
+        said.clear()
 
 
 # ---- mining of negatives ------------------------------------------------------------------------------------------

@@ -1,27 +1,20 @@
-"""Manifests, retention and who may write: what needs no ranks."""
+"""Manifests and retention: what needs no ranks."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import stat
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from lbr_dist import preflight
 from lbr_dist.checkpoint import shards
 from lbr_dist.checkpoint.manifest import Checkpoints, Manifest, superfluous
-from lbr_dist.config import CheckpointConfig, RunConfig, to_dict
-from lbr_dist.config.changes import forbidden_changes
-from lbr_dist.errors import CheckpointError, ConfigError, LaunchError
-from lbr_dist.storage.files import checksum, make_private, others_who_write, write_atomic
-from tests.configs import tiny_run
+from lbr_dist.config import CheckpointConfig
+from lbr_dist.errors import CheckpointError
 
 
 def manifest(step: int, score: float | None = None, **more: object) -> Manifest:
@@ -116,89 +109,6 @@ def test_what_a_killed_job_left_is_no_checkpoint(tmp_path: Path) -> None:
     assert found.steps() == [2]
     assert found.clean() == [".deleting-step-000001", ".saving-step-000004"]
     assert sorted(path.name for path in found.path.iterdir()) == ["latest.json", "step-000002", "step-3"]
-
-
-def test_a_file_is_plain_safetensors(tmp_path: Path) -> None:
-    tensors = {"master/a": torch.arange(7.0), "random/torch": torch.arange(5, dtype=torch.uint8)}
-    written = shards.write(tmp_path / "x.safetensors", tensors, {"note": "é"})
-    found = load_file(tmp_path / "x.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert written.num_bytes == (tmp_path / "x.safetensors").stat().st_size == shards.file_bytes(tensors, {"note": "é"})
-    assert written.xxh3_128 == checksum(tmp_path / "x.safetensors")
-
-
-def test_a_new_folder_is_private_under_any_umask(tmp_path: Path) -> None:
-    before = os.umask(0)
-    try:
-        make_private(tmp_path / "a" / "b")
-    finally:
-        os.umask(before)
-    assert not (tmp_path / "a" / "b").stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    assert others_who_write(tmp_path / "a" / "b", trust_group=False) is None
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_another_owner(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    path.touch()
-    os.chown(path, 12345, -1)
-    assert others_who_write(path, trust_group=True) == "its owner, user 12345"
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    write_atomic(path, "old")
-
-    def fail(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
-        write_atomic(path, "new")
-    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-
-
-def run(tmp_path: Path) -> RunConfig:
-    return tiny_run(tmp_path / "run", tmp_path / "base", tmp_path)
-
-
-def test_what_may_change(tmp_path: Path) -> None:
-    config = run(tmp_path)
-    changed = dataclasses.replace(
-        config,
-        run_dir="moved",
-        seed=3,
-        checkpoint=CheckpointConfig(every_steps=7),
-        engine=dataclasses.replace(config.engine, live_elements=1),
-        learn=dataclasses.replace(config.learn, row_tokens=999, steps=5),
-    )
-    assert forbidden_changes(to_dict(config), to_dict(changed)) == ["learn.steps", "seed"]
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("every_steps", 0), ("every_minutes", 0), ("keep", 0), ("keep_every", 0), ("keep_best", -1), ("resume", 0)],
-)
-def test_settings_out_of_range(field: str, value: int) -> None:
-    with pytest.raises(ConfigError, match=f"checkpoint.{field}: found {value}, expected"):
-        CheckpointConfig(**{field: value})  # type: ignore[arg-type]
-
-
-def test_no_room_is_said_before_a_rank_starts(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_run(tmp_path / "run", tiny_model, tiny_data)
-    elements = sum(tensor.numel() for tensor in load_file(tiny_model / "model.safetensors").values())
-    said: list[str] = []
-    for room, words in ((12 * elements - 1, None), (12 * elements, 1), (12 * elements * 7, 0)):
-        monkeypatch.setattr(preflight, "free_bytes", lambda _, room=room: room)
-        if words is None:
-            with pytest.raises(LaunchError, match=r"GiB free; a checkpoint takes .* Make room"):
-                preflight.check_disk(config, ("learn", "represent"), said.append)
-            continue
-        preflight.check_disk(config, ("learn", "represent"), said.append)
-        assert len(said) == words
-        said.clear()
 
 
 def test_the_pointer_is_for_people(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfi
 from lbr_dist.data.packing import Sequence, pack_row
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.encode.encoder import Encoder, open_encoder
-from lbr_dist.encode.vectors import write_vectors
-from lbr_dist.errors import DataError, ModelError
+from lbr_dist.errors import ModelError
 from lbr_dist.export import folder as export_folder
 from lbr_dist.model.bottleneck import load_model
 from lbr_dist.ranks import group
@@ -150,26 +149,3 @@ def test_other_folders(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Non
     (folder / "lbr.json").unlink()  # what is left is any sentence-transformers model
     found = open_encoder(folder, None, 96).encode(TEXTS, "query")
     torch.testing.assert_close(found, vectors, rtol=0, atol=1e-5)
-
-
-def test_vector_files(tmp_path: Path) -> None:
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    vectors = torch.randn(3, 5).numpy()
-    parts = vectors[:2], vectors[2:]
-    write_vectors(tmp_path / "v.npy", ["a", "b", "c"], parts, 3)
-    assert np.array_equal(np.load(tmp_path / "v.npy"), vectors)
-    np.save(tmp_path / "whole.npy", vectors)
-    assert (tmp_path / "v.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
-    assert (tmp_path / "v.ids").read_text() == "a\nb\nc\n"
-    write_vectors(tmp_path / "v.parquet", ["a", "b", "c"], parts, 3)
-    table = pq.read_table(tmp_path / "v.parquet")
-    assert table["id"].to_pylist() == ["a", "b", "c"]
-    assert np.array_equal(np.array(table["embedding"].to_pylist(), np.float32), vectors)
-    with pytest.raises(DataError, match=r"'.txt', expected .npy or .parquet"):
-        write_vectors(tmp_path / "v.txt", ["a"], parts, 3)
-    with pytest.raises(AssertionError, match="3 vectors of 4"):
-        write_vectors(tmp_path / "v.npy", ["a", "b", "c", "d"], parts, 4)
-    assert np.array_equal(np.load(tmp_path / "v.npy"), vectors)  # the former file, whole
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.ids", "v.npy", "v.parquet", "whole.npy"]
