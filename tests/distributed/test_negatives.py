@@ -84,7 +84,7 @@ def test_the_command_starts_ranks_or_is_one(
     assert cli.main([*arguments("one.jsonl"), "--ranks", "1"]) == 0
     assert cli.main([*arguments("two.jsonl"), "--ranks", "2"]) == 0
     printed = capfd.readouterr().out
-    assert printed.count("80 pairs, 8.00 negatives a pair") == 2 and f"written to {tmp_path / 'two.jsonl'}" in printed
+    assert printed.count("80 pairs, 8.00 negatives per pair") == 2 and f"written to {tmp_path / 'two.jsonl'}" in printed
     # what torchrun does, with one process
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     command = [sys.executable, "-m", "lbr_dist.launch.cli", *arguments("rank.jsonl")]

@@ -112,7 +112,7 @@ def test_mining_with_ivf(data: Path, tiny_model: Path) -> None:
     rows, summary = mine(settings(data, tiny_model, index="ivf"), told)
     assert [row["negative_ids"] for row in rows] == [row["negative_ids"] for row in exact]
     assert summary["index"]["recall"] == 1.0
-    assert any(line.startswith("IVF index: 2 lists, 2 searched for a query; finds 100.0%") for line in told)
+    assert any(line.startswith("IVF index: 2 lists, 2 searched per query; finds 100.0%") for line in told)
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_positives_that_no_corpus_has_come_in_a_corpus_of_their_own(data: Path, 
     assert after.documents[mined[1]["positive_ids"][0]] == "The toe is large."
     assert read_corpus(companion).items() > read_corpus(chosen.documents).items()
     assert summary["documents_file"] == str(companion)
-    assert any(f"1 positives are in no corpus: {companion}" in line and "data.corpus" in line for line in told)
+    assert any(f"1 positives are not in the corpus: {companion}" in line and "data.corpus" in line for line in told)
     # what a pair brings is scored, but is nobody's candidate
     assert mined[1]["positive_ids"][0] not in mined[0]["negative_ids"]
 
@@ -169,7 +169,7 @@ def test_an_interrupted_mining_goes_on(data: Path, tiny_model: Path, monkeypatch
     before = {path: path.stat().st_ino for path in (*chosen.work.glob("*.npy"), *chosen.work.glob("part-*.jsonl"))}
     mine(chosen, told)
     assert Path(chosen.out).read_bytes() == whole
-    assert any("going on with an unfinished mining" in line for line in told)
+    assert any("resuming an unfinished mining" in line for line in told)
     assert all(path.stat().st_ino == inode for path, inode in before.items()) and all(p.exists() for p in gone)
     Path(chosen.out).unlink()
     monkeypatch.setattr("lbr_dist.encode.encoder.open_encoder", lambda *_: pytest.fail("all vectors are there"))

@@ -19,11 +19,11 @@ def test_all_as_json(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["faults"] == 0, done.stdout
     found = {(f["topic"], f["name"]): f for f in report["findings"]}
-    assert "to be made" in found["Disks", "run folder"]["found"] and not (tmp_path / "run").exists()
+    assert "does not exist yet" in found["Disks", "run folder"]["found"] and not (tmp_path / "run").exists()
     assert "no Slurm here" in found["Slurm", "client"]["found"]
     of_torch = {name for topic, name in found if topic == "torch, GPUs and kernels"}
     assert of_torch == {"torch", "devices", "gloo", "attention", "InfoNCE", "cross-entropy", "DeepSpeed"}
-    assert "`auto` takes tiles" in found["torch, GPUs and kernels", "attention"]["found"]
+    assert "`auto` picks tiles" in found["torch, GPUs and kernels", "attention"]["found"]
 
 
 def test_all_with_faults_as_a_table(tmp_path: Path) -> None:

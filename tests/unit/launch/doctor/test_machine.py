@@ -46,7 +46,7 @@ def test_packages_below_their_floors(tmp_path: Path) -> None:
     assert found["xxhash"].state == "fault" and found["xxhash"].found == "3.3.9, xxhash>=3.4 is needed"
     assert found["not-there"].state == "fault" and found["not-there"].advice == "pip install 'not-there>=1.2'"
     assert found["mpi4py"].state == "warning" and "unwanted" not in found
-    assert found["packages"].found.startswith("2 at their floors") and "rich==13" in found["packages"].found
+    assert found["packages"].found.startswith("2 are recent enough") and "rich==13" in found["packages"].found
     assert "mpi: no absent" in found["extras"].found
 
 
@@ -69,7 +69,7 @@ def test_limits_that_are_low() -> None:
     assert "Ask your administrators" in found["open files"].advice  # the hard limit is as low
     soft = ["sh", "-c", 'ulimit -Sn 1024 && exec "$@"', "sh"]
     found = {f.name: f for f in findings_in_process("m.check_limits(0)", *soft)}
-    assert "Ulimit -n" in found["open files"].advice and "locked memory" not in found and "tcmalloc" in found
+    assert "Run `ulimit -n" in found["open files"].advice and "locked memory" not in found and "tcmalloc" in found
 
 
 def test_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_folders_that_a_run_makes(tmp_path: Path) -> None:
     assert doctor_machine._folder("run folder", tmp_path / "a" / "b", 0).state == "ok"
-    assert "to be made" in doctor_machine._folder("run folder", tmp_path / "a" / "b", 0).found
+    assert "does not exist yet" in doctor_machine._folder("run folder", tmp_path / "a" / "b", 0).found
     assert doctor_machine._folder("run folder", tmp_path / "a", 2**60).state == "fault"
     (tmp_path / "file").touch()
     assert doctor_machine._folder("run folder", tmp_path / "file", 0).state == "fault"

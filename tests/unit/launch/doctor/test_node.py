@@ -54,7 +54,7 @@ def test_node_check_imports_no_torch() -> None:
 
 def test_run_folder_that_is_missing_or_a_file(tmp_path: Path) -> None:
     code, found = node("--run-dir", str(tmp_path / "gone"))
-    assert code == 1 and "is not there" in found["run folder"]["found"]
+    assert code == 1 and "does not exist" in found["run folder"]["found"]
     (tmp_path / "file").touch()
     code, found = node("--run-dir", str(tmp_path / "file"))
     assert code == 1 and "is not a folder" in found["run folder"]["found"]

@@ -107,4 +107,4 @@ def test_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [finding.state for finding in doctor_slurm.check_slurm()] == ["ok", "warning"]
     monkeypatch.setenv("SLURM_CONF", "/nonexistent/slurm.conf")
     (finding,) = doctor_slurm.check_slurm()
-    assert finding.state == "fault" and finding.found == "SLURM_CONF=/nonexistent/slurm.conf is not there"
+    assert finding.state == "fault" and finding.found == "SLURM_CONF=/nonexistent/slurm.conf does not exist"
