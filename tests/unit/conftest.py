@@ -14,7 +14,7 @@ from tests.configs import tiny_run
 
 @pytest.fixture
 def run(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> tuple[Path, RunConfig]:
-    """A valid config file over copies of model and data that a test may spoil."""
+    """A valid config file, with copies of model and data that a test may damage."""
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.copytree(tiny_data, tmp_path / "data")
     config = tiny_run(tmp_path / "run", tmp_path / "model", tmp_path / "data")

@@ -1,4 +1,4 @@
-"""The lines that tell how far a long piece of work has come."""
+"""The lines that report the progress of long work."""
 
 from __future__ import annotations
 

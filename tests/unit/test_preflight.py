@@ -97,7 +97,7 @@ def test_bad_files(name: str, run: tuple[Path, RunConfig], capsys: pytest.Captur
 
 
 def test_bad_development_pairs(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
-    """Each is refused with the file's name before a rank starts; without a fault they are read and pass."""
+    """A mistake is reported with the file's name before a rank starts; pairs without one pass."""
     path, config = run
     dev = Path(config.data.corpus).with_name("dev.jsonl")
     chosen = f"--data.dev={dev}"
@@ -119,14 +119,14 @@ def test_bad_development_pairs(run: tuple[Path, RunConfig], capsys: pytest.Captu
 # ---- settings and ranks -------------------------------------------------------------------------------------------
 
 
-def test_an_attention_kernel_that_is_not_there(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_attention_kernel_that_cannot_run(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
     for name, reason in (("flash_attn", "the package flash-attn is not installed"), ("torch_varlen", "it needs CUDA")):
         said = message(capsys, "run", str(run[0]), f"--model.attention={name}")
         assert f"model.attention: found '{name}', but {reason}" in said
     assert not run[1].run_path.exists()
 
 
-def test_settings_at_odds(
+def test_contradictory_settings(
     run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvme = ("--engine.offload_optimizer=nvme", "--engine.nvme_path=/nowhere")

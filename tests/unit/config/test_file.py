@@ -47,16 +47,16 @@ KEYS = {
         r"represent.chunk_tokens: a step with one chunk of 1,000,000,000 tokens needs .* GiB on each of 2 ranks, "
         r".* may be used. What would fit: represent.chunk_tokens \d+",
     ),
-    "prefixes that fall": (
+    "descending prefixes": (
         "represent.prefixes: [16, 8]",
         r"represent.prefixes: found \(16, 8\), expected widths that rise",
     ),
     "out of range": ("represent.temperature: 0", r"represent.temperature: found 0.*expected a finite number above 0"),
-    "measured how often": (
+    "negative interval": (
         "represent.diagnose_every: -1",
         r"represent.diagnose_every: found -1, expected zero or more",
     ),
-    "at odds": (
+    "contradiction": (
         "model.bottleneck_tokens: 0",
         r"represent.pooling: found 'bottleneck_last' with model.bottleneck_tokens 0",
     ),

@@ -24,7 +24,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def write_data(folder: Path) -> Path:
-    """A corpus with texts that stand in it twice, and pairs of which two share a query and one has two positives."""
+    """A corpus with some texts twice, and pairs: two share a query, and one has two positives."""
     corpus = [{"id": name, "text": text} for name, text in tiny.texts().items()]
     corpus += [{"id": f"{row['id']}-again", "text": f"  {row['text'].upper()}\n"} for row in corpus[10:50:5]]
     pairs = [{k: v for k, v in row.items() if k != "negative_ids"} for row in tiny.pairs()]

@@ -1,4 +1,4 @@
-"""Each rule that says which candidates become negatives, alone."""
+"""Each rule on which candidates become negatives, on its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.mining.cases import write
 
 @pytest.fixture
 def few(tmp_path: Path) -> Candidates:
-    """Rows 0 to 6: a positive, its twin, another pair's positive for the query, and four others of which one twice."""
+    """Rows 0 to 6: a positive, another pair's positive for the same query, four others, a positive with b's text."""
     texts = {"p": "Big  heart", "o": "large heart", "a": "an ear", "b": "a jaw", "c": "a foot", "d": "a lung"}
     corpus = [{"id": k, "text": v} for k, v in texts.items()]
     corpus += [{"id": "p2", "text": "big heart "}, {"id": "b2", "text": "A jaw"}]
@@ -37,7 +37,7 @@ def test_no_false_negative_is_taken_and_each_is_counted(few: Candidates) -> None
     chosen, dropped = few.choose(1, 0.9, RANKED, MiningRules(8, 1, 100))
     assert [few.ids[c.row] for c in chosen] == ["a", "b", "c", "d"]
     assert +dropped == Counter({"positive": 1, "other positive": 1, "same text": 1, "duplicate": 1})
-    # the positive stands in the corpus under another id first, which must not become its negative
+    # the positive's text comes first under another id, which must not become its negative
     chosen, dropped = few.choose(2, 0.9, RANKED, MiningRules(8, 1, 100))
     assert [few.ids[c.row] for c in chosen] == ["p", "o", "a", "c", "d"]
     assert +dropped == Counter({"positive": 1, "same text": 1, "duplicate": 1})
@@ -60,7 +60,7 @@ def test_margins_are_those_of_the_paper(few: Candidates) -> None:
     assert MiningRules(8, 1, 9, margin_percent=0.5).limit(0.4) == 0.2
 
 
-def test_the_window_counts_candidates_alone(few: Candidates) -> None:
+def test_the_window_counts_only_candidates(few: Candidates) -> None:
     chosen, dropped = few.choose(0, 0.9, RANKED, MiningRules(2, 2, 3))
     assert [(few.ids[c.row], c.rank) for c in chosen] == [("b", 2), ("c", 3)]
     assert dropped["window"] == 1

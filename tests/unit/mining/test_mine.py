@@ -1,4 +1,4 @@
-"""Mined negatives against a brute force written from the rules, their files, and restarts."""
+"""Mined negatives compared with a brute-force search written from the rules; the files, and restarts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def slow_mine(chosen: MiningSettings, scores: np.ndarray[Any, Any]) -> tuple[dic
     corpus = read_corpus(chosen.documents)
     pairs = read_pairs(chosen.pairs, corpus).pairs
     names, texts = list(corpus), {name: plain(text) for name, text in corpus.items()}
-    # of texts that stand twice, the first of the file is the one that is searched
+    # if a text is there twice, only the first one is searched
     first = {text: name for name, text in reversed(texts.items())}
     mined, dropped = {}, Counter[str]()
     for pair, row in zip(pairs, scores, strict=True):
@@ -71,7 +71,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_exact_mining_is_brute_force(name: str, data: Path, tiny_model: Path) -> None:
+def test_exact_mining_equals_brute_force(name: str, data: Path, tiny_model: Path) -> None:
     chosen = settings(data, tiny_model, **RULES[name])
     rows, summary = mine(chosen)
     corpus, encoder = read_corpus(chosen.documents), Encoder(tiny_model)
@@ -90,10 +90,10 @@ def test_exact_mining_is_brute_force(name: str, data: Path, tiny_model: Path) ->
 
 
 @pytest.mark.parametrize("margin", [None, 0.6])
-def test_bm25_mining_is_brute_force(margin: float | None, data: Path) -> None:
+def test_bm25_mining_equals_brute_force(margin: float | None, data: Path) -> None:
     chosen = settings(data, None, margin_percent=margin, bm25_tokens="characters")
     rows, summary = mine(chosen)
-    # the collection that is scored has each text once, and then the positives that stand there under another id
+    # BM25 scores each text of the corpus once, and then the positives that are there under another id
     candidates = Candidates.read(chosen.pairs, chosen.documents)
     index = Bm25(candidates.texts, "characters")
     place = {name: i for i, name in enumerate(candidates.ids)}
@@ -137,7 +137,7 @@ def test_the_result_is_read_as_pairs(data: Path, tiny_model: Path) -> None:
     assert not chosen.work.exists()
 
 
-def test_positives_that_no_corpus_has_come_in_a_corpus_of_their_own(data: Path, tiny_model: Path) -> None:
+def test_positives_that_the_corpus_lacks_are_written_to_a_new_corpus(data: Path, tiny_model: Path) -> None:
     texts = tiny.texts()
     rows = [
         {"anchor": "painful foot", "positive": texts["d85"]},
@@ -153,31 +153,31 @@ def test_positives_that_no_corpus_has_come_in_a_corpus_of_their_own(data: Path, 
     assert read_corpus(companion).items() > read_corpus(chosen.documents).items()
     assert summary["documents_file"] == str(companion)
     assert any(f"1 positives are not in the corpus: {companion}" in line and "data.corpus" in line for line in told)
-    # what a pair brings is scored, but is nobody's candidate
+    # a text that a pair brings is scored, but is never a candidate
     assert mined[1]["positive_ids"][0] not in mined[0]["negative_ids"]
 
 
-def test_an_interrupted_mining_goes_on(data: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_mining_resumes(data: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, told = settings(data, tiny_model), []
     mine(chosen)
     whole = Path(chosen.out).read_bytes()
-    gone = [chosen.work / name for name in ("documents-00002.npy", "queries-00001.npy", "part-00003.jsonl")]
-    for path in (Path(chosen.out), *gone):
+    deleted = [chosen.work / name for name in ("documents-00002.npy", "queries-00001.npy", "part-00003.jsonl")]
+    for path in (Path(chosen.out), *deleted):
         path.unlink()
-    # what a killed process leaves under a hidden name is no slice
+    # a hidden file of a killed process does not count
     (chosen.work / ".documents-00002.npy.1").write_bytes(b"half")
     before = {path: path.stat().st_ino for path in (*chosen.work.glob("*.npy"), *chosen.work.glob("part-*.jsonl"))}
     mine(chosen, told)
     assert Path(chosen.out).read_bytes() == whole
     assert any("resuming an unfinished mining" in line for line in told)
-    assert all(path.stat().st_ino == inode for path, inode in before.items()) and all(p.exists() for p in gone)
+    assert all(path.stat().st_ino == inode for path, inode in before.items()) and all(p.exists() for p in deleted)
     Path(chosen.out).unlink()
-    monkeypatch.setattr("lbr_dist.encode.encoder.open_encoder", lambda *_: pytest.fail("all vectors are there"))
+    monkeypatch.setattr("lbr_dist.encode.encoder.open_encoder", lambda *_: pytest.fail("all vectors exist"))
     mine(chosen)
     assert Path(chosen.out).read_bytes() == whole
 
 
-def test_the_result_is_there_as_a_whole_or_not_at_all(data: Path) -> None:
+def test_the_result_is_written_whole_or_not_at_all(data: Path) -> None:
     chosen = settings(data, None)
     Path(chosen.out).write_text("what was there before")
     prepare(chosen, print)
@@ -186,14 +186,14 @@ def test_the_result_is_there_as_a_whole_or_not_at_all(data: Path) -> None:
     Path(chosen.out).write_text("what was there before")
     part = chosen.work / "part-00004.jsonl"
     part.unlink()
-    part.mkdir()  # it is there, and cannot be read
+    part.mkdir()  # it exists, but cannot be read
     with pytest.raises(OSError, match="part-00004"):
         mining.mine(chosen, candidates, ALONE, print)
     assert Path(chosen.out).read_text() == "what was there before"
     assert not list(data.glob(".*"))
 
 
-def test_no_negative_at_all(data: Path) -> None:
+def test_no_negative_for_any_pair_is_an_error(data: Path) -> None:
     with pytest.raises(DataError, match=r"found no negative for any of the 98 pairs \(positive \d+.*margin [1-9]"):
         mine(settings(data, None, margin_percent=1e-9))
     assert not (data / "mined.jsonl").exists()

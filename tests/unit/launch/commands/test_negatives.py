@@ -39,13 +39,13 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         r"--margin-absolute: found 0.1, expected no --margin-percent with it",
     ),
     "percent": ((*MODEL, "--margin-percent", "1.5"), r"--margin-percent: found 1.5, expected above 0 and at most 1"),
-    "no percent": ((*MODEL, "--margin-percent", "0"), r"--margin-percent: found 0.0, expected above 0"),
+    "zero percent": ((*MODEL, "--margin-percent", "0"), r"--margin-percent: found 0.0, expected above 0"),
     "absolute": ((*MODEL, "--margin-absolute", "-1"), r"--margin-absolute: found -1.0, expected 0 or more"),
     "ivf of bm25": (("--with", "bm25", "--index", "ivf"), r"--index: found ivf, expected exact with --with bm25"),
     "out is no .jsonl": ((*MODEL, "--out", "mined.csv"), r"--out: found 'mined.csv', expected .* ends in .jsonl"),
     "out is the pairs": ((*MODEL, "--out", "./train.jsonl"), r"--out: found 'train.jsonl', which is --pairs"),
     "out below a file": ((*MODEL, "--out", "train.jsonl/x.jsonl"), r"--out: found .* no folder that can be written"),
-    "out of this world": ((*MODEL, "--out", "/proc/x/y.jsonl"), r"/proc/x"),
+    "out cannot be made": ((*MODEL, "--out", "/proc/x/y.jsonl"), r"/proc/x"),
     "ranks": ((*MODEL, "--ranks", "1000"), r"--ranks: found 1000, this machine has \d+ cores"),
     "no ranks": ((*MODEL, "--ranks", "0"), r"--ranks: found 0, expected one or more"),
     "no candidates": ((*MODEL, "--first", "96"), r"corpus.jsonl: found 95 candidates .* expected at least 96"),
@@ -68,7 +68,7 @@ def test_mistakes(
     assert not Path("mined.jsonl").exists() and not Path("mined.jsonl.work").exists()
 
 
-def test_a_mistake_needs_no_torch(data: Path) -> None:
+def test_a_mistake_is_reported_without_torch(data: Path) -> None:
     code = (
         "import sys; from lbr_dist.launch import cli\n"
         "assert cli.main(sys.argv[1:]) == 1\n"

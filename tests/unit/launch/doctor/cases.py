@@ -1,4 +1,4 @@
-"""`lbr doctor` in a process of its own, and machines with faults for it to find."""
+"""`lbr doctor` in its own process, and machines with faults for it to find."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def script(folder: Path, name: str, text: str) -> Path:
-    """A program of a name, in a folder that is to be on PATH."""
+    """Write a shell script into a folder, which a test puts on PATH."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(f"#!/bin/sh\n{text}\n")
@@ -20,14 +20,14 @@ def script(folder: Path, name: str, text: str) -> Path:
 
 
 def mounted(*commands: str) -> list[str]:
-    """What is put before a command, to run it where these mounts are, and nobody else sees them."""
+    """The start of a command line: what follows runs with these mounts, which no other process sees."""
     user = ["--user", "--map-root-user"] if os.geteuid() else []
     steps = " && ".join([*commands, 'exec "$@"'])
     return ["unshare", *user, "--mount", "--propagation", "private", "sh", "-c", steps, "sh"]
 
 
 def two_gpus(folder: Path) -> list[str]:
-    """Before a command: a /dev with two GPUs, as far as names go, and 32 MiB of shared memory."""
+    """The same, for a /dev with the file names of two GPUs, and 32 MiB of shared memory."""
     nodes = [f"touch {folder}/{name} && mount --bind /dev/{name} {folder}/{name}" for name in ("null", "urandom")]
     return mounted(
         f"mkdir {folder}",
@@ -40,7 +40,7 @@ def two_gpus(folder: Path) -> list[str]:
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    """This process's, without what a job or a cluster set, and with changes."""
+    """This process's environment, without what a job or a cluster set, and with changes."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "GLOO"))}
     kept |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return {name: value for name, value in (kept | changes).items() if value is not None}
@@ -49,7 +49,7 @@ def environment(**changes: str | None) -> dict[str, str]:
 def lbr(
     *arguments: str, before: Sequence[str] = (), code: str = "", **changes: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """`lbr doctor` in a process of its own, after some code; a traceback is never right."""
+    """Run `lbr doctor` in its own process, after some code. A traceback fails the test."""
     start = ["-c", f"{code}; import sys; from lbr_dist.launch.cli import main; sys.exit(main())"]
     command = [*before, sys.executable, *(start if code else ["-m", "lbr_dist.launch.cli"]), "doctor", *arguments]
     done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=240, check=False)

@@ -61,7 +61,7 @@ def test_hang_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torch_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # what a library prints is no finding
+    # what a library prints is not a finding
     text = "import os; os.write(1, b'{noise}\\n'); raise ImportError('libcudart.so.12: cannot open shared object file')"
     (tmp_path / "torch.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

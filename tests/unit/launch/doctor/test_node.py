@@ -1,4 +1,4 @@
-"""The check of a node: real faults, each of which it must name, with an exit code of 1."""
+"""The check of a node: it must name each of these real faults, with exit code 1."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMI_ROW = "{0}, NVIDIA H100 80GB HBM3, 81559 MiB, 570.86.15, {1}"
 
 
 def node(*arguments: str, **how: Any) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Exit code and findings of the node check, whose answer is one line."""
+    """Exit code and findings of the node check, which prints one line."""
     done = lbr("--node", "--json", *arguments, **how)
     assert done.stdout.count("\n") == 1 and done.stdout.endswith("\n"), done.stdout + done.stderr
     report = json.loads(done.stdout)
@@ -69,7 +69,7 @@ def test_run_folder_that_is_full(tmp_path: Path) -> None:
     before = mounted(f"mount -t tmpfs -o size=16k tmpfs {tmp_path}")
     code, found = node("--run-dir", str(tmp_path), before=before)
     assert code == 1 and "No space left" in found["run folder"]["found"]
-    # what was begun is gone again
+    # the file that was begun is deleted again
     listing = (
         "from pathlib import Path; from lbr_dist.launch.doctor.node import check_node;"
         f"folder = Path({str(tmp_path)!r}); check_node(folder, 0); print(*folder.iterdir())"
@@ -86,13 +86,13 @@ def test_too_little_room(tmp_path: Path) -> None:
     assert code == 1 and "--min-free-gb" in found["run folder"]["advice"]
 
 
-def test_file_that_is_read_as_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_reads_back_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"stale")
     (found,) = [f for f in node_check.check_node(tmp_path, None) if f.name == "run folder"]
     assert found.state == "fault" and "not what was written" in found.found and not list(tmp_path.iterdir())
 
 
-def test_gpus_that_are_there(tmp_path: Path) -> None:
+def test_as_many_gpus_as_wanted(tmp_path: Path) -> None:
     rows = "; ".join(f"echo '{SMI_ROW.format(number, 0)}'" for number in range(2))
     how: dict[str, Any] = {"before": two_gpus(tmp_path / "dev")}
     how["PATH"] = str(script(tmp_path / "bin", "nvidia-smi", rows)) + ":/usr/bin:/bin"
@@ -127,7 +127,7 @@ SMI = {
         "uncorrected errors on GPU 1",
     ),
     "no ECC": (f"echo '{SMI_ROW.format(0, '[N/A]')}'; echo '{SMI_ROW.format(1, '[N/A]')}'", "ok", "570.86.15: 2 x"),
-    # what holds the output open outlives the script
+    # a child process keeps the output open
     "hangs": ("sleep 60 & wait", "fault", "gave no answer within 0.5 s"),
     "cannot start": ("", "fault", "cannot be started"),
 }
@@ -161,8 +161,8 @@ def test_first_node(tmp_path: Path) -> None:
     assert "first node" not in node(SLURM_JOB_NODELIST="gone[1-2]", **alone)[1]
 
 
-def test_package_whose_files_are_gone() -> None:
-    # no site-packages, as where a node has not mounted the environment
+def test_missing_packages() -> None:
+    # no site-packages, as on a node that has not mounted the environment
     code = "import sys; sys.path[:] = [path for path in sys.path if 'site-packages' not in path]"
     root = str(Path(lbr_dist.__file__).parents[1])
     exit_code, found = node("--gpus", "1", code=code, PYTHONPATH=root)

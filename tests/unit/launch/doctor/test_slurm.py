@@ -1,4 +1,4 @@
-"""The check of Slurm, with scripts that answer as its own programs do."""
+"""The check of Slurm, with scripts in place of its programs."""
 
 from __future__ import annotations
 

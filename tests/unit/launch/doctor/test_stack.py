@@ -19,12 +19,12 @@ def test_gpus_that_torch_cannot_use(tmp_path: Path) -> None:
     command = [*two_gpus(tmp_path / "dev"), sys.executable, "-m", "lbr_dist.launch.doctor.stack"]
     printed = subprocess.check_output(command, env=environment(CUDA_VISIBLE_DEVICES=None), text=True)
     found = states([json.loads(line) for line in printed.splitlines()])
-    # of a build without CUDA the first, of one with CUDA the second: names in /dev are no GPUs
+    # the first if torch is built without CUDA, else the second: names in /dev are not GPUs
     assert "fault" in (found["torch"], found.get("devices"))
 
 
-def test_gpus_as_torch_tells_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of GPUs that are made up: one is missing, one is busy and old."""
+def test_gpus_as_torch_reports_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three fake GPUs, one is busy and old; a fourth is missing."""
     about = [SimpleNamespace(name="H100", total_memory=80 << 30, major=9, minor=0)] * 2
     about.append(SimpleNamespace(name="V100", total_memory=32 << 30, major=7, minor=0))
     made_up = {
