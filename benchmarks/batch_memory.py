@@ -81,7 +81,7 @@ def measure_step(model: Path, pairs: int) -> None:
     from lbr_dist.data.tokenizer import TextTokenizer
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.ranks import group
-    from lbr_dist.represent import ContrastiveStep
+    from lbr_dist.represent import ContrastiveStep, Represent
     from lbr_dist.trainer import load_engine
 
     ranks = group.start()
@@ -95,7 +95,7 @@ def measure_step(model: Path, pairs: int) -> None:
         represent=RepresentConfig(batch_pairs=pairs, chunk_tokens=CHUNK_TOKENS, keep_graphs=1),
     )
     tokenizer = TextTokenizer(model)
-    engine, _ = load_engine(config, model, tokenizer, "represent", ranks)
+    engine, _ = load_engine(Represent, config, model, tokenizer, ranks)
     engine.train()
     step = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
     step.accumulate([random_batch(WARM_UP, len(tokenizer.hf), seed=1)], "0/0")

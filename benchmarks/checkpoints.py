@@ -48,7 +48,7 @@ def measure(base: Path, folder: Path, turns: int) -> None:
     from lbr_dist.checkpoint.resume import resume
     from lbr_dist.checkpoint.saver import Saver, base_identity
     from lbr_dist.config import CheckpointConfig, DataConfig, LearnConfig, ModelConfig, RunConfig
-    from lbr_dist.data.packing import Sequence
+    from lbr_dist.data.packing import TrainingSequence
     from lbr_dist.data.tokenizer import TextTokenizer
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.ranks import group
@@ -65,11 +65,11 @@ def measure(base: Path, folder: Path, turns: int) -> None:
         checkpoint=CheckpointConfig(keep=1, background=False),
     )
     tokenizer = TextTokenizer(base)
-    engine, _ = load_engine(config, base, tokenizer, "learn", ranks)
+    engine, _ = load_engine(learn.Learn, config, base, tokenizer, ranks)
     engine.train()
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(100, 40000, (16, 96), generator=generator).tolist()
-    sequences = [Sequence(tuple(text[:48]), 8, tuple(text[48:])) for text in texts]
+    sequences = [TrainingSequence(tuple(text[:48]), 8, tuple(text[48:])) for text in texts]
     identity = base_identity(base, weights=False)
     checkpoints = Checkpoints(config.run_path / "learn" / "checkpoints")
     times: dict[str, list[float]] = defaultdict(list)

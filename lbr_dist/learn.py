@@ -10,64 +10,43 @@ The means are over the tokens of the **global** batch, so that the gradient does
 
 from __future__ import annotations
 
-import hashlib
-import sys
-import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lbr_dist.config import LearnConfig, RunConfig
-from lbr_dist.data.packing import PackedRow, Sequence, digest, rank_rows
+from lbr_dist.console import say_aside, silent
+from lbr_dist.data.packing import PackedRow, TrainingSequence, digest, rank_rows
 from lbr_dist.data.records import read_corpus, read_pairs
+from lbr_dist.data.sampler import seed_of
 from lbr_dist.data.targets import LearnData
 from lbr_dist.data.token_cache.build import token_cache
 from lbr_dist.data.token_cache.cache import Tokens, learn_texts
-from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.engine import Engine
-from lbr_dist.export.folder import export, stage_settings
 from lbr_dist.heldout.texts import Diagnostics
-from lbr_dist.model.bottleneck import LossWeights
+from lbr_dist.model.bottleneck import LBRModel, LossWeights
 from lbr_dist.ranks.group import Ranks, total
-from lbr_dist.trainer import load_engine, train, write_summary
-
-
-def load_data(config: RunConfig, tokenizer: TextTokenizer, ranks: Ranks) -> LearnData:
-    """The corpus in pieces, and the training pairs where they are targets.
-
-    Raises:
-        DataError: the corpus gives fewer texts than a batch.
-    """
-    longest = config.learn.max_text_tokens
-
-    def say(message: str) -> None:
-        if ranks.is_first:
-            print(message, file=sys.stderr, flush=True)
-
-    texts, held_out = learn_texts(token_cache(config, 1, say), config)
-    pairs: list[tuple[Tokens, Tokens]] = []
-    if config.learn.targets.pair:
-        found = read_pairs(config.data.train, read_corpus(config.data.corpus))
-        queries = tokenizer.encode([pair.query for pair in found.pairs], longest)
-        documents = tokenizer.encode([found.documents[pair.positives[0]] for pair in found.pairs], longest)
-        pairs = list(zip(queries, documents, strict=True))
-    return LearnData(texts, pairs, tokenizer.drop_id, held_out)
+from lbr_dist.trainer import Stage, run
 
 
 def unit_noise(row: PackedRow, dimension: int, key: str) -> Tensor:
     """``[bottleneck tokens, dimension]`` float32, unit normal: a function of `key` and of each sequence's place in
     the global batch, so that it does not depend on the number of ranks."""
     drawn = []
-    for place in row.order.tolist() or [-1]:  # a row that fills up has one sequence of no place
-        digest = hashlib.blake2b(f"{key}/{place}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    for place in row.order.tolist() or [-1]:  # a filler row holds one sequence that has no place in the batch
+        generator = torch.Generator().manual_seed(seed_of(f"{key}/{place}"))
         drawn.append(torch.randn(row.layout.bottleneck, dimension, generator=generator))
     return torch.cat(drawn)
 
 
 def accumulate_step(
-    engine: Engine, sequences: list[Sequence], learn: LearnConfig, sink_id: int, ranks: Ranks, noise_key: str = ""
+    engine: Engine,
+    sequences: list[TrainingSequence],
+    learn: LearnConfig,
+    sink_id: int,
+    ranks: Ranks,
+    noise_key: str = "",
 ) -> dict[str, float]:
     """Accumulate the gradient of one global batch, reduced once.
 
@@ -112,29 +91,64 @@ def accumulate_step(
     return values | {"num_tokens": float(sum(s.length for s in sequences)), "packing_efficiency": filled}
 
 
+class Learn(Stage[list[TrainingSequence]]):
+    """Stage 1 on one rank; see `trainer.Stage`.
+
+    Raises:
+        DataError: the corpus gives fewer texts than a batch.
+    """
+
+    name = "learn"
+    settings: LearnConfig
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        self.data = self._read()
+
+    def _read(self) -> LearnData:
+        """The corpus in pieces, and the training pairs if they are targets."""
+        config, longest = self.config, self.settings.max_text_tokens
+        cache = token_cache(config, 1, say_aside if self.ranks.is_first else silent)
+        texts, held_out = learn_texts(cache, config)
+        pairs: list[tuple[Tokens, Tokens]] = []
+        if self.settings.targets.pair:
+            found = read_pairs(config.data.train, read_corpus(config.data.corpus))
+            queries = self.tokenizer.encode([pair.query for pair in found.pairs], longest)
+            documents = self.tokenizer.encode([found.documents[pair.positives[0]] for pair in found.pairs], longest)
+            pairs = list(zip(queries, documents, strict=True))
+        return LearnData(texts, pairs, self.tokenizer.drop_id, held_out)
+
+    @classmethod
+    def model_options(cls, config: RunConfig) -> dict[str, Any]:
+        return {"variational": config.learn.kl_weight > 0}
+
+    @classmethod
+    def resident(cls, config: RunConfig, model: LBRModel) -> list[nn.Parameter]:
+        # every row ends in the head
+        return [model.language_loss.weight] if config.engine.resident_head else []
+
+    def attach(self, engine: Engine) -> None:
+        self.engine = engine
+        self.diagnostics = Diagnostics(engine, self.data, self.config, self.tokenizer.sink_id, self.ranks)
+
+    def batch(self, step: int) -> list[TrainingSequence]:
+        return self.data.batch(self.settings, self.config.model.bottleneck_tokens, step, self.config.seed)
+
+    def digest(self, batch: list[TrainingSequence]) -> str:
+        return digest(batch)
+
+    def accumulate(self, batch: list[TrainingSequence], step: int) -> dict[str, float]:
+        noise_key = f"{self.config.seed}/{step}"
+        return accumulate_step(self.engine, batch, self.settings, self.tokenizer.sink_id, self.ranks, noise_key)
+
+    def measure(self) -> dict[str, float]:
+        return self.diagnostics.measure() if self.diagnostics else {}
+
+
 def learn(config: RunConfig, ranks: Ranks) -> None:
     """Run stage 1 on every rank, and export the model after it to `learn/export`.
 
     Raises:
-        DataError, ModelError, CheckpointError, TrainingError: see the messages.
+        DataError, ModelError, CheckpointError, TrainingError, Interrupted: see the messages.
     """
-    began = time.perf_counter()
-    base = config.stage_base("learn")
-    tokenizer = TextTokenizer(base)
-    data = load_data(config, tokenizer, ranks)
-    engine, model = load_engine(config, base, tokenizer, "learn", ranks)
-    diagnostics = Diagnostics(engine, data, config, tokenizer.sink_id, ranks)
-
-    def batch(step: int) -> list[Sequence]:
-        return data.batch(config.learn, config.model.bottleneck_tokens, step, config.seed)
-
-    def run_step(step: int) -> dict[str, float]:
-        return accumulate_step(engine, batch(step), config.learn, tokenizer.sink_id, ranks, f"{config.seed}/{step}")
-
-    def batch_digest(step: int) -> str:
-        return digest(batch(step))
-
-    train("learn", config, ranks, engine, run_step, batch_digest, diagnostics.measure if diagnostics else None)
-    export(model, tokenizer, stage_settings(config, "learn"), config, config.learn_export, ranks)
-    write_summary(config.stage_path("learn"), config, ranks, time.perf_counter() - began)
-    engine.close()
+    run(Learn(config, ranks))

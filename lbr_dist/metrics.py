@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lbr_dist.console import clock
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -248,8 +250,3 @@ def _rate(value: float) -> str:
 def _size(nbytes: float) -> str:
     power = min(3, int(math.log(max(nbytes, 1), 1024)))
     return f"{_rate(nbytes / 1024**power)} {('B', 'KiB', 'MiB', 'GiB')[power]}"
-
-
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -315,9 +315,7 @@ def check_plan(config: RunConfig, ranks: int, local_ranks: int, gpus: int, memor
     from lbr_dist.plan.planner import HEADROOM, StepPlanner
 
     base = Path(config.model.base)
-    extra = 1 + config.model.bottleneck_tokens
-    lengths = [config.data.max_query_tokens + extra, config.data.max_document_tokens + extra]
-    graph = graph_bytes(config.model, base, "cuda" if gpus else "cpu", lengths)
+    graph = graph_bytes(config.model, base, "cuda" if gpus else "cpu", config.sequence_lengths)
     # the kind of GPU decides how long a step takes, not whether it fits
     cluster = Cluster(MACHINES["h100" if gpus else "cpu"], ranks, local_ranks)
     StepPlanner(config, model_sizes(config.model, base), graph, cluster, HEADROOM * memory)

@@ -13,24 +13,22 @@
 
 from __future__ import annotations
 
-import sys
-import time
+from typing import Any
 
 from torch import Tensor
 
 from lbr_dist.config import RepresentConfig, RunConfig
+from lbr_dist.console import say_aside
 from lbr_dist.contrastive.chunks import RankChunks
 from lbr_dist.contrastive.exchange import Exchange
 from lbr_dist.contrastive.grad_cache import forward_backward, surrogate
-from lbr_dist.contrastive.loss import Contrast, check_agreement, temperature_of
+from lbr_dist.contrastive.loss import BatchLoss, Contrast, check_agreement, temperature_of
 from lbr_dist.data.pairs import PairBatch, load_with_dev
-from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.engine import Engine
-from lbr_dist.export.folder import export, stage_settings
 from lbr_dist.heldout.pairs import DevPairs
 from lbr_dist.plan.planner import StepPlanner
 from lbr_dist.ranks.group import Ranks
-from lbr_dist.trainer import load_engine, train, write_summary
+from lbr_dist.trainer import Stage, run
 
 
 class ContrastiveStep:
@@ -70,7 +68,7 @@ class ContrastiveStep:
                 measured.append(self._accumulate_batch(batch, 1.0 / len(batches), f"{key}/{number}"))
         means = {name: sum(values[name] for values in measured) / len(batches) for name in measured[0]}
         texts = [text for batch in batches for text in batch.texts]
-        tokens = sum(1 + len(text) + self.config.model.bottleneck_tokens for text in texts)
+        tokens = sum(self.config.model.sequence_tokens(len(text)) for text in texts)
         return means | {"num_pairs": float(sum(len(b.queries) for b in batches)), "num_tokens": float(tokens)}
 
     def _accumulate_batch(self, batch: PairBatch, weight: float, key: str) -> dict[str, float]:
@@ -78,49 +76,72 @@ class ContrastiveStep:
         chunks = RankChunks(batch, self.config, self.planner.chunk_tokens, self.sink_id, ranks)
         kept = self.planner.kept(chunks.tokens)
         contrast = Contrast(batch, chunks.members, settings, self.exchange, weight)
-        scale: Tensor | None = None
-        if settings.learn_temperature:
-            scale = self.engine(None, task="temperature")
-            contrast.temperature = temperature_of(scale)
-        key, build_cache, pooling = f"{key}/{ranks.rank}", contrast.build_cache, settings.pooling
+        scale = self.engine(None, task="temperature") if settings.learn_temperature else None
+        temperature = settings.temperature if scale is None else temperature_of(scale)
+        found: BatchLoss | None = None
+
+        def build_cache(representations: Tensor) -> Tensor:
+            nonlocal found
+            found = contrast.loss(representations, temperature)
+            return found.gradient
+
+        key, pooling = f"{key}/{ranks.rank}", settings.pooling
         forward_backward(self.engine, chunks.row, len(chunks), kept, build_cache, key, pooling=pooling)
-        values = contrast.measured | {"kept_graphs": float(kept), "chunks": float(len(chunks))}
+        assert found is not None
+        values = found.measured | {"kept_graphs": float(kept), "chunks": float(len(chunks))}
         if scale is not None:
+            assert found.temperature_gradient is not None
             # d loss / d log t = t * d loss / d t, of this rank's queries; reduced with all other gradients
-            self.engine.backward(surrogate(scale, contrast.temperature_gradient * contrast.temperature))
-            values["temperature"] = float(contrast.temperature)
+            self.engine.backward(surrogate(scale, found.temperature_gradient * temperature))
+            values["temperature"] = float(temperature)
         return values
 
 
-def represent(config: RunConfig, ranks: Ranks) -> None:
-    """Run stage 2 on every rank, from stage 1's export where there is one, and export the finished model.
+class Represent(Stage[list[PairBatch]]):
+    """Stage 2 on one rank; see `trainer.Stage`. Its batch of a step is `represent.grad_accum` contrastive batches.
 
     Raises:
-        DataError, ModelError, CheckpointError, TrainingError: see the messages.
+        DataError: there are fewer pairs than a batch, or a development query is trained on.
     """
-    began = time.perf_counter()
-    base = config.stage_base("represent")
-    tokenizer = TextTokenizer(base)
-    pairs, held_out = load_with_dev(config, tokenizer)
-    if pairs.dropped_negatives and ranks.is_first:
-        message = f"represent: {pairs.dropped_negatives:,} listed negatives answer their own query and were left out"
-        print(message, file=sys.stderr, flush=True)
-    engine, model = load_engine(config, base, tokenizer, "represent", ranks)
-    contrastive = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
-    exchange, chunk_tokens = contrastive.exchange, contrastive.planner.chunk_tokens
-    dev = DevPairs(engine, held_out, config, tokenizer.sink_id, exchange, chunk_tokens)
-    accum = config.represent.grad_accum
 
-    def batches(step: int) -> list[PairBatch]:
-        return [pairs.batch(config.represent, step * accum + i, config.seed) for i in range(accum)]
+    name = "represent"
+    settings: RepresentConfig
 
-    def run_step(step: int) -> dict[str, float]:
-        return contrastive.accumulate(batches(step), f"{config.seed}/{step}")
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        self.pairs, self.held_out = load_with_dev(config, self.tokenizer)
+        dropped = self.pairs.dropped_negatives
+        if dropped and ranks.is_first:
+            say_aside(f"represent: {dropped:,} listed negatives answer their own query and were left out")
 
-    def batch_digest(step: int) -> str:
-        return "-".join(f"{batch.digest:016x}" for batch in batches(step))
+    @classmethod
+    def model_options(cls, config: RunConfig) -> dict[str, Any]:
+        return {"temperature": config.represent.temperature if config.represent.learn_temperature else None}
 
-    train("represent", config, ranks, engine, run_step, batch_digest, dev.measure if dev else None)
-    export(model, tokenizer, stage_settings(config, "represent"), config, config.model_path, ranks)
-    write_summary(config.stage_path("represent"), config, ranks, time.perf_counter() - began)
-    engine.close()
+    def attach(self, engine: Engine) -> None:
+        sink_id = self.tokenizer.sink_id
+        self.step = ContrastiveStep(engine, self.config, sink_id, self.ranks)
+        exchange, chunk_tokens = self.step.exchange, self.step.planner.chunk_tokens
+        self.dev = DevPairs(engine, self.held_out, self.config, sink_id, exchange, chunk_tokens)
+
+    def batch(self, step: int) -> list[PairBatch]:
+        accum = self.settings.grad_accum
+        return [self.pairs.batch(self.settings, step * accum + i, self.config.seed) for i in range(accum)]
+
+    def digest(self, batch: list[PairBatch]) -> str:
+        return "-".join(f"{one.digest:016x}" for one in batch)
+
+    def accumulate(self, batch: list[PairBatch], step: int) -> dict[str, float]:
+        return self.step.accumulate(batch, f"{self.config.seed}/{step}")
+
+    def measure(self) -> dict[str, float]:
+        return self.dev.measure() if self.dev else {}
+
+
+def represent(config: RunConfig, ranks: Ranks) -> None:
+    """Run stage 2 on every rank, from stage 1's export if it ran, and export the finished model.
+
+    Raises:
+        DataError, ModelError, CheckpointError, TrainingError, Interrupted: see the messages.
+    """
+    run(Represent(config, ranks))

@@ -1,4 +1,8 @@
-"""What both stages share: the engine around their model, and the loop of steps, log, checkpoints and summary."""
+"""What both stages share: the engine around their model, the loop of steps, log and checkpoints, export and summary.
+
+What differs is in a `Stage`: its data, its batch of a step, how that batch's gradient is accumulated, and what is
+measured on held-out data. `run` does everything else.
+"""
 
 from __future__ import annotations
 
@@ -6,46 +10,120 @@ import json
 import math
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from torch import nn
 
 from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.checkpoint.resume import on_first, resume
 from lbr_dist.checkpoint.saver import Saver, base_identity
-from lbr_dist.config import OptimizerConfig, RunConfig, Stage
+from lbr_dist.config import OptimizerConfig, RunConfig
+from lbr_dist.config import Stage as StageName
+from lbr_dist.console import Say, silent
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.engine import Engine, Update, sharded_init
 from lbr_dist.errors import CheckpointError, Interrupted, RefusedStep, TrainingError
 from lbr_dist.export.checksums import SUMMARY
+from lbr_dist.export.folder import export, stage_settings
 from lbr_dist.metrics import MetricsLog
 from lbr_dist.model.bottleneck import LBRModel, load_model
 from lbr_dist.ranks.group import Ranks, largest, total
+from lbr_dist.ranks.hardware import peak_memory
 from lbr_dist.ranks.interrupt import StopRequest, taking_stops
-from lbr_dist.ranks.traffic import Count
+from lbr_dist.ranks.traffic import by_kind
 from lbr_dist.storage.files import write_atomic
 
+Batch = TypeVar("Batch")
+
 SCORES = ("heldout_target_loss", "heldout_loss", "heldout_perplexity")
-"""The measurement that tells which checkpoint is better: the first of these that there is; lower is better."""
+"""The measurement that ranks checkpoints: the first of these that was measured; lower is better."""
+
+
+class Stage(ABC, Generic[Batch]):
+    """One stage of the method on one rank. Building it reads the data: bad data is refused before a model loads.
+
+    Args:
+        config: the run.
+        ranks: this process among its peers.
+
+    Raises:
+        DataError, ModelError: the data or the tokenizer cannot be used.
+    """
+
+    name: ClassVar[StageName]
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.settings = config.stage(self.name)
+        self.tokenizer = TextTokenizer(config.stage_base(self.name))
+
+    @classmethod
+    def model_options(cls, config: RunConfig) -> dict[str, Any]:
+        """What `load_model` is to add to the model for this stage."""
+        return {}
+
+    @classmethod
+    def resident(cls, config: RunConfig, model: LBRModel) -> list[nn.Parameter]:
+        """Parameters that stay whole on every rank, gathered once a step."""
+        return []
+
+    @abstractmethod
+    def attach(self, engine: Engine) -> None:
+        """Take the engine, once, before the first step. A collective."""
+
+    @abstractmethod
+    def batch(self, step: int) -> Batch:
+        """The **global** batch of a step (counted from 0): the same on every rank, and after a resume."""
+
+    @abstractmethod
+    def digest(self, batch: Batch) -> str:
+        """Tells this batch from any other, so that a resumed run continues with the very next one."""
+
+    @abstractmethod
+    def accumulate(self, batch: Batch, step: int) -> dict[str, float]:
+        """Accumulate the gradient of the batch, reduced once. Returns what to log, the same on every rank.
+
+        Raises:
+            RefusedStep: the step cannot be taken, on any rank. Nothing of it may be applied.
+        """
+
+    @abstractmethod
+    def measure(self) -> dict[str, float]:
+        """Measure the model, in evaluation mode, on held-out data; empty if there is none. The same on every rank."""
 
 
 def load_engine(
-    config: RunConfig, folder: Path, tokenizer: TextTokenizer, stage: Stage, ranks: Ranks
+    stage: type[Stage[Any]], config: RunConfig, folder: Path, tokenizer: TextTokenizer, ranks: Ranks
 ) -> tuple[Engine, LBRModel]:
     """The model of `folder`, sharded as it is built, under the engine; the bottleneck at its own learning rate."""
-    learns = stage == "learn"
     sharding = sharded_init(config.engine, config.model.dtype)
-    variational = learns and config.learn.kl_weight > 0
-    temperature = config.represent.temperature if config.represent.learn_temperature and not learns else None
-    model = load_model(config.model, folder, tokenizer, config.seed, sharding, variational, temperature)
-    optimizer = config.learn.optimizer if learns else config.represent.optimizer
-    # every micro-batch of stage 1 ends in the head: it is gathered once a step
-    resident = [model.language_loss.weight] if learns and config.engine.resident_head else []
-    dtype, fast = config.model.dtype, model.fast_parameters
-    return Engine(model, config.engine, optimizer, dtype, fast, resident, ranks.traffic), model
+    model = load_model(config.model, folder, tokenizer, config.seed, sharding, **stage.model_options(config))
+    optimizer, dtype = config.stage(stage.name).optimizer, config.model.dtype
+    resident = stage.resident(config, model)
+    return Engine(model, config.engine, optimizer, dtype, model.fast_parameters, resident, ranks.traffic), model
+
+
+def run(stage: Stage[Any]) -> None:
+    """Run a stage on every rank: load its model, train, export, write the summary.
+
+    Raises:
+        ModelError, CheckpointError, TrainingError, Interrupted: see the messages.
+    """
+    began = time.perf_counter()
+    config, ranks = stage.config, stage.ranks
+    engine, model = load_engine(type(stage), config, config.stage_base(stage.name), stage.tokenizer, ranks)
+    stage.attach(engine)
+    train(stage, engine)
+    settings = stage_settings(config, stage.name)
+    export(model, stage.tokenizer, settings, config, config.stage_export(stage.name), ranks)
+    write_summary(config.stage_path(stage.name), config, ranks, time.perf_counter() - began)
+    engine.close()
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
@@ -53,11 +131,11 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
     warmup = math.ceil(optimizer.warmup_fraction * steps)
     if step < warmup:
         return optimizer.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     if optimizer.schedule == "constant":
         return optimizer.lr
-    return optimizer.lr * (0.1 + 0.9 * shape[optimizer.schedule])
+    done = (step - warmup) / max(1, steps - warmup)
+    left = 1.0 - done if optimizer.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return optimizer.lr * (0.1 + 0.9 * left)
 
 
 class SpikeGuard:
@@ -81,7 +159,7 @@ class SpikeGuard:
             return math.inf
         return self.optimizer.spike_factor * statistics.median(self.norms)
 
-    def observe(self, update: Update, stage: Stage, step: int, checkpoints: Checkpoints) -> None:
+    def observe(self, update: Update, stage: StageName, step: int, checkpoints: Checkpoints) -> None:
         """Take note of a step.
 
         Raises:
@@ -103,112 +181,88 @@ class SpikeGuard:
             )
 
 
-def train(
-    stage: Stage,
-    config: RunConfig,
-    ranks: Ranks,
-    engine: Engine,
-    run_step: Callable[[int], dict[str, float]],
-    batch_digest: Callable[[int], str],
-    diagnose: Callable[[], dict[str, float]] | None = None,
-) -> None:
+def train(stage: Stage[Any], engine: Engine) -> None:
     """Run a stage's steps, from its newest checkpoint on.
-
-    Args:
-        stage: `learn` or `represent`.
-        config: the run.
-        ranks: this process among its peers.
-        engine: the model and its optimizer.
-        run_step: accumulates the gradients of the step of this number (from 0) and returns what to log; the
-            same on every rank.
-        batch_digest: tells the global batch of a step from any other one: a run goes on with the very next batch.
-        diagnose: measures the model on held-out data, every `diagnose_every` steps.
 
     Raises:
         TrainingError: too many steps in a row were skipped.
-        CheckpointError: the run cannot go on from its checkpoints, or the last one cannot be saved.
-        Interrupted: a rank was told to stop; the state is saved.
+        CheckpointError: the run cannot resume from its checkpoints, or the last one cannot be saved.
+        Interrupted: a rank was asked to stop; the state is saved.
     """
-    settings = config.learn if stage == "learn" else config.represent
-    folder = config.stage_path(stage)
+    config, ranks, settings, name = stage.config, stage.ranks, stage.settings, stage.name
+    folder = config.stage_path(name)
     checkpoints = Checkpoints(folder / "checkpoints")
-    # all weights replace the base's; adapters are nothing without theirs
-    base = on_first(lambda: base_identity(config.stage_base(stage), weights=config.model.lora.rank > 0), ranks)
+    # full fine-tuning replaces all of the base's weights; adapters mean nothing without them
+    base = on_first(lambda: base_identity(config.stage_base(name), weights=config.model.lora.rank > 0), ranks)
     state = resume(engine, checkpoints, ranks, config, base) or {"step": 0, "norms": [], "skipped": 0}
     first: int = state["step"]
-    if first and state["next_batch"] != batch_digest(first):
+    if first and state["next_batch"] != stage.digest(stage.batch(first)):
         raise CheckpointError(
             f"{checkpoints.folder(first)}: the batch of step {first + 1} is not the one it was when this was saved: "
-            "the data has changed. Put back the files that the run began with, or begin another run_dir."
+            "the data has changed. Put back the files that the run began with, or start another run_dir."
         )
     guard = SpikeGuard(settings.optimizer, state["norms"], state["skipped"])
     engine.train()
 
-    def diagnosed(done: int, wanted: bool) -> dict[str, float]:
-        if diagnose is None or not (wanted or done % max(1, settings.diagnose_every) == 0):
+    def measured(done: int, wanted: bool) -> dict[str, float]:
+        every = settings.diagnose_every
+        if not every or not (wanted or done % every == 0):
             return {}
-        ranks.watchdog.beat(f"the measurements of step {done} of {stage}")
+        ranks.watchdog.beat(f"the measurements of step {done} of {name}")
         engine.train(False)
-        values = diagnose()
+        values = stage.measure()
         engine.train()
         return values
 
-    log_or_not = MetricsLog(folder, stage, settings.steps, start_step=first) if ranks.is_first else nullcontext()
+    log_or_not = MetricsLog(folder, name, settings.steps, start_step=first) if ranks.is_first else nullcontext()
     stop = StopRequest()
     with log_or_not as log, taking_stops(stop.take):
-        say = log.say if log is not None else lambda message: None
+        say: Say = log.say if log is not None else silent
         if first == 0 and settings.steps:
-            values = diagnosed(0, wanted=True)
+            values = measured(0, wanted=True)
             if log is not None and values:
                 log.log(0, **values)
-        with Saver(engine, checkpoints, ranks, config, stage, base, say) as saver:
+        with Saver(engine, checkpoints, ranks, config, name, base, say) as saver:
             saved = time.monotonic()
             for step in range(first, settings.steps):
-                ranks.watchdog.beat(f"step {step + 1} of {stage}")
-                values, update = _take(step, config, stage, ranks, engine, run_step, guard, say)
+                ranks.watchdog.beat(f"step {step + 1} of {name}")
+                values, update = optimizer_step(stage, engine, step, guard.largest_norm, say)
                 done = step + 1
                 stop.look_ahead(saver.seconds)
                 told, late = _agree(stop, saved, config.checkpoint.every_minutes, ranks)
                 last = done == settings.steps
                 due = last or told or late or done % config.checkpoint.every_steps == 0
-                values |= diagnosed(done, wanted=last or (due and not told and config.checkpoint.keep_best > 0))
+                values |= measured(done, wanted=last or (due and not told and config.checkpoint.keep_best > 0))
                 if saver.stall:
                     values["save_stall_seconds"], saver.stall = saver.stall, 0.0
                 if log is not None:
                     log.log(done, **values)
-                guard.observe(update, stage, done, checkpoints)
+                guard.observe(update, name, done, checkpoints)
                 if due:
-                    ranks.watchdog.beat(f"the checkpoint of step {done} of {stage}")
+                    ranks.watchdog.beat(f"the checkpoint of step {done} of {name}")
                     state = {"step": done, "norms": list(guard.norms), "skipped": guard.skipped}
                     score = next((values[n] for n in SCORES if math.isfinite(values.get(n, math.nan))), None)
-                    saver.save(state | {"next_batch": batch_digest(done)}, values, score)
+                    saver.save(state | {"next_batch": stage.digest(stage.batch(done))}, values, score)
                     saved = time.monotonic()
                 if last or told:
                     saver.wait()
-                    _end(stage, done, last, told, stop, saver, checkpoints)
+                    _end(name, done, last, told, stop, saver, checkpoints)
 
 
-def _take(
-    step: int,
-    config: RunConfig,
-    stage: Stage,
-    ranks: Ranks,
-    engine: Engine,
-    run_step: Callable[[int], dict[str, float]],
-    guard: SpikeGuard,
-    say: Callable[[str], None],
+def optimizer_step(
+    stage: Stage[Any], engine: Engine, step: int, largest_norm: float, say: Say
 ) -> tuple[dict[str, float], Update]:
-    """One optimizer step: what to log of it, and what it did."""
-    settings = config.learn if stage == "learn" else config.represent
+    """One optimizer step (counted from 0): what to log of it, and what it did."""
+    config, ranks, settings = stage.config, stage.ranks, stage.settings
     began = time.perf_counter()
     rate = learning_rate(settings.optimizer, step, settings.steps)
     ranks.traffic.take()
     # what dropout draws depends on nothing that came before
     torch.manual_seed((config.seed * settings.steps + step) * ranks.world_size + ranks.rank)
     try:
-        values = run_step(step)
-        update = engine.step(rate, guard.largest_norm)
-    except RefusedStep as refused:  # on every rank alike
+        values = stage.accumulate(stage.batch(step), step)
+        update = engine.step(rate, largest_norm)
+    except RefusedStep as refused:  # on every rank
         engine.discard()
         values, update = {}, Update(math.nan, applied=False)
         say(f"step {step + 1} is skipped. {refused}")
@@ -220,7 +274,7 @@ def _take(
     }
     values |= {"lr": rate, "grad_norm": update.grad_norm, "seconds": seconds} | throughput
     values |= {} if update.applied else {"skipped": 1}
-    return values | exchanged(ranks) | {"peak_memory_bytes": peak_memory(ranks.device)}, update
+    return values | by_kind(ranks.traffic.take()) | {"peak_memory_bytes": peak_memory(ranks.device)}, update
 
 
 def _agree(stop: StopRequest, saved: float, minutes: float | None, ranks: Ranks) -> tuple[bool, bool]:
@@ -231,7 +285,7 @@ def _agree(stop: StopRequest, saved: float, minutes: float | None, ranks: Ranks)
 
 
 def _end(
-    stage: Stage, done: int, last: bool, told: bool, stop: StopRequest, saver: Saver, checkpoints: Checkpoints
+    stage: StageName, done: int, last: bool, told: bool, stop: StopRequest, saver: Saver, checkpoints: Checkpoints
 ) -> None:
     """The end of the loop, when the state is saved. Told to stop at the last step, a run stops before its export.
 
@@ -248,29 +302,6 @@ def _end(
         by = f" by {stop.name}" if stop else ""
         found = f"but not saved: {saver.failure}" if saver.failure else f"saved in {checkpoints.folder(done)}"
         raise Interrupted(f"{stage}: stopped{by} after step {done}, {found}. Started again, the run goes on.")
-
-
-def exchanged(ranks: Ranks) -> dict[str, float]:
-    """Calls and bytes of this rank's collectives since they were last taken, by kind and in all."""
-    kinds: dict[str, Count] = {}
-    for name, count in ranks.traffic.take().items():
-        kind = name.replace("_into_tensor", "").replace("_tensor", "").replace("_coalesced", "")
-        kinds[kind] = kinds.get(kind, Count()) + count
-    values: dict[str, float] = {}
-    for kind, count in kinds.items():
-        values |= {f"{kind}_calls": count.calls, f"{kind}_bytes": count.within + count.between}
-    values["bytes_within_node"] = sum(count.within for count in kinds.values())
-    values["bytes_between_nodes"] = sum(count.between for count in kinds.values())
-    return values
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch held on a GPU, or that this process held of the machine's memory, so far."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    # not ru_maxrss, which a child takes over from its parent
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def write_summary(folder: Path, config: RunConfig, ranks: Ranks, seconds: float) -> None:

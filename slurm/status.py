@@ -19,7 +19,7 @@ from typing import Any
 
 from lbr_dist.config import RunConfig
 from lbr_dist.config.file import read_config
-from lbr_dist.metrics import clock
+from lbr_dist.console import clock
 from lbr_dist.slurm import journal, scheduler
 from lbr_dist.slurm.journal import STAGES, JobStage, Submission
 from lbr_dist.slurm.scheduler import Job

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 from lbr_dist.config import DataConfig, LearnConfig, ModelConfig, RunConfig
-from lbr_dist.data.packing import Sequence
+from lbr_dist.data.packing import TrainingSequence
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.launch.worker import quiet_libraries
-from lbr_dist.learn import accumulate_step
+from lbr_dist.learn import Learn, accumulate_step
 from lbr_dist.ranks import group
 from lbr_dist.trainer import load_engine
 
@@ -43,11 +43,11 @@ def main() -> None:
         learn=LearnConfig(bottleneck="none" if plain else "mask", row_tokens=args.row_tokens, max_text_tokens=64),
     )
     tokenizer = TextTokenizer(args.model)
-    engine, _ = load_engine(config, args.model, tokenizer, "learn", ranks)
+    engine, _ = load_engine(Learn, config, args.model, tokenizer, ranks)
     engine.train()
     fields = [json.loads(line) for line in args.sequences.read_text(encoding="utf-8").splitlines()]
     sequences = [
-        Sequence(
+        TrainingSequence(
             tuple(f["context"]),
             k,
             () if plain else tuple(f["target"]),

@@ -19,7 +19,7 @@ from lbr_dist.data.pairs import PairBatch
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.launch.worker import quiet_libraries
 from lbr_dist.ranks import group
-from lbr_dist.represent import ContrastiveStep
+from lbr_dist.represent import ContrastiveStep, Represent
 from lbr_dist.trainer import load_engine
 
 
@@ -80,7 +80,7 @@ def main() -> None:
         ),
     )
     tokenizer = TextTokenizer(args.model)
-    engine, _ = load_engine(config, args.model, tokenizer, "represent", ranks)
+    engine, _ = load_engine(Represent, config, args.model, tokenizer, ranks)
     engine.train()
     contrastive = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
     seconds, cpu_seconds, tokens, losses, norms, chunks, kept = [], [], [], [], [], 0, 0

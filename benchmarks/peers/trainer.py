@@ -4,7 +4,7 @@
         benchmarks/peers/trainer.py --model BASE --sequences SEQUENCES.jsonl --deepspeed CONFIG.json --steps 5
 
 Starts once a rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. SEQUENCES.jsonl has one object
-a line, the fields of `lbr_dist.data.packing.Sequence`: lists of token ids named `context`, `target` and, where it
+a line, the fields of `lbr_dist.data.packing.TrainingSequence`: lists of token ids named `context`, `target` and, if it
 differs, `target_inputs`. With `--sampling sequential`, step t takes the t-th `ranks x batch x accumulation` lines.
 
 Two forms:

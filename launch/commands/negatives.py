@@ -116,21 +116,17 @@ def _run_here(settings: MiningSettings, candidates: Candidates, ranks: int, say:
 
             run_stage("negatives", settings.work / SETTINGS, ranks, settings.work / "logs")
         else:
-            import torch
-
             from lbr_dist.launch.worker import quiet_libraries
             from lbr_dist.mining.mine import mine
             from lbr_dist.ranks.group import Ranks
 
             quiet_libraries()
-            mine(settings, candidates, Ranks(0, 1, 0, torch.device(settings.device)), say)
+            mine(settings, candidates, Ranks.alone(settings.device), say)
         clean(settings)
 
 
 def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> None:
     """Mine as one rank of another launcher; the first rank makes the work folder and removes it."""
-    import torch.distributed as dist
-
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.mining.mine import mine
     from lbr_dist.mining.work import clean, prepare
@@ -140,9 +136,9 @@ def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> 
         quiet_libraries()
         if ranks.is_first:
             prepare(settings, say)
-        dist.barrier()
+        group.meet(ranks)
         mine(settings, candidates, ranks, say)
-        dist.barrier()
+        group.meet(ranks)
         if ranks.is_first:
             clean(settings)
 

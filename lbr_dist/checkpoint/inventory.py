@@ -1,6 +1,6 @@
-"""What lies in the checkpoint folders of a run, for people and scripts: reads manifests and sizes, and no tensors.
+"""List the checkpoints in a run folder, for people and scripts. Reads manifests and file sizes, but no tensors.
 
-A run may write, publish and delete while this looks. Imports no torch.
+A job may write, publish and delete checkpoints at the same time. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _SET_ASIDE = re.compile(r"step-(\d+)-\d+")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A checkpoint, or what is left or will be of one."""
+class CheckpointRow:
+    """A checkpoint: complete, damaged, unfinished or set aside."""
 
     stage: Stage
     step: int
@@ -40,20 +40,20 @@ class Row:
     """What is damaged, or why it was set aside."""
 
     num_bytes: int
-    """Of the files that are there."""
+    """Total size of its files."""
 
     age: float | None
-    """Seconds since it was saved, or was last changed where it has no readable manifest; never negative."""
+    """Seconds since it was saved, or since it last changed if it has no readable manifest; never negative."""
 
     manifest: Manifest | None
     latest: bool = False
-    """The one that `latest_step` gives."""
+    """Whether it is the one that `latest_step` returns."""
 
     best: bool = False
-    """Of the lowest held-out loss among the complete ones of its stage."""
+    """Whether it has the lowest held-out loss of its stage's complete checkpoints."""
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """As a dict for JSON."""
         found = self.manifest
         return {
             "stage": self.stage,
@@ -77,10 +77,10 @@ def checkpoints_of(run: Path, stage: Stage) -> Checkpoints:
 
 
 def check_run(run: Path) -> None:
-    """Refuse what is no run folder.
+    """Check that this is a run folder.
 
     Raises:
-        CheckpointError: says what was found.
+        CheckpointError: if it is not; says what was found.
     """
     if (run / "config.yaml").is_file() or any(checkpoints_of(run, stage).path.is_dir() for stage in STAGES):
         return
@@ -91,24 +91,24 @@ def check_run(run: Path) -> None:
     raise CheckpointError(f"{run}: found {found}, expected a run folder. Name the run_dir of a config.")
 
 
-def inventory(run: Path, stages: Sequence[Stage]) -> list[Row]:
-    """All that lies in the stages' checkpoint folders: published ones by their steps, then the others."""
+def inventory(run: Path, stages: Sequence[Stage]) -> list[CheckpointRow]:
+    """All checkpoints of the stages: published ones in order of their steps, then the others."""
     return [row for stage in stages for row in _stage(stage, checkpoints_of(run, stage))]
 
 
 def latest_step(checkpoints: Checkpoints) -> int | None:
-    """The step that the pointer names; that of the newest published one where it names none."""
+    """The step in `latest.json`; the newest published step if that names no published checkpoint."""
     steps, pointer = checkpoints.steps(), checkpoints.pointer()
     return pointer if pointer in steps else max(steps, default=None)
 
 
 def best_step(complete: Sequence[Manifest]) -> int | None:
-    """The step of the lowest held-out loss; the first of equal ones, None where none was measured."""
+    """The step with the lowest held-out loss; the earliest if several are equal, None if none was measured."""
     scored = [(found.score, found.step) for found in complete if found.score is not None]
     return min(scored)[1] if scored else None
 
 
-def _stage(stage: Stage, checkpoints: Checkpoints) -> Iterator[Row]:
+def _stage(stage: Stage, checkpoints: Checkpoints) -> Iterator[CheckpointRow]:
     states: dict[int, str | None] = {}
     complete = []
     for step in checkpoints.steps():
@@ -134,7 +134,7 @@ def _stage(stage: Stage, checkpoints: Checkpoints) -> Iterator[Row]:
 
 
 def set_aside(checkpoints: Checkpoints) -> list[tuple[int, Path]]:
-    """Steps and folders of those that were set aside."""
+    """Steps and folders of the checkpoints that were set aside."""
     found = ((_SET_ASIDE.fullmatch(path.name), path) for path in _folders(checkpoints.path / SET_ASIDE))
     return [(int(match[1]), path) for match, path in found if match]
 
@@ -147,12 +147,13 @@ def _row(
     reason: str | None = None,
     latest: bool = False,
     best: bool = False,
-) -> Row:
+) -> CheckpointRow:
     manifest = None
     with contextlib.suppress(OSError, CheckpointError):
         text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
         manifest = Manifest.parse(text, path / MANIFEST)
-    return Row(stage, step, path, state, reason, num_bytes(path), _age(path, manifest), manifest, latest, best)
+    size, age = num_bytes(path), _age(path, manifest)
+    return CheckpointRow(stage, step, path, state, reason, size, age, manifest, latest, best)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -163,7 +164,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def num_bytes(folder: Path) -> int:
-    """Of the files in a folder that may be changing."""
+    """Total size of the files in a folder, which may be changing."""
     total = 0
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
@@ -173,7 +174,7 @@ def num_bytes(folder: Path) -> int:
 
 
 def _age(path: Path, manifest: Manifest | None) -> float | None:
-    """A clock that was set back since, or another machine's that is ahead, makes it zero."""
+    """Zero if the clock was set back since, or if the machine that saved has a clock that is ahead."""
     now = datetime.now(UTC)
     try:
         if manifest is not None:
@@ -193,8 +194,8 @@ def _reason(path: Path) -> str | None:
 # ---- as a table ----------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row]) -> str:
-    """One line a checkpoint, under a line of headings."""
+def table(rows: Sequence[CheckpointRow]) -> str:
+    """One line per checkpoint, under a line of headings."""
     lines = [("stage", "step", "size", "age", "ranks", "loss", "held-out", "state")]
     for row in rows:
         found = row.manifest
@@ -219,7 +220,7 @@ def _number(value: Any) -> str:
 
 
 def size_text(count: int) -> str:
-    """Bytes, for people."""
+    """A number of bytes in a readable unit."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

@@ -1,4 +1,4 @@
-"""The checkpoints of a stage on disk: what each holds, whether it still does, and which of them stay.
+"""The checkpoints of a stage on disk: what each contains, whether it is intact, and which ones are kept.
 
     checkpoints/step-000200/manifest.json             what was saved, and size and checksum of every file
                            /rank-00000.safetensors    each rank's share of the state
@@ -6,7 +6,7 @@
     checkpoints/.saving-step-000400/                  being written; published by one rename
     checkpoints/set-aside/step-000400-1/              damaged or left behind: never read again, never deleted by a run
 
-Everything is ordered by steps; times are for people alone. Imports no torch.
+Checkpoints are ordered by step; times are only for people. Imports no torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lbr_dist.storage.files import checksum, make_private, sync, text_checksum, 
 MANIFEST, POINTER, SET_ASIDE, REASON = "manifest.json", "latest.json", "set-aside", "reason.json"
 FORMAT = 1
 STATE_BYTES = 12
-"""Of a trained parameter in a checkpoint: float32 master weight and two moments."""
+"""Bytes per trained parameter in a checkpoint: float32 master weight and two moments."""
 _STEP = re.compile(r"step-(\d{6,})")
 _UNFINISHED = (".saving-", ".deleting-")
 
@@ -46,32 +46,32 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds; `manifest.json`, with a checksum of its own."""
+    """What a checkpoint contains: the content of `manifest.json`, which has its own checksum."""
 
     stage: str
     step: int
     world_size: int
     saved_at: str
     versions: dict[str, str]
-    """Of lbr-dist, its sources, torch and deepspeed."""
+    """Of lbr-dist, torch and deepspeed, and a checksum of lbr-dist's sources."""
 
     config: dict[str, Any]
-    """The run's, resolved."""
+    """The run's resolved config."""
 
     base: dict[str, Any]
-    """Checksums of what the run's model folder is; see `base_identity`."""
+    """Checksums that identify the model folder that the stage started from; see `base_identity`."""
 
     parameters: dict[str, list[int]]
     """Names and shapes of the trained parameters."""
 
     state: dict[str, Any]
-    """What the loop goes on with."""
+    """What the training loop needs to resume."""
 
     values: dict[str, Any]
     """What was logged at this step."""
 
     score: float | None
-    """The held-out loss; lower is better. None where none was measured."""
+    """The held-out loss; lower is better. None if it was not measured."""
 
     files: dict[str, dict[str, Any]]
     """``bytes`` and ``xxh3_128`` of every file but this one."""
@@ -90,14 +90,15 @@ class Manifest:
         """Read what `to_text` wrote.
 
         Raises:
-            CheckpointError: it is not as it was written.
+            CheckpointError: if the text was changed, or is of another format.
         """
         try:
             content = json.loads(text)
             found = content.pop("checksum")
             if content["format"] != FORMAT:
                 raise CheckpointError(
-                    f"{where}: of format {content['format']}, this version of lbr-dist reads {FORMAT}."
+                    f"{where}: found format {content['format']}, expected {FORMAT}. Use the version of lbr-dist that "
+                    "saved it."
                 )
             if found != _checksum(content):
                 raise ValueError("its checksum differs")
@@ -111,7 +112,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """Replace NaN and infinity, which JSON does not have, with null."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -129,26 +130,26 @@ class Checkpoints:
         return self.path / tag(step)
 
     def steps(self) -> list[int]:
-        """Steps of the published ones, whatever their state, from the first to the last."""
+        """Steps of the published checkpoints in order, damaged or not."""
         if not self.path.is_dir():
             return []
         found = (_STEP.fullmatch(path.name) for path in self.path.iterdir() if path.is_dir())
         return sorted(int(match[1]) for match in found if match and match[0] == tag(int(match[1])))
 
     def pointer(self) -> int | None:
-        """The step of the newest one that was published; None where nothing was, or the pointer is unreadable."""
+        """The step in `latest.json`; None if there is no such file, or it cannot be read."""
         try:
             return int(json.loads((self.path / POINTER).read_text(encoding="utf-8"))["step"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    # ---- looking ---------------------------------------------------------------------------------------------------
+    # ---- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, step: int) -> Manifest:
-        """The manifest of a checkpoint whose files are all there, of the right sizes. Reads none of them.
+        """The manifest of a checkpoint whose files all exist and have the right sizes. Does not read those files.
 
         Raises:
-            CheckpointError: says what is missing or differs.
+            CheckpointError: if one is missing or differs; names it.
         """
         folder = self.folder(step)
         path = folder / MANIFEST
@@ -160,18 +161,18 @@ class Checkpoints:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
         manifest = Manifest.parse(text, path)
         if manifest.step != step:
-            raise CheckpointError(f"{path}: is of step {manifest.step}, the folder of step {step}.")
+            raise CheckpointError(f"{path}: found step {manifest.step}, expected {step} as in the folder's name.")
         for name, entry in manifest.files.items():
             try:
                 size = (folder / name).stat().st_size
             except OSError:
-                raise CheckpointError(f"{folder / name}: missing, though {MANIFEST} names it.") from None
+                raise CheckpointError(f"{folder / name}: missing, but {MANIFEST} lists it.") from None
             if size != entry["bytes"]:
                 raise CheckpointError(f"{folder / name}: found {size:,} bytes, expected {entry['bytes']:,}.")
         return manifest
 
     def damaged_files(self, manifest: Manifest, names: Iterable[str]) -> list[str]:
-        """Read files, one after another; a message for each that is not what was written."""
+        """Read files one after another; return a message for each damaged one."""
         problems = []
         for name in names:
             path = self.folder(manifest.step) / name
@@ -182,14 +183,14 @@ class Checkpoints:
                 continue
             expected = manifest.files[name]["xxh3_128"]
             if found != expected:
-                problems.append(f"{path}: its checksum is {found}, expected {expected}: it is not what was written")
+                problems.append(f"{path}: its checksum is {found}, expected {expected}: the file is damaged")
         return problems
 
     def verify(self, step: int, threads: int = 4) -> Manifest:
-        """Read all of a checkpoint.
+        """Read a whole checkpoint, and compare its files with their checksums.
 
         Raises:
-            CheckpointError: it is not what was written; names the file.
+            CheckpointError: if a file is missing or damaged; names it.
         """
         manifest = self.read(step)
         with ThreadPoolExecutor(threads) as pool:
@@ -203,7 +204,7 @@ class Checkpoints:
         return manifest
 
     def complete(self) -> list[Manifest]:
-        """Of those whose files are all there, from the first to the last."""
+        """Manifests of the checkpoints whose files all exist and have the right sizes, in order of step."""
         found = []
         for step in self.steps():
             try:
@@ -225,7 +226,7 @@ class Checkpoints:
         make_private(self.saving(step))
 
     def publish(self, manifest: Manifest) -> None:
-        """Give a checkpoint its name, when all of its files are on disk: it is there as a whole from now on."""
+        """Publish a checkpoint as a whole, by a rename, when all of its files are on disk."""
         building, folder = self.saving(manifest.step), self.folder(manifest.step)
         write_manifest(building, manifest)
         if folder.exists():
@@ -235,7 +236,7 @@ class Checkpoints:
         move_pointer(self.path, manifest)
 
     def set_aside(self, step: int, why: str) -> Path:
-        """Take a checkpoint out of the way, with a note why. It is never deleted by a run."""
+        """Move a checkpoint to `set-aside/`, with a note that says why. A run never deletes it."""
         parent = self.path / SET_ASIDE
         make_private(parent)
         number = 1
@@ -248,14 +249,14 @@ class Checkpoints:
         return place
 
     def remove(self, step: int) -> None:
-        """Delete a checkpoint; a half-deleted one is never taken for one."""
+        """Delete a checkpoint. Renamed first, so that a half-deleted one is never mistaken for a checkpoint."""
         place = self.path / f".deleting-{tag(step)}"
         shutil.rmtree(place, ignore_errors=True)
         self.folder(step).rename(place)
         shutil.rmtree(place)
 
     def clean(self) -> list[str]:
-        """Delete what a killed job left unfinished, and name it. Only who holds the run's lock may."""
+        """Delete what a killed job left unfinished, and return the names. The caller must hold the run's lock."""
         if not self.path.is_dir():
             return []
         left = [path for path in self.path.iterdir() if path.name.startswith(_UNFINISHED)]
@@ -264,7 +265,7 @@ class Checkpoints:
         return sorted(path.name for path in left)
 
     def retain(self, settings: CheckpointConfig) -> list[int]:
-        """Delete what need not stay. Returns the steps deleted."""
+        """Delete the checkpoints that no rule keeps. Returns their steps."""
         gone = superfluous(self.complete(), settings)
         for step in gone:
             self.remove(step)
@@ -272,18 +273,18 @@ class Checkpoints:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Complete an unpublished checkpoint."""
+    """Write the manifest, which completes an unpublished checkpoint."""
     write_atomic(folder / MANIFEST, manifest.to_text())
 
 
 def move_pointer(path: Path, manifest: Manifest) -> None:
-    """Name the newest checkpoint."""
+    """Make `latest.json` name the newest checkpoint."""
     content = {"step": manifest.step, "tag": tag(manifest.step), "world_size": manifest.world_size}
     write_atomic(path / POINTER, json.dumps(content) + "\n")
 
 
 def superfluous(complete: Sequence[Manifest], settings: CheckpointConfig) -> list[int]:
-    """Steps of those that no rule keeps. Damaged ones are not counted as kept, and not deleted."""
+    """Steps of the complete checkpoints that no rule keeps. Damaged ones do not count as kept, and are not deleted."""
     kept = {manifest.step for manifest in complete[-settings.keep :]}
     if settings.keep_every:
         kept |= {manifest.step for manifest in complete if manifest.step % settings.keep_every == 0}
@@ -293,7 +294,7 @@ def superfluous(complete: Sequence[Manifest], settings: CheckpointConfig) -> lis
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write to the file system of a folder, there or to be made."""
+    """Bytes that this user may still write to the file system of a folder, which need not exist yet."""
     while not path.exists():
         path = path.parent
     found = os.statvfs(path)

@@ -1,12 +1,12 @@
-"""Checkpoints of a stage, saved while it trains: sharded, verified, published as a whole or not at all.
+"""Save a stage's checkpoints while it trains: sharded, with checksums, published as a whole or not at all.
 
-    copy       every rank copies its share to the host's memory; training goes on       the only time it waits
+    copy       every rank copies its share to host memory                               training waits only for this
     write      every rank writes its file and flushes it to the disk                    in the background
     agree      all ranks report size and checksum, or what went wrong
     publish    rank 0 writes the manifest, renames the folder, moves the pointer
 
-A process that dies anywhere leaves the last checkpoint as it was. A save that fails is said loudly; training goes on,
-and the next one tries again.
+If a process dies at any point, the last checkpoint stays as it was. A save that fails is logged as a warning; training
+continues, and the next save tries again.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from lbr_dist.checkpoint import manifest, shards
 from lbr_dist.checkpoint.manifest import Checkpoints, Manifest
 from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.engine import Engine
-from lbr_dist.ranks.group import Ranks
+from lbr_dist.ranks.group import Ranks, from_all
 from lbr_dist.storage.files import checksum, sync, text_checksum
 
-_SPARE = 1.02  # manifest, file system's own
-_PATIENCE = timedelta(days=1)  # of a background thread for the slowest rank's disk; what hangs is the watchdog's
+_SPARE = 1.02  # for the manifest and the file system's overhead
+_PATIENCE = timedelta(days=1)  # how long the background thread waits for the slowest disk; the watchdog catches hangs
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What a rank tells the others of its part of a save."""
+class SaveReport:
+    """What a rank reports to the others about its part of a save."""
 
     problem: str = ""
     num_bytes: int = 0
@@ -55,11 +55,11 @@ class Report:
 
 
 def base_identity(folder: Path, weights: bool) -> dict[str, str]:
-    """Checksums of what tells a model folder from another one.
+    """Checksums that identify a model folder.
 
     Args:
         folder: in Hugging Face's format.
-        weights: of the weights as well, all of which are read.
+        weights: include the weights; this reads all of them.
     """
     files = [folder / name for name in ("config.json", "tokenizer.json") if (folder / name).exists()]
     files += sorted(folder.glob("*.safetensors")) if weights else []
@@ -67,7 +67,7 @@ def base_identity(folder: Path, weights: bool) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of this program, of its sources as they are, and of what its numbers depend on."""
+    """Versions of lbr-dist, torch and deepspeed, and a checksum of lbr-dist's source files."""
     root = Path(lbr_dist.__file__).parent
     sources = sorted(
         Path(top) / n for top, _, names in os.walk(root, followlinks=True) for n in names if n[-3:] == ".py"
@@ -77,16 +77,16 @@ def versions() -> dict[str, str]:
 
 
 class Saver:
-    """Saves a stage's checkpoints; all ranks make one alike. Use it as a context manager.
+    """Saves a stage's checkpoints. Every rank creates one. Use it as a context manager.
 
     Args:
-        engine: what is saved.
-        checkpoints: where.
-        ranks: this process among its peers.
-        config: the run.
+        engine: holds the state to save.
+        checkpoints: the folder to save to.
+        ranks: this process's rank and the world size.
+        config: of the run.
         stage: `learn` or `represent`.
         base: `base_identity` of the folder that the stage's model came from.
-        say: prints a line, on the first rank.
+        say: prints a line on the first rank.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Saver:
             score=None,
             files={},
         )
-        # of its own, so that the ranks can agree in the background while training uses the others
+        # a separate group, so that the ranks can agree in the background while training uses the others
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
@@ -123,13 +123,13 @@ class Saver:
         self.stall = 0.0
         """Seconds that training waited for the last save."""
         self.seconds = 0.0
-        """Seconds from the beginning of the last save until it was published."""
+        """Seconds from the start of the last save until it was published."""
         self.failure: str | None = None
-        """Why the last save failed; None where it did not."""
+        """Why the last save failed; None if it did not."""
         if not engine.can_save:
-            say("note: the state of an optimizer that is offloaded to nvme is not saved: no checkpoints")
+            say("note: no checkpoints will be saved, because the optimizer is offloaded to nvme")
         elif self.settings.background:
-            self._copy(self._tensors())  # the first touch of the buffer takes longer than any copy
+            self._copy(self._tensors())  # touching the buffer for the first time takes longer than any copy
 
     def __enter__(self) -> Saver:
         return self
@@ -138,16 +138,16 @@ class Saver:
         self.close()
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait for a save that is still being written."""
         self._thread.shutdown()
         if dist.is_initialized():
             dist.destroy_process_group(self._group)
 
     def save(self, state: dict[str, Any], values: dict[str, Any], score: float | None) -> None:
-        """Save after ``state["step"]`` steps; in the background, where the settings say so.
+        """Save after ``state["step"]`` steps, in the background if `checkpoint.background` is set.
 
         Args:
-            state: what the loop goes on with; the same on every rank.
+            state: what the training loop needs to resume; the same on every rank.
             values: what was logged at this step.
             score: the held-out loss at this step, if it was measured.
         """
@@ -170,7 +170,7 @@ class Saver:
         self.stall = time.perf_counter() - began
 
     def wait(self) -> None:
-        """Return when the last save is published, or has failed."""
+        """Wait until the last save is published or has failed."""
         if self._running is not None:
             running, self._running = self._running, None
             running.result()
@@ -178,7 +178,7 @@ class Saver:
     # ---- the parts of a save ---------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
-        """This rank's file, as views of what the optimizer works on."""
+        """The tensors of this rank's file, as views of the optimizer's state."""
         return {
             f"{kind}/{part.name}": view
             for part in self.engine.slices()
@@ -187,7 +187,7 @@ class Saver:
         }
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as they are now, in one buffer of the host's memory."""
+        """Copy the tensors into one buffer in host memory."""
         if self._buffer is None:
             elements = sum(tensor.numel() for tensor in tensors.values())
             self._buffer = torch.empty(elements, dtype=torch.float32, pin_memory=self.ranks.device.type == "cuda")
@@ -198,7 +198,7 @@ class Saver:
             source = first.as_strided((length,), (1,), first.storage_offset())
             copy = self._buffer[offset : offset + length]
             if source.device.type == "cpu":
-                # the C library's copy leaves the caches alone where it is long: half the time of torch's
+                # for long copies the C library bypasses the CPU's caches: half the time of torch's copy
                 np.copyto(copy.numpy(), source.numpy())
             else:
                 copy.copy_(source, non_blocking=True)
@@ -209,7 +209,7 @@ class Saver:
         return {name: copies[name] for name in tensors}
 
     def _prepare(self, step: int, num_bytes: int) -> str:
-        """Make the folder, and look whether there is room. Returns what is wrong, the same on every rank."""
+        """Make the folder and check for free space. Returns the problem, if any; the same on every rank."""
         problem, free = "", 0
         if self.ranks.is_first:
             try:
@@ -217,28 +217,28 @@ class Saver:
                 free = manifest.free_bytes(self.checkpoints.path)
             except OSError as error:
                 problem = f"{error.filename}: {error.strerror}"
-        reports = self._gather(Report(problem, num_bytes, free))
+        reports = self._gather(SaveReport(problem, num_bytes, free))
         needed, free = int(sum(report.num_bytes for report in reports) * _SPARE), reports[0].free_bytes
         if not reports[0].problem and needed > free:
             return f"{self.checkpoints.path}: needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
         return reports[0].problem
 
     def _write(self, blank: Manifest, tensors: dict[str, Tensor], notes: dict[str, str], began: float) -> None:
-        """Write this rank's file, agree with the others, publish, and delete what need not stay."""
+        """Write this rank's file, agree with the others, publish, and delete checkpoints that no rule keeps."""
         folder = self.checkpoints.saving(blank.step)
         path = folder / shards.file_name(self.ranks.rank)
         try:
-            report = Report(written=shards.write(path, tensors, notes))
+            report = SaveReport(written=shards.write(path, tensors, notes))
             sync(folder)
         except OSError as error:
-            report = Report(f"rank {self.ranks.rank}: {error.filename or path}: {error.strerror}")
+            report = SaveReport(f"rank {self.ranks.rank}: {error.filename or path}: {error.strerror}")
         try:
             reports = self._gather(report)
             problem = "; ".join(report.problem for report in reports if report.problem)
             if not problem and self.ranks.is_first:
                 problem = self._publish(blank, [report.written for report in reports if report.written])
-            problem = self._gather(Report(problem))[0].problem or problem
-        except RuntimeError:  # another rank is gone, and with it the run
+            problem = self._gather(SaveReport(problem))[0].problem or problem
+        except RuntimeError:  # another rank has exited, so the run ends too
             self.failure = "another rank is gone"
             return
         if problem:
@@ -259,29 +259,27 @@ class Saver:
     def _retain(self) -> None:
         try:
             self.checkpoints.retain(self.settings)
-        except OSError as error:  # the new one is good
+        except OSError as error:  # not fatal: the new checkpoint is good
             self.say(f"note: an old checkpoint could not be deleted: {error.filename}: {error.strerror}")
 
     def _fail(self, step: int, problem: str) -> None:
         self.failure = problem
         if self.ranks.is_first:
-            # what it takes of a full disk
+            # frees the space that it takes on a full disk
             shutil.rmtree(self.checkpoints.saving(step), ignore_errors=True)
             steps = [found.step for found in self.checkpoints.complete()]
             last = f"the last one is {self.checkpoints.folder(steps[-1])}" if steps else "there is none yet"
             self.say(
-                f"warning: no checkpoint of step {step}: {problem}. Training goes on, and the next one is tried again; "
-                f"{last}."
+                f"warning: no checkpoint of step {step}: {problem}. Training continues, and the next save tries "
+                f"again; {last}."
             )
 
-    def _gather(self, report: Report) -> list[Report]:
-        reports: list[Report] = [report] * self.ranks.world_size
-        dist.all_gather_object(reports, report, group=self._group)
-        return reports
+    def _gather(self, report: SaveReport) -> list[SaveReport]:
+        return from_all(report, self.ranks, self._group)
 
 
 def _runs(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
-    """Names of flat tensors that lie one behind the other in one storage."""
+    """Group the names of flat tensors that are adjacent in one storage."""
     run: list[str] = []
     end = None
     for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):
@@ -297,7 +295,7 @@ def _runs(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
 
 
 def _random_state(ranks: Ranks) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The state of this rank's generators, as a file's notes and tensors."""
+    """The states of this rank's random generators, as notes and tensors for its file."""
     tensors = {"random/torch": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state(ranks.device)
@@ -305,7 +303,7 @@ def _random_state(ranks: Ranks) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def restore_random_state(notes: dict[str, str], tensors: dict[str, Tensor], ranks: Ranks) -> None:
-    """Set this rank's generators to what was saved."""
+    """Restore the states of this rank's random generators."""
     version_, numbers, gauss = json.loads(notes["random"])
     random.setstate((version_, tuple(numbers), gauss))
     torch.set_rng_state(tensors["random/torch"])

@@ -1,9 +1,9 @@
-"""The tensors of a checkpoint: written as plain safetensors, one file a rank, and read on any number of ranks.
+"""The tensors of a checkpoint: written as plain safetensors, one file per rank, and read on any number of ranks.
 
 A rank's file holds its slice of each trained parameter's master weights and of AdamW's two moments, flat and in
 float32, as ``master/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``. ZeRO-3 cuts a parameter of n elements into W parts
-of ``ceil(n / W)``, so where a slice stands follows from n, W and the rank, and a rank of another world reads the
-pieces it needs. Nothing is converted, and nothing here is a pickle.
+of ``ceil(n / W)``, so n, W and the rank say where a slice is. With another number of ranks, each rank reads the pieces
+that it needs. Nothing is converted, and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHUNK = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A file as it was written."""
+    """A file that was written: its name, size and checksum."""
 
     name: str
     num_bytes: int
@@ -51,13 +51,13 @@ def file_bytes(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> int:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Written:
-    """Write a safetensors file; it is on disk when this returns.
+    """Write a safetensors file and flush it to the disk.
 
-    The checksum is of what was in memory, so it also finds what goes wrong on the way to the disk.
+    The checksum is computed from memory, so it also detects errors on the way to the disk.
 
     Args:
-        path: the file, made or replaced.
-        tensors: contiguous, float32 or uint8; copied to the CPU one by one where they are elsewhere.
+        path: the file to create or replace.
+        tensors: contiguous, float32 or uint8; copied to the CPU one by one if they are elsewhere.
         notes: the file's ``__metadata__``.
     """
     hashed = xxhash.xxh3_128()
@@ -71,9 +71,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -
                 write_chunk(stream, chunk)
                 size += len(chunk)
                 if size - on_its_way >= _CHUNK:
-                    # of pages that are not on the disk yet, Linux takes this as the wish to begin with them: the disk
-                    # works while the next chunk is copied, and the flush at the end finds little left
-                    with contextlib.suppress(OSError):  # a hint, which a file system need not know
+                    # on this hint, Linux starts to write pages that are not on the disk yet: the disk works while the
+                    # next chunk is copied, and the flush at the end has little left to do
+                    with contextlib.suppress(OSError):  # only a hint: not every file system supports it
                         os.posix_fadvise(stream.fileno(), on_its_way, size - on_its_way, os.POSIX_FADV_DONTNEED)
                     on_its_way = size
         os.fsync(stream.fileno())
@@ -86,7 +86,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_chunk(stream: BinaryIO, chunk: memoryview) -> None:
-    """Write all of a chunk to an unbuffered file, which may take it in parts."""
+    """Write all of a chunk to an unbuffered file; one call of its `write` may write only part of it."""
     while chunk:
         chunk = chunk[stream.write(chunk) :]
 
@@ -100,7 +100,7 @@ def _header(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> bytes:
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of eight
     return len(text).to_bytes(8, "little") + text
 
 
@@ -108,7 +108,7 @@ def _header(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> bytes:
 
 
 class ShardReader:
-    """Slices of the parameters, out of the files of all ranks that saved. Use it as a context manager.
+    """Reads slices of the parameters from the files of all ranks that saved. Use it as a context manager.
 
     Args:
         folder: of the checkpoint.
@@ -133,7 +133,7 @@ class ShardReader:
         return self._files[rank]
 
     def pieces(self, kind: str, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Elements `start` to `stop` of a parameter's state, as pieces with the place where each begins.
+        """Elements `start` to `stop` of a parameter's state, as pieces with the offset of each.
 
         Args:
             kind: one of `KINDS`.
@@ -155,7 +155,7 @@ class ShardReader:
         return found
 
     def of_rank(self, rank: int) -> tuple[dict[str, str], dict[str, Tensor]]:
-        """What a rank saved beside the parameters: its notes, and its ``random/...`` tensors."""
+        """What a rank saved besides the parameters: its notes, and its ``random/...`` tensors."""
         file = self._file(rank)
         names = [name for name in file.keys() if name.startswith("random/")]  # noqa: SIM118  # no mapping
         return dict(file.metadata()), {name: file.get_tensor(name) for name in names}

@@ -10,6 +10,7 @@ from lbr_dist.config.run import (
     ModelConfig,
     RunConfig,
     Stage,
+    sequence_tokens,
     to_dict,
 )
 from lbr_dist.config.stages import LearnConfig, OptimizerConfig, Pooling, RepresentConfig, TargetsConfig
@@ -30,5 +31,6 @@ __all__ = [
     "SlurmConfig",
     "Stage",
     "TargetsConfig",
+    "sequence_tokens",
     "to_dict",
 ]

@@ -1,7 +1,7 @@
 """The configuration of a run: one tree of frozen dataclasses, read from YAML and ``--section.field=value``.
 
-Nothing here imports torch, so that a mistyped key is refused in a fraction of a second on a login node.
-Each class checks what it can know by itself in ``__post_init__``; ``check_paths`` looks at the files.
+Imports no torch, so that a mistyped key is refused in a fraction of a second on a login node. Each class checks its own
+values in ``__post_init__``; `preflight.py` looks at the files.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ from lbr_dist.errors import ConfigError
 Stage = Literal["learn", "represent"]
 
 
+def sequence_tokens(text: int, bottleneck: int, target: int = 0) -> int:
+    """Tokens of a sequence ``[sink x b y]`` whose text, bottleneck and target have this many."""
+    return 1 + text + bottleneck + target
+
+
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters by peft in the place of full fine-tuning; merged into the weights on export."""
+    """Low-rank adapters (peft) instead of full fine-tuning; merged into the weights on export."""
 
     rank: int = 0
     """Rank of the adapters; 0 trains all weights."""
 
     alpha: float = 32.0
-    """The adapters' product is scaled by alpha / rank."""
+    """The adapter's product is scaled by alpha / rank."""
 
     dropout: float = 0.0
     """Dropout of the adapters' inputs."""
@@ -48,7 +53,7 @@ class ModelConfig:
     """Folder of the base model: any Hugging Face causal LM with its tokenizer."""
 
     bottleneck_tokens: int = 8
-    """k, the number of bottleneck tokens after a text. 0 for the baselines that pool the text itself."""
+    """k, the number of bottleneck tokens after a text. 0 for baselines that pool the text itself."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of weights and activations. The optimizer always keeps float32 master weights."""
@@ -57,13 +62,18 @@ class ModelConfig:
     """Recompute each layer in backward: less memory, a third more computation."""
 
     attention: Literal["auto", "flash_attn", "torch_varlen", "tiles", "sdpa", "reference"] = "auto"
-    """Attention kernel. `auto` takes the fastest that the device has; see kernels/attention.py."""
+    """Attention kernel. `auto` takes the fastest one on the device; see kernels/attention.py."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters, in both stages."""
 
     def __post_init__(self) -> None:
         require(0 <= self.bottleneck_tokens <= 256, "model.bottleneck_tokens", self.bottleneck_tokens, "0 to 256")
+        require(bool(self.base), "model.base", self.base, "a folder")
+
+    def sequence_tokens(self, text: int) -> int:
+        """Tokens of ``[sink x b]`` for a text of this many."""
+        return sequence_tokens(text, self.bottleneck_tokens)
 
 
 @dataclass(frozen=True)
@@ -75,74 +85,76 @@ class DataConfig:
     """Training pairs: JSONL, Parquet or a Hugging Face dataset folder, in any of the formats of docs/data.md."""
 
     learn_corpus: str | None = None
-    """Text for stage 1 where it is not `corpus`: records with `text`, ids not needed, larger than memory if need be."""
+    """Text for stage 1 if it is not `corpus`: records with `text`. Ids are not needed, and it may exceed memory."""
 
     cache_dir: str = "~/.cache/lbr-dist"
-    """Stage 1's text is tokenised once, into a folder below this one that every run and rank reads."""
+    """Stage 1's text is tokenised once, into a subfolder of this one that every run and rank reads."""
 
     longest_document: int = 10_000_000
-    """Stage 1 skips documents of more characters than this, and says so."""
+    """Stage 1 skips documents with more characters than this, and reports how many."""
 
     dev: str | None = None
-    """Development pairs, in the formats of `train`: never trained on, measured during stage 2 to tell its checkpoints
-    apart."""
+    """Development pairs, in the formats of `train`: never trained on, measured during stage 2 to rank its
+    checkpoints."""
 
     test: str | None = None
-    """Held-out pairs for the evaluation; without them the run ends with the export."""
+    """Held-out pairs for the evaluation; without them, the run ends with the export."""
 
     test_documents: str | None = None
     """The collection that is searched in the evaluation: `id` and `text`. Default: all documents of `corpus`."""
 
     query_prompt: str = ""
-    """Text put before each query, in training, in the exported model and in the evaluation."""
+    """Text put before each query: in training, in the exported model and in the evaluation."""
 
     document_prompt: str = ""
     """Text put before each document."""
 
     max_query_tokens: int = 64
-    """Longer queries are cut to this many tokens, prompt included, bottleneck not."""
+    """Longer queries are cut to this many tokens, including the prompt but not the bottleneck."""
 
     max_document_tokens: int = 512
-    """Longer documents are cut to this many tokens, prompt included, bottleneck not."""
+    """Longer documents are cut to this many tokens, including the prompt but not the bottleneck."""
 
     def __post_init__(self) -> None:
-        require(self.max_query_tokens > 0, "data.max_query_tokens", self.max_query_tokens, "a positive number")
-        require(self.max_document_tokens > 0, "data.max_document_tokens", self.max_document_tokens, "a positive number")
+        for name in ("longest_document", "max_query_tokens", "max_document_tokens"):
+            require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "a positive number")
+        for name in ("corpus", "train", "cache_dir"):
+            require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "a path")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the model is sharded; see `engine.py`, the only module that knows DeepSpeed's own settings."""
+    """How the model is sharded; `engine.py` translates this into DeepSpeed's own settings."""
 
     zero_stage: Literal[3] = 3
     """ZeRO stage. Parameters, gradients and optimizer states are all sharded."""
 
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer's states live while they are not used."""
+    """Where the optimizer's states are kept between uses."""
 
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where the sharded parameters live while they are not used."""
+    """Where the sharded parameters are kept between uses."""
 
     nvme_path: str | None = None
     """Folder on a fast local disk, for the `nvme` offloads."""
 
     nvme_buffer_elements: int = 100_000_000
-    """Elements of a buffer for parameters from `nvme`; at least a rank's share of the largest parameter."""
+    """Elements of a buffer for parameters on `nvme`; at least a rank's share of the largest parameter."""
 
     persistence_threshold: int = 100_000
-    """Parameters of fewer elements than this stay whole on every rank."""
+    """Parameters with fewer elements than this stay whole on every rank."""
 
     prefetch_elements: int = 50_000_000
-    """Elements gathered ahead of their use."""
+    """Elements gathered before they are needed."""
 
     reduce_elements: int = 50_000_000
-    """Elements of the buffer that gradients are reduced from; a larger parameter is reduced by itself."""
+    """Elements of the buffer from which gradients are reduced; a larger parameter is reduced by itself."""
 
     live_elements: int = 1_000_000_000
-    """Elements that may be whole at a time; with a model smaller than this, it is gathered once a step."""
+    """Elements that may be whole at a time; a model with fewer is gathered once per step."""
 
     resident_head: bool = True
-    """Stage 1 keeps the LM head whole on every rank, gathered once a step; false gathers it for every row."""
+    """Stage 1 keeps the LM head whole on every rank, gathered once per step; false gathers it for every row."""
 
     def __post_init__(self) -> None:
         needs_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
@@ -163,30 +175,31 @@ class CheckpointConfig:
     """Sharded checkpoints, for both stages."""
 
     every_steps: int = 200
-    """A checkpoint after each so many steps, and one at the end of a stage."""
+    """Save a checkpoint every this many steps, and one at the end of a stage."""
 
     every_minutes: float | None = 30.0
-    """And one where so many minutes have passed since the last; null: by steps alone."""
+    """And one when this many minutes have passed since the last; null: by steps only."""
 
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
 
     keep_every: int | None = None
-    """Checkpoints of a step that is a multiple of this stay as well."""
+    """Also keep the checkpoints of steps that are a multiple of this."""
 
     keep_best: int = 0
-    """So many of those with the lowest held-out loss stay as well."""
+    """Also keep this many of those with the lowest held-out loss."""
 
     resume: Literal["auto", "required", "never"] | int = "auto"
-    """`auto` goes on from the newest checkpoint that is what was written, where there is one; `required` refuses to
-    begin anew; `never` begins anew, and sets aside what is there; a step goes on from that one."""
+    """`auto` resumes from the newest intact checkpoint, if any; `required` refuses to start over; `never` starts over
+    and sets existing checkpoints aside; a number resumes from the checkpoint of that step."""
 
     background: bool = True
-    """Write while training goes on, from a copy in the host's memory: 12 bytes for each parameter of a rank's share.
+    """Write while training continues, from a copy in host memory: 12 bytes for each parameter of a rank's share.
     `false` writes straight from the optimizer's tensors, and training waits."""
 
     trust_group: bool = False
-    """Resume from folders that other members of their group can write. Who can write them can change the model."""
+    """Resume from folders that other members of their group can write to. Whoever can write to them can change the
+    model."""
 
     def __post_init__(self) -> None:
         require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "a positive number")
@@ -206,21 +219,23 @@ class EvaluateConfig:
     """Exact search over the test collection."""
 
     systems: tuple[Literal["bm25", "base", "learn", "lbr"], ...] = ("bm25", "base", "learn", "lbr")
-    """What is scored, side by side: BM25, the untouched base, the model after stage 1 alone, the result."""
+    """Systems to score side by side: BM25, the untouched base, the model after stage 1 alone, the result."""
 
     bm25_tokens: Literal["words", "characters"] = "words"
-    """BM25 over words, or over character 3-grams where words don't match (SMILES)."""
+    """BM25 over words, or over character 3-grams for text whose words don't match (SMILES)."""
 
     chunk_tokens: int = 32768
     """Tokens that are encoded at a time, packed without padding."""
 
     bootstrap: int = 1000
-    """Resamples of the queries for the 95 % intervals."""
+    """Resamples of the queries, for the 95 % intervals."""
 
     examples: int = 6
     """Queries that the report shows with what each system returned."""
 
     def __post_init__(self) -> None:
+        require(bool(self.systems), "evaluate.systems", list(self.systems), "at least one system")
+        require(self.chunk_tokens > 0, "evaluate.chunk_tokens", self.chunk_tokens, "a positive number")
         require(self.bootstrap > 0, "evaluate.bootstrap", self.bootstrap, "a positive number")
         require(self.examples >= 0, "evaluate.examples", self.examples, "zero or more")
 
@@ -266,11 +281,13 @@ class RunConfig:
     """What `lbr submit` asks of Slurm."""
 
     def __post_init__(self) -> None:
+        require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4,294,967,295")
         if self.engine.offload_optimizer == "nvme" and self.checkpoint.resume != "never":
             raise ConfigError(
                 f"engine.offload_optimizer: found 'nvme' with checkpoint.resume {self.checkpoint.resume!r}. "
-                "The state of an optimizer on nvme is not saved: a run that stops begins anew. Use `cpu`, or set "
-                " checkpoint.resume to `never`."
+                "The state of an optimizer on nvme is not saved, so a run that stops starts over. Use `cpu`, or set "
+                "checkpoint.resume to `never`."
             )
         k = self.model.bottleneck_tokens
         if self.represent.steps and self.represent.pooling.startswith("bottleneck") and k == 0:
@@ -283,14 +300,14 @@ class RunConfig:
                 f"learn.bottleneck: found {self.learn.bottleneck!r} with model.bottleneck_tokens 0. "
                 "Use `none`, or give the model bottleneck tokens."
             )
-        # one sequence of stage 1 is [sink x b y] with x and y up to max_text_tokens each
-        longest = 1 + 2 * self.learn.max_text_tokens + k
+        text = self.learn.max_text_tokens
+        longest = sequence_tokens(text, k, text)
         if self.learn.steps and self.learn.row_tokens < longest:
             raise ConfigError(
                 f"learn.row_tokens: found {self.learn.row_tokens}, expected at least {longest} "
                 f"(1 + 2 x learn.max_text_tokens + model.bottleneck_tokens). Raise it, or lower learn.max_text_tokens."
             )
-        longest = 1 + max(self.data.max_query_tokens, self.data.max_document_tokens) + k
+        longest = max(self.sequence_lengths)
         for name in ("represent", "evaluate"):
             tokens = getattr(self, name).chunk_tokens
             if tokens is not None and tokens < longest:
@@ -298,6 +315,12 @@ class RunConfig:
                     f"{name}.chunk_tokens: found {tokens}, expected at least {longest} (1 + data.max_document_tokens "
                     "+ model.bottleneck_tokens). Raise it, or lower data.max_document_tokens."
                 )
+
+    @property
+    def sequence_lengths(self) -> tuple[int, int]:
+        """Tokens of the longest query and of the longest document in stage 2, with sink and bottleneck."""
+        lengths = (self.data.max_query_tokens, self.data.max_document_tokens)
+        return self.model.sequence_tokens(lengths[0]), self.model.sequence_tokens(lengths[1])
 
     # ---- the run folder ---------------------------------------------------------------------------------------
 
@@ -312,6 +335,14 @@ class RunConfig:
     def stage_base(self, stage: Stage) -> Path:
         """The model that a stage starts from."""
         return self.learn_export if stage == "represent" and self.learn.steps else Path(self.model.base)
+
+    def stage(self, stage: Stage) -> LearnConfig | RepresentConfig:
+        """The settings of a stage."""
+        return self.learn if stage == "learn" else self.represent
+
+    def stage_export(self, stage: Stage) -> Path:
+        """The folder of the model that a stage leaves."""
+        return self.learn_export if stage == "learn" else self.model_path
 
     @property
     def learn_export(self) -> Path:

@@ -1,4 +1,4 @@
-"""The settings of the two stages and of their optimizers; a part of the tree in `config.py`. Imports no torch."""
+"""The settings of the two stages and of their optimizers; a part of the tree in `run.py`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lbr_dist.errors import ConfigError
 
 Pooling = Literal["bottleneck_last", "bottleneck_mean", "last", "mean"]
 MIN_TEMPERATURE = 0.01
-"""A learned temperature stays above this: below, one pair decides each query's loss (CLIP, arXiv 2103.00020)."""
+"""A learned temperature stays above this: below it, one pair decides each query's loss (CLIP, arXiv 2103.00020)."""
 
 
 def require(condition: bool, name: str, found: object, expected: str) -> None:
-    """Raises ConfigError, which names the field, what was found and what was expected."""
+    """Raises ConfigError if the condition fails: it names the field, what was found and what was expected."""
     if not condition:
         raise ConfigError(f"{name}: found {found!r}, expected {expected}.")
 
@@ -29,10 +29,10 @@ class TargetsConfig:
     """The text is cut at a random point; the rest is predicted through the bottleneck."""
 
     reconstruction: float = 0.5
-    """The text itself is predicted through the bottleneck, a part of its input tokens dropped."""
+    """The text itself is predicted through the bottleneck, with some of its input tokens dropped."""
 
     pair: float = 0.0
-    """Query to document and document to query, from the training pairs alone."""
+    """Query to document and document to query, from the training pairs only."""
 
     def __post_init__(self) -> None:
         for name, share in dataclasses.asdict(self).items():
@@ -46,13 +46,13 @@ class TargetsConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and decay; the same for both stages."""
+    """AdamW with warm-up and decay."""
 
     lr: float = 1e-4
     """Peak learning rate."""
 
     bottleneck_lr_factor: float = 10.0
-    """The bottleneck's embeddings learn at this many times `lr`: they start from nothing."""
+    """The bottleneck's embeddings learn at this many times `lr`, since they start from scratch."""
 
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warm-up; linear and cosine end at a tenth of the peak."""
@@ -70,30 +70,30 @@ class OptimizerConfig:
     """Decay of the second moment; short runs want it below 0.999."""
 
     max_grad_norm: float = 1.0
-    """The global gradient is scaled down to this norm; 0 switches clipping off."""
+    """The global gradient is clipped to this norm; 0 turns clipping off."""
 
     spike_factor: float = 20.0
-    """A step whose gradient norm is above this many times the median of the last ones is skipped; 0: never.
-    A step whose gradient is not finite is always skipped, by every rank alike."""
+    """Skip a step whose gradient norm is above this many times the median of the last ones; 0: never.
+    A step whose gradient is not finite is always skipped, on every rank."""
 
     most_skipped: int = 10
-    """So many skipped steps in a row end the run."""
+    """The run ends after this many skipped steps in a row."""
 
-    def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
-        require(
-            self.bottleneck_lr_factor > 0,
-            "optimizer.bottleneck_lr_factor",
-            self.bottleneck_lr_factor,
-            "a positive number",
-        )
-        require(0 <= self.warmup_fraction < 1, "optimizer.warmup_fraction", self.warmup_fraction, "0 to below 1")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "zero or more")
-        require(self.max_grad_norm >= 0, "optimizer.max_grad_norm", self.max_grad_norm, "zero (off) or more")
-        require(
-            self.spike_factor == 0 or self.spike_factor > 1, "optimizer.spike_factor", self.spike_factor, "0 or above 1"
-        )
-        require(self.most_skipped > 0, "optimizer.most_skipped", self.most_skipped, "a positive number")
+    def check(self, section: str) -> None:
+        """Raises ConfigError for a value out of range; `section` is the optimizer's place in the config."""
+        finite = {name: math.isfinite(value) for name, value in vars(self).items() if isinstance(value, float)}
+        for name, ok, expected in (
+            ("lr", self.lr > 0, "a positive number"),
+            ("bottleneck_lr_factor", self.bottleneck_lr_factor > 0, "a positive number"),
+            ("warmup_fraction", 0 <= self.warmup_fraction < 1, "0 to below 1"),
+            ("weight_decay", self.weight_decay >= 0, "zero or more"),
+            ("beta1", 0 <= self.beta1 < 1, "0 to below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "0 to below 1"),
+            ("max_grad_norm", self.max_grad_norm >= 0, "zero (off) or more"),
+            ("spike_factor", self.spike_factor == 0 or self.spike_factor > 1, "0 or above 1"),
+            ("most_skipped", self.most_skipped > 0, "a positive number"),
+        ):
+            require(ok and finite.get(name, True), f"{section}.{name}", getattr(self, name), expected)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class LearnConfig:
     """Optimizer steps; 0 skips the stage."""
 
     batch_texts: int = 256
-    """Texts in a global batch, whatever the number of ranks."""
+    """Texts in a global batch, for any number of ranks."""
 
     max_text_tokens: int = 1024
     """Longer texts are cut into pieces of this many tokens."""
@@ -123,11 +123,11 @@ class LearnConfig:
     """Share of a reconstruction's input tokens that are replaced, so that the bottleneck is needed."""
 
     text_weight: float = 1.0
-    """Weight of the loss on the text itself, beside that on the target."""
+    """Weight of the loss on the text itself, next to that on the target."""
 
     kl_weight: float = 0.0
-    """`reinject` alone: weight of the KL divergence to a unit normal, a bottleneck token (nats). Above 0 the vectors
-    that are injected are drawn from a learned posterior: a variational bottleneck."""
+    """For `reinject` only: weight of the KL divergence to a unit normal, in nats per bottleneck token. Above 0, the
+    injected vectors are drawn from a learned posterior: a variational bottleneck."""
 
     z_loss: float = 0.0
     """Weight of the mean squared log-normaliser of the softmax, which keeps logits from drifting."""
@@ -136,7 +136,7 @@ class LearnConfig:
     """Texts kept out of training for the diagnostics: at most this many, and at most a twentieth of the corpus."""
 
     diagnose_every: int = 100
-    """The diagnostics are measured before the first step, after each so many steps, and at the end; 0: never."""
+    """The diagnostics are measured before the first step, every this many steps, and at the end; 0: never."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer of this stage."""
@@ -149,6 +149,7 @@ class LearnConfig:
         require(0 <= self.drop_target_tokens < 1, "learn.drop_target_tokens", self.drop_target_tokens, "0 to below 1")
         for name in ("text_weight", "kl_weight", "z_loss", "held_out_texts", "diagnose_every"):
             require(getattr(self, name) >= 0, f"learn.{name}", getattr(self, name), "zero or more")
+        self.optimizer.check("learn.optimizer")
         if self.kl_weight and self.bottleneck != "reinject":
             raise ConfigError(
                 f"learn.kl_weight: found {self.kl_weight} with learn.bottleneck {self.bottleneck!r}. The divergence is "
@@ -164,54 +165,54 @@ class RepresentConfig:
     """Optimizer steps; 0 skips the stage."""
 
     batch_pairs: int = 1024
-    """Pairs in a global batch, whatever the number of ranks: every document in it is a negative."""
+    """Pairs in a global batch, for any number of ranks: every document in it is a negative."""
 
     grad_accum: int = 1
-    """Global batches in an optimizer step: its gradient is the mean of theirs. A query sees the documents of its own
-    batch alone, so this makes the gradient less noisy but the task no harder; `batch_pairs` does both."""
+    """Global batches in an optimizer step: its gradient is the mean of theirs. A query sees only its own batch's
+    documents, so this makes the gradient less noisy but the task no harder; `batch_pairs` does both."""
 
     batches: Literal["mixed", "by_source"] = "mixed"
     """`by_source` takes all pairs of a batch from one source, in proportion to the sources' sizes: negatives of the
-    same kind are harder, and nothing can be told by the source alone."""
+    same kind are harder, and the source alone gives nothing away."""
 
     hard_negatives: int = 0
-    """Hard negatives taken from each pair's own negatives; pairs with fewer bring what they have."""
+    """Hard negatives taken from each pair's own negatives; a pair with fewer brings all it has."""
 
     chunk_tokens: int | None = None
-    """Tokens that one rank runs at a time (the gradient cache's chunk), packed without padding. Not set: planned."""
+    """Tokens that one rank runs at a time (the gradient cache's chunk), packed without padding. null: planned."""
 
     keep_graphs: Literal["auto"] | int = "auto"
-    """Chunks of a rank whose graphs are kept, so that they need not run twice; all of them is one ordinary pass.
-    `auto` keeps what fits into memory."""
+    """Chunks of a rank whose graphs are kept, so that they run only once; keeping all is one ordinary pass.
+    `auto` keeps as many as fit into memory."""
 
     separate_sides: bool = False
-    """Queries and documents in chunks of their own; otherwise chunks hold what fills them best."""
+    """Queries and documents in separate chunks; otherwise chunks hold whatever fills them best."""
 
     temperature: float = 0.05
-    """Temperature of the softmax over cosine similarities; where it is learned, what it begins at."""
+    """Temperature of the softmax over cosine similarities; its initial value if it is learned."""
 
     learn_temperature: bool = False
-    """Train the temperature's logarithm, at the rate of the bottleneck's embeddings; it stays above 0.01."""
+    """Train the temperature's logarithm, at the bottleneck's learning rate; the temperature stays above 0.01."""
 
     symmetric: bool = False
     """The mean of two losses: each query finds its document, and each document its query."""
 
     margin: float | None = None
-    """Documents of a similarity above the positive's by more than this are taken for false negatives and left out.
-    Documents known to answer the query, by id or text, are always left out."""
+    """Documents more similar to the query than the positive is, by more than this, count as false negatives and are
+    left out. Documents known to answer the query, by id or text, are always left out."""
 
     prefixes: tuple[int, ...] = ()
-    """Matryoshka: the loss is the mean over these leading parts of the vector, which then serve as shorter vectors."""
+    """Matryoshka: the loss is the mean over these prefixes of the vector, which can then be used as shorter vectors."""
 
     exchange: Literal["auto", "flat", "two_level"] = "auto"
-    """How representations travel: in one collective over all ranks, or first between the nodes and then inside each,
-    which `auto` takes where there are several nodes of as many ranks each."""
+    """How representations are gathered: in one collective over all ranks, or first between nodes and then inside each.
+    `auto` takes two levels if there are several nodes with equally many ranks."""
 
     pooling: Pooling = "bottleneck_last"
     """Which hidden states are the embedding."""
 
     diagnose_every: int = 100
-    """The dev pairs are measured before the first step, after each so many steps, and at the end; 0: never."""
+    """The dev pairs are measured before the first step, every this many steps, and at the end; 0: never."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer of this stage."""
@@ -232,4 +233,5 @@ class RepresentConfig:
         positive = self.margin is None or self.margin >= 0
         require(positive, "represent.margin", self.margin, "a similarity of zero or more, or null")
         rising = all(a < b for a, b in itertools.pairwise((0, *self.prefixes)))
-        require(rising, "represent.prefixes", self.prefixes, "widths that rise, from 1 on")
+        require(rising, "represent.prefixes", self.prefixes, "rising widths of one or more")
+        self.optimizer.check("represent.optimizer")

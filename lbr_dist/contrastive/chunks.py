@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lbr_dist.config import RunConfig
-from lbr_dist.data.packing import PackedRow, Sequence, assign_rows, filler, pack_row
+from lbr_dist.config import RunConfig, sequence_tokens
+from lbr_dist.data.packing import PackedRow, TrainingSequence, assign_rows, filler, pack_row
 from lbr_dist.data.pairs import PairBatch
 from lbr_dist.ranks.group import Ranks
 
@@ -27,7 +27,7 @@ class Chunks:
 
 def share_out(batch: PairBatch, bottleneck: int, chunk_tokens: int, separate: bool, world_size: int) -> Chunks:
     """Chunks of up to `chunk_tokens` tokens, evenly filled: a function of its arguments alone."""
-    lengths = [1 + len(text) + bottleneck for text in batch.texts]
+    lengths = [sequence_tokens(len(text), bottleneck) for text in batch.texts]
     everything = range(len(lengths))
     sides = [everything[: len(batch.queries)], everything[len(batch.queries) :]] if separate else [everything]
     rows: list[list[int]] = []
@@ -70,4 +70,4 @@ class RankChunks:
         texts = self.rows[number]
         if not texts:
             return filler(self.bottleneck, self.sink_id).to(self.device)
-        return pack_row([Sequence(self.texts[i], self.bottleneck) for i in texts], self.sink_id).to(self.device)
+        return pack_row([TrainingSequence(self.texts[i], self.bottleneck) for i in texts], self.sink_id).to(self.device)

@@ -13,13 +13,13 @@ Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Mem
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lbr_dist.data.packing import PackedRow
+from lbr_dist.data.sampler import seed_of
 from lbr_dist.engine import Engine
 
 ChunkOf = Callable[[int], PackedRow]
@@ -70,8 +70,7 @@ def forward_backward(
 
 def seed_chunk(key: str, number: int) -> None:
     """Seed the generators of the CPU and of every device for one chunk."""
-    digest = hashlib.blake2b(f"{key}/{number}".encode(), digest_size=7).digest()
-    torch.manual_seed(int.from_bytes(digest, "little"))
+    torch.manual_seed(seed_of(f"{key}/{number}"))
 
 
 def surrogate(representations: Tensor, gradient: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Sequences ``[sink x b y]``, and the rows that many of them are packed into without padding.
+"""Training sequences ``[sink x b y]``, packed into rows without padding.
 
-This is the one place that lays tokens out. Everything after it (attention, positions, labels, pooling) is read from a
+Token order is decided only here. Everything downstream (attention, positions, labels, pooling) reads it from a
 `PackedRow`.
 """
 
@@ -24,7 +24,7 @@ TOKEN_FIELDS = ("input_ids", "position_ids", "roles", "labels", "loss_kinds")
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class TrainingSequence:
     """One text, the bottleneck after it, and the target that follows."""
 
     context: tuple[int, ...]
@@ -34,14 +34,14 @@ class Sequence:
     """k, the number of bottleneck tokens."""
 
     target: tuple[int, ...] = ()
-    """Token ids of y, what is to be predicted."""
+    """Token ids of y, the tokens to predict."""
 
     target_inputs: tuple[int, ...] | None = None
-    """What the model reads in the place of y, where it differs (dropped tokens)."""
+    """What the model reads instead of y, if it differs (dropped tokens)."""
 
     @property
     def inputs(self) -> int:
-        """Tokens of y that are read: the last one is a label only, never an input."""
+        """Number of y tokens fed to the model: the last one is only a label, never an input."""
         return max(0, len(self.target) - 1)
 
     @property
@@ -49,8 +49,8 @@ class Sequence:
         return 1 + len(self.context) + self.bottleneck + self.inputs
 
 
-def digest(sequences: Iterable[Sequence]) -> str:
-    """16 hexadecimal digits that two different lists of sequences share only by chance."""
+def digest(sequences: Iterable[TrainingSequence]) -> str:
+    """A hash of 16 hexadecimal digits: different lists of sequences get the same one only by chance."""
     hashed = hashlib.blake2b(digest_size=8)
     for sequence in sequences:
         for part in (sequence.context, sequence.target, sequence.target_inputs or ()):
@@ -72,37 +72,37 @@ class PackedRow:
     """`SINK`, `CONTEXT`, `BOTTLENECK` or `TARGET`."""
 
     labels: Tensor
-    """The token to be predicted at this position, or `NO_LABEL`."""
+    """The token to predict at this position, or `NO_LABEL`."""
 
     loss_kinds: Tensor
-    """`TEXT_LOSS` or `TARGET_LOSS`, where there is a label."""
+    """`TEXT_LOSS` or `TARGET_LOSS` for positions with a label."""
 
     layout: BottleneckLayout
     """Which keys each token sees."""
 
     spans: Tensor
-    """``[sequences, 3]``: first place of the text, first place of the bottleneck, place after it."""
+    """``[sequences, 3]``: first index of the text, first index of the bottleneck, index after the bottleneck."""
 
     order: Tensor
-    """``[sequences]``: where each stands in the list of sequences that was packed."""
+    """``[sequences]``: index of each sequence in the list that was packed."""
 
     def to(self, device: torch.device | str) -> PackedRow:
         return dataclasses.replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def without_spans(self) -> PackedRow:
-        """The same row with nothing to pool in it."""
+        """The same row with nothing to pool."""
         return dataclasses.replace(self, spans=self.spans[:0], order=self.order[:0])
 
     def without_labels(self, kind: int) -> PackedRow:
-        """The same row with the labels of one kind of loss taken out."""
+        """The same row without the labels of one kind of loss."""
         return dataclasses.replace(self, labels=self.labels.where(self.loss_kinds != kind, NO_LABEL))
 
 
 def without(row: PackedRow, role: int) -> PackedRow:
-    """The same row with the tokens of one role taken out: `CONTEXT` or `TARGET`.
+    """The same row without the tokens of one role: `CONTEXT` or `TARGET`.
 
-    For the two passes of the `reinject` form: ``[sink x b]``, and ``[sink b y]``, in which y sees all before it. The
-    positions stay as they were. Spans are meaningless afterwards, and empty.
+    For the two passes of the `reinject` form: ``[sink x b]``, and ``[sink b y]``, where y sees everything before it.
+    Positions are kept. Spans would be meaningless, so they are empty.
     """
     kept = row.roles != role
     old = row.layout
@@ -117,15 +117,15 @@ def without(row: PackedRow, role: int) -> PackedRow:
 
 
 def assign_rows(lengths: list[int], row_tokens: int, multiple: int = 1) -> list[list[int]]:
-    """Which sequences each row holds: few rows, evenly filled.
+    """Assign sequences to few, evenly filled rows.
 
     Args:
         lengths: tokens of each sequence.
-        row_tokens: the most tokens of a row.
-        multiple: the number of rows is a multiple of this, for ranks that run one each; a row may be empty.
+        row_tokens: maximum tokens in a row.
+        multiple: the number of rows is a multiple of this, so that each rank gets the same number; a row may be empty.
 
     Returns:
-        The indices of each row's sequences. A function of the lengths alone.
+        The indices of each row's sequences. They depend only on the lengths.
 
     Raises:
         ValueError: a sequence is longer than a row.
@@ -135,7 +135,7 @@ def assign_rows(lengths: list[int], row_tokens: int, multiple: int = 1) -> list[
         raise ValueError(f"a sequence of {lengths[ordered[0]]} tokens does not fit a row of {row_tokens}")
     count = -(-max(1, -(-sum(lengths) // row_tokens)) // multiple) * multiple if lengths else 0
     while True:
-        # the longest first, always to the emptiest row: ranks wait for the fullest
+        # longest first, always into the emptiest row: ranks wait for the fullest one
         rows: list[list[int]] = [[] for _ in range(count)]
         fill = [(0, row) for row in range(count)]
         for index in ordered:
@@ -147,8 +147,8 @@ def assign_rows(lengths: list[int], row_tokens: int, multiple: int = 1) -> list[
         count += multiple
 
 
-def _write(lines: dict[str, list[int]], sequence: Sequence, sink_id: int) -> tuple[int, int, int]:
-    """Append one sequence to a row's lists; returns the places of its text, of its bottleneck and after it."""
+def _write(lines: dict[str, list[int]], sequence: TrainingSequence, sink_id: int) -> tuple[int, int, int]:
+    """Append one sequence to a row's lists; returns its span: start of text, start of bottleneck, end of bottleneck."""
     n, k, m = len(sequence.context), sequence.bottleneck, len(sequence.target)
     fed = sequence.target if sequence.target_inputs is None else sequence.target_inputs
     start = len(lines["input_ids"])
@@ -164,17 +164,17 @@ def _write(lines: dict[str, list[int]], sequence: Sequence, sink_id: int) -> tup
     return start + 1, start + 1 + n, start + 1 + n + k
 
 
-def pack_row(sequences: Iterable[Sequence], sink_id: int, order: Iterable[int] | None = None) -> PackedRow:
-    """One row of sequences of the same k.
+def pack_row(sequences: Iterable[TrainingSequence], sink_id: int, order: Iterable[int] | None = None) -> PackedRow:
+    """Pack sequences with the same k into one row.
 
     Args:
         sequences: at least one.
         sink_id: the token that every sequence begins with.
-        order: what `PackedRow.order` says of each; their places in `sequences` where not given.
+        order: values for `PackedRow.order`; default: the indices in `sequences`.
     """
     items = list(sequences)
     ks = {s.bottleneck for s in items}
-    assert len(ks) == 1, f"the sequences of a row have one number of bottleneck tokens, found {sorted(ks)}"
+    assert len(ks) == 1, f"all sequences in a row must have the same number of bottleneck tokens, found {sorted(ks)}"
     lines: dict[str, list[int]] = {name: [] for name in TOKEN_FIELDS}
     spans = [_write(lines, sequence, sink_id) for sequence in items]
     return PackedRow(
@@ -191,11 +191,11 @@ def pack_row(sequences: Iterable[Sequence], sink_id: int, order: Iterable[int] |
 
 
 def filler(bottleneck: int, sink_id: int) -> PackedRow:
-    """A row that counts for nothing, for a rank that has none left: the others wait for it in every gather."""
-    return pack_row([Sequence((sink_id,), bottleneck)], sink_id).without_spans()
+    """A row with no effect on the loss, for a rank that has no rows left: the others wait for it in every gather."""
+    return pack_row([TrainingSequence((sink_id,), bottleneck)], sink_id).without_spans()
 
 
-def pack(sequences: list[Sequence], row_tokens: int, sink_id: int) -> list[PackedRow]:
+def pack(sequences: list[TrainingSequence], row_tokens: int, sink_id: int) -> list[PackedRow]:
     """Rows of up to `row_tokens`, without padding.
 
     Raises:
@@ -206,9 +206,9 @@ def pack(sequences: list[Sequence], row_tokens: int, sink_id: int) -> list[Packe
 
 
 def rank_rows(
-    sequences: list[Sequence], row_tokens: int, sink_id: int, rank: int, world_size: int
+    sequences: list[TrainingSequence], row_tokens: int, sink_id: int, rank: int, world_size: int
 ) -> tuple[list[PackedRow], float]:
-    """This rank's rows of a global batch, as many on every rank, and the share of all rows' room that is filled."""
+    """This rank's rows of a global batch (the same number on every rank), and the filled fraction of all rows."""
     rows = assign_rows([s.length for s in sequences], row_tokens, multiple=world_size)
     mine = [
         pack_row([sequences[i] for i in row], sink_id, row) if row else filler(sequences[0].bottleneck, sink_id)

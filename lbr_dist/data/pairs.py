@@ -1,7 +1,7 @@
-"""Tokenised training pairs, and the global contrastive batches that are made of them.
+"""Tokenised training pairs, and the global contrastive batches built from them.
 
-Texts are known by their tokens: the same text under two ids is one document, scored once. What is known to answer a
-query, from any pair of the same query, is never its negative.
+Texts are identified by their tokens: the same text under two ids is one document and is scored once. A document that
+answers a query in any pair is never a negative of that query.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """A global contrastive batch, the same on every rank: queries, and the documents that each is scored against."""
+    """A global contrastive batch, the same on every rank: queries, and the documents they are scored against."""
 
     queries: list[Tokens]
     documents: list[Tokens]
-    """Each text once."""
+    """Without duplicates."""
 
     positives: list[tuple[int, ...]]
-    """Columns of the documents that answer each query: the scored one first, then the others, which are masked."""
+    """For each query, the columns of the documents that answer it: first the scored one, then the others (masked)."""
 
     query_names: list[str]
-    """Ids for messages."""
+    """Ids, for messages."""
 
     document_names: list[str]
 
@@ -47,7 +47,7 @@ class PairBatch:
         return self.queries + self.documents
 
     def name(self, text: int) -> str:
-        """What to call the text of this number among `texts`."""
+        """How messages name the text at this index of `texts`."""
         queries = len(self.queries)
         if text < queries:
             return f"query {self.query_names[text]!r}"
@@ -55,7 +55,7 @@ class PairBatch:
 
     @property
     def anchors(self) -> list[tuple[int, ...]]:
-        """For each query's scored document, the rows of the queries that it answers, this query's own first."""
+        """For each query's scored document, the rows of the queries it answers: first this query, then the others."""
         rows: dict[int, list[int]] = defaultdict(list)
         for row, columns in enumerate(self.positives):
             for column in columns:
@@ -66,7 +66,7 @@ class PairBatch:
 
     @property
     def digest(self) -> int:
-        """A number of 62 bits that two different batches share only by chance."""
+        """A 62-bit hash: different batches get the same one only by chance."""
         hashed = hashlib.blake2b(digest_size=8)
         for rows in (self.queries, self.documents, self.positives):
             hashed.update(array("q", map(len, rows)))
@@ -75,14 +75,14 @@ class PairBatch:
 
 
 def padded(columns: list[tuple[int, ...]]) -> Tensor:
-    """``[rows, longest]`` int64 of rows of different lengths, -1 where a row has ended."""
+    """Rows of different lengths as ``[rows, longest]`` int64, padded with -1."""
     longest = max((len(row) for row in columns), default=1)
     return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in columns], dtype=torch.int64).view(-1, longest)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingPairs:
-    """Tokenised pairs; built by `load_pairs` or, those of development too, by `load_with_dev`."""
+    """Tokenised pairs, built by `load_pairs`, or by `load_with_dev` together with the development pairs."""
 
     pairs: list[Pair]
     queries: dict[str, Tokens]
@@ -92,29 +92,29 @@ class TrainingPairs:
     """By document id, prompt included."""
 
     known: dict[Tokens, set[Tokens]]
-    """By query, the texts that answer it in any pair."""
+    """Query to the texts that answer it in any pair."""
 
     sources: list[list[Pair]]
     """The pairs by source."""
 
     dropped_negatives: int
-    """Negatives left out because they answer their query: by id, by text, or in another pair of the same query."""
+    """Negatives left out because they answer their query: same id, same text, or in another pair of the query."""
 
     def batch(self, settings: RepresentConfig, number: int, seed: int) -> PairBatch:
-        """The global batch of this number: a function of settings, number and seed alone."""
+        """The global batch with this number. Depends only on settings, number and seed."""
         return self._made_of(self._draw(settings, number, seed), settings, seed)
 
     def once(self, settings: RepresentConfig, seed: int) -> list[PairBatch]:
-        """Batches of all pairs, each once, whatever its source: a function of settings and seed alone.
+        """Batches of all pairs, each once, regardless of source. They depend only on settings and seed.
 
-        They have `settings.batch_pairs` pairs each, the last one what is left.
+        Each has `settings.batch_pairs` pairs, the last one the remainder.
         """
         size, count = settings.batch_pairs, len(self.pairs)
         drawn = [(epoch, self.pairs[item]) for epoch, item in sampler.batch(count, count, 0, seed)]
         return [self._made_of(drawn[start : start + size], settings, seed) for start in range(0, count, size)]
 
     def _made_of(self, drawn: list[tuple[int, Pair]], settings: RepresentConfig, seed: int) -> PairBatch:
-        """The batch of these pairs of these epochs."""
+        """The batch built from these (epoch, pair) draws."""
         chosen: list[tuple[Pair, Tokens, list[Tokens]]] = []
         names: dict[Tokens, str] = {}
         for epoch, pair in drawn:
@@ -151,19 +151,19 @@ class TrainingPairs:
 
 
 def load_pairs(config: RunConfig, tokenizer: TextTokenizer) -> TrainingPairs:
-    """Read and tokenise the training pairs, prompts put before.
+    """Read and tokenise the training pairs, with prompts.
 
     Raises:
-        DataError: fewer pairs than a batch, or a record that cannot be used.
+        DataError: there are fewer pairs than a batch needs, or a record cannot be used.
     """
     return _tokenised(_read_training(config, read_corpus(config.data.corpus)), config.data, tokenizer)
 
 
 def load_with_dev(config: RunConfig, tokenizer: TextTokenizer) -> tuple[TrainingPairs, TrainingPairs | None]:
-    """The training pairs, and the development pairs where stage 2 measures some; the corpus is read once.
+    """The training pairs, and the development pairs if stage 2 measures any. The corpus is read once.
 
     Raises:
-        DataError: as `load_pairs` does, or a development query is trained on.
+        DataError: as in `load_pairs`, or a development query is also trained on.
     """
     data = config.data
     corpus = read_corpus(data.corpus)

@@ -1,6 +1,6 @@
-"""Records from files: JSON lines, Parquet, Arrow, and folders of them, each record with its place for messages.
+"""Read records from JSON lines, Parquet and Arrow files, and folders of them. Each record has a place for messages.
 
-`records` reads files from end to end. `spans` cuts a file, so that several processes can share it.
+`records` reads whole files. `spans` cuts a file into parts, so that several processes can share it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from lbr_dist.errors import DataError
 
-Row = dict[str, Any]
+RawRecord = dict[str, Any]
 
 _LINES = (".jsonl", ".json")
 _READ_ROWS = 1000
@@ -25,12 +25,12 @@ _SPLITS = ("train", "validation", "valid", "dev", "test")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record stands, for messages: ``pairs.jsonl:12``, or ``pairs.parquet: row 12``."""
+    """Where a record is, for messages: ``pairs.jsonl:12``, or ``pairs.parquet: row 12``."""
 
     file: Path
     number: int
     start: int = 0
-    """The byte from which lines are counted, where a file is read in parts; the text counts from the file's first."""
+    """The byte from which `number` counts lines, if a file is read in parts. Messages count from the file's start."""
 
     def __str__(self) -> str:
         if self.file.suffix in _LINES:
@@ -41,7 +41,7 @@ class Place:
         return DataError(f"{self}: found {found}, expected {expected}. {remedy}")
 
 
-def records(path: Path) -> Iterator[tuple[Place, Row]]:
+def records(path: Path) -> Iterator[tuple[Place, RawRecord]]:
     """Every record of a file or folder with its place, counted from 1 in each file."""
     for file in record_files(path):
         for place, row in span_rows(Span(file, 0, sys.maxsize)):
@@ -50,32 +50,34 @@ def records(path: Path) -> Iterator[tuple[Place, Row]]:
 
 
 def record_files(path: Path) -> list[Path]:
-    """The files of a corpus or of pairs, in the order in which they are read.
+    """The files of a corpus or of pairs, in reading order.
 
     Raises:
-        DataError: there is none, it is empty or of an unknown kind, or the folder holds several splits.
+        DataError: no such file, an empty file, an unknown kind of file, or a folder with several splits.
     """
     if path.is_dir():
         return _folder_files(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file or folder. Check the path; it is taken from the working directory.")
+        raise DataError(
+            f"{path}: no such file or folder. Check the path and, if it is relative, the working directory."
+        )
     if path.suffix not in (".jsonl", ".json", ".parquet", ".arrow"):
         raise DataError(
             f"{path}: found a file ending in {path.suffix!r}, expected .jsonl, .json (one object a line), .parquet, "
             ".arrow or a folder. Convert it, or rename it if it is one of these."
         )
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: found an empty file, expected at least one record. Was it cut off on its way?")
+        raise DataError(f"{path}: found an empty file, expected at least one record. Was a copy interrupted?")
     return [path]
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    """The files of one split: of a dataset saved by Hugging Face datasets, or of a plain folder."""
+    """The files of one split, in a dataset saved by Hugging Face datasets or in a plain folder."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(each.name for each in folder.iterdir() if (each / "state.json").is_file())
         raise DataError(
-            f"{folder}: found a dataset of the splits {', '.join(splits)}, expected one split. "
-            f"Name its folder, as in {folder / (splits[0] if splits else 'train')}."
+            f"{folder}: found a dataset with the splits {', '.join(splits)}, expected one split. "
+            f"Name the folder of one split, such as {folder / (splits[0] if splits else 'train')}."
         )
     if (folder / "state.json").is_file():
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -86,8 +88,8 @@ def _folder_files(folder: Path) -> list[Path]:
     splits = sorted({name for file in files for name in _SPLITS if re.match(rf"{name}\b", file.name)})
     if len(splits) > 1:
         raise DataError(
-            f"{folder}: found files of the splits {', '.join(splits)}, expected those of one. "
-            "Name one file, or move each split to a folder of its own."
+            f"{folder}: found files of the splits {', '.join(splits)}, expected files of one split. "
+            "Name one file, or move each split to its own folder."
         )
     return [each for file in files for each in record_files(file)]
 
@@ -97,27 +99,27 @@ def _folder_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A part of a file that is read by itself: the lines that begin in a range of bytes, row groups, record batches."""
+    """A part of a file: the lines that begin in a range of bytes, or a range of row groups or record batches."""
 
     file: Path
     first: int
     """First byte, row group or record batch."""
 
     last: int
-    """The one after the last."""
+    """Exclusive end of the range."""
 
     weight: int = 0
-    """Bytes of the records, about."""
+    """Approximate bytes of the records."""
 
     rows_before: int = 0
-    """Rows of a table that stand before this part; lines are counted when a message needs it."""
+    """Rows of a table before this part. Lines of a text file are counted only when a message needs them."""
 
 
 def spans(file: Path, weight: int) -> Iterator[Span]:
-    """A file cut in parts of `weight` bytes or more, in their order; no row group or record batch is cut.
+    """Cut a file into parts of at least `weight` bytes, in file order. Row groups and record batches stay whole.
 
     Raises:
-        DataError: a table that cannot be read.
+        DataError: a table cannot be read.
     """
     if file.suffix in _LINES:
         size = file.stat().st_size
@@ -134,16 +136,18 @@ def spans(file: Path, weight: int) -> Iterator[Span]:
         yield Span(file, first, last, held, rows_before)
 
 
-def span_rows(span: Span, columns: tuple[str, ...] = (), longest_line: int = -1) -> Iterator[tuple[Place, Row | None]]:
-    """The records of a part with their places. No more is held than a line, or 1,000 rows and what decodes them.
+def span_rows(
+    span: Span, columns: tuple[str, ...] = (), longest_line: int = -1
+) -> Iterator[tuple[Place, RawRecord | None]]:
+    """The records of a part with their places. Holds one line in memory, or 1,000 rows and what decodes them.
 
     Args:
         span: the part.
-        columns: of a table, the columns to be read, where it has the first of them; else all are.
-        longest_line: of JSON lines, the most bytes that are read of one; None takes the place of a longer one.
+        columns: the columns to read if a table has the first of them; otherwise all columns are read.
+        longest_line: maximum bytes of a JSON line; a longer line gives None instead of a record.
 
     Raises:
-        DataError: a line that is not a JSON object, or a table that cannot be read.
+        DataError: a line is not a JSON object, or a table cannot be read.
     """
     if span.file.suffix in _LINES:
         yield from _span_lines(span, longest_line)
@@ -154,7 +158,7 @@ def span_rows(span: Span, columns: tuple[str, ...] = (), longest_line: int = -1)
 # ---- JSON lines -----------------------------------------------------------------------------------------------------
 
 
-def _span_lines(span: Span, longest: int) -> Iterator[tuple[Place, Row | None]]:
+def _span_lines(span: Span, longest: int) -> Iterator[tuple[Place, RawRecord | None]]:
     with span.file.open("rb") as lines:
         if span.first:
             lines.seek(span.first - 1)
@@ -177,7 +181,7 @@ def _skip_line(lines: IO[bytes]) -> None:
         pass
 
 
-def _json_row(place: Place, line: bytes) -> Row:
+def _json_row(place: Place, line: bytes) -> RawRecord:
     begins_file = place.number == 1 and not place.start
     try:
         row = json.loads(line.decode("utf-8-sig" if begins_file else "utf-8"))
@@ -186,13 +190,13 @@ def _json_row(place: Place, line: bytes) -> Row:
         raise place.error(
             f"a line that is not JSON ({reason}): {line[:60]!r}",
             "one JSON object a line",
-            "Mend or remove this line.",
+            "Fix or remove this line.",
         ) from error
     if not isinstance(row, dict):
         raise place.error(
             f"a JSON {type(row).__name__}",
             "one JSON object a line",
-            "Write each record as an object on a line of its own.",
+            "Write each record as an object on its own line.",
         )
     return row
 
@@ -209,7 +213,7 @@ def _lines_before(file: Path, end: int) -> int:
 # ---- Parquet and Arrow ----------------------------------------------------------------------------------------------
 
 
-def _span_table(span: Span, columns: tuple[str, ...]) -> Iterator[tuple[Place, Row]]:
+def _span_table(span: Span, columns: tuple[str, ...]) -> Iterator[tuple[Place, RawRecord]]:
     import pyarrow.parquet as pq
 
     def present(names: list[str]) -> list[str]:
@@ -218,7 +222,7 @@ def _span_table(span: Span, columns: tuple[str, ...]) -> Iterator[tuple[Place, R
     place = _LastPlace(span.file, span.rows_before)
     with _whole_table(place):
         if span.file.suffix == ".parquet":
-            # without these two, pyarrow reads whole row groups ahead and decodes on threads of its own
+            # without these two, pyarrow reads whole row groups ahead and decodes in its own threads
             with pq.ParquetFile(span.file, memory_map=True, pre_buffer=False) as table:
                 groups = range(span.first, min(span.last, table.metadata.num_row_groups))
                 chosen = present(table.schema_arrow.names)
@@ -258,7 +262,7 @@ def _table_groups(file: Path) -> Iterator[tuple[int, int]]:
 
 
 class _LastPlace:
-    """Counts the rows of a table, so that a failed read can be named by its row."""
+    """Counts the rows of a table, so that an error can name the row."""
 
     def __init__(self, file: Path, before: int = 0) -> None:
         self.file, self.number = file, before
@@ -276,14 +280,14 @@ def _whole_table(place: _LastPlace) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{place.file}: row {place.number + 1}: found what cannot be read as {place.file.suffix[1:]} ({error}), "
-            "expected a whole file. Write or copy it again."
+            f"{place.file}: row {place.number + 1}: found data that cannot be read as {place.file.suffix[1:]} "
+            f"({error}), expected a complete file. Write or copy it again."
         ) from error
 
 
 @contextmanager
 def _arrow_stream(file: Path) -> Iterator[tuple[Any, Any]]:
-    """The record batches of an Arrow stream, and the mapped file that says how far they have come."""
+    """The record batches of an Arrow stream, and the mapped file, whose position shows how much has been read."""
     import pyarrow as pa
 
     with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:

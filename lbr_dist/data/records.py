@@ -1,8 +1,8 @@
-"""Corpora and pairs on disk: the only module that knows what their records look like.
+"""Corpora and pairs on disk: the only module that knows their record formats.
 
-A corpus is documents with an id. Pairs join a query to the documents that answer it; they name documents of the
-corpus, or bring the texts with them. Both come as JSON lines, Parquet, a dataset saved by Hugging Face datasets,
-or a folder of such files. All records of pairs must be of one format, that of the first:
+A corpus is a list of documents with ids. A pair joins a query to the documents that answer it; it names documents of
+the corpus, or contains their texts. Both can be JSON lines, Parquet, a dataset saved by Hugging Face datasets, or a
+folder of such files. All records in a file of pairs must have the format of the first one:
 
     lbr                     query, positive_ids [, negative_ids, source, id]
     sentence-transformers   anchor (or query), positive [, negative, negative_1.., negatives]
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import RepresentConfig
-from lbr_dist.data.record_files import Place, Row, records
+from lbr_dist.data.record_files import Place, RawRecord, records
 from lbr_dist.errors import DataError
 
 _FORMATS = (
@@ -39,7 +39,7 @@ _KNOWN = "; ".join(f"{name}: {' + '.join(fields)}" for name, fields in _FORMATS)
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A query, the ids of the documents that answer it, and ids of documents that look as if they did."""
+    """A query, the ids of the documents that answer it, and the ids of documents that only look as if they did."""
 
     id: str
     query: str
@@ -50,21 +50,21 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class PairSet:
-    """Pairs with the text of every document that they name."""
+    """Pairs, and the text of every document they name."""
 
     pairs: list[Pair]
     documents: dict[str, str]
     """Document id to text."""
 
     dropped_negatives: int
-    """Negatives that were left out because they are positives of the same pair."""
+    """Negatives left out because they are positives of the same pair."""
 
 
 # ---- corpora ------------------------------------------------------------------------------------------------------
 
 
 def documents(path: str | Path) -> Iterator[tuple[Place, str, str]]:
-    """Place, id and text of each document in file order, one at a time; ids may come twice. Raises as `read_corpus`."""
+    """Place, id and text of each document in file order, read lazily. Ids may repeat. Raises as in `read_corpus`."""
     for place, row in records(Path(path)):
         key = next((name for name in ("id", "_id", "docid") if row.get(name) is not None), "id")
         yield place, _identifier(place, row, key), titled_text(place, row)
@@ -73,17 +73,17 @@ def documents(path: str | Path) -> Iterator[tuple[Place, str, str]]:
 def read_corpus(path: str | Path) -> dict[str, str]:
     """Documents by id, in file order.
 
-    Fields: `id` (or `_id`, `docid`), `text`, and optionally `title`, which is put before the text as the retrieval
-    toolkits do. Raises DataError for a missing or empty file, and with the line for a record that cannot be used.
+    Fields: `id` (or `_id`, `docid`), `text`, and optionally `title`, which is put before the text, as in the retrieval
+    toolkits. Raises DataError for a missing or empty file, or for a record that cannot be used (with its line).
     """
     texts: dict[str, str] = {}
     places: dict[str, Place] = {}
     for place, document, text in documents(path):
         if document in texts:
             raise place.error(
-                f"document id {document!r} again (first at {places[document]})",
+                f"duplicate document id {document!r} (first at {places[document]})",
                 "each id once",
-                "Remove one of the two, or give it an id of its own.",
+                "Remove one of the two, or give it another id.",
             )
         texts[document] = text
         places[document] = place
@@ -96,10 +96,10 @@ def read_corpus(path: str | Path) -> dict[str, str]:
 
 
 def read_pairs(path: str | Path, corpus: Mapping[str, str]) -> PairSet:
-    """Pairs of any known format, with the texts of their documents from `corpus` or from the records themselves.
+    """Pairs in any known format, with the texts of their documents from `corpus` or from the records themselves.
 
-    A text without an id gets one made from its content, so that equal texts are one document. Raises DataError with
-    the line for a record of another format, without positives, with an empty query, or with an unknown id.
+    A text without an id gets one derived from its content, so that equal texts are one document. Raises DataError
+    (with the line) for a record in another format, without positives, with an empty query, or with an unknown id.
     """
     reader = _PairReader(corpus)
     expected = ""
@@ -119,7 +119,7 @@ def read_pairs(path: str | Path, corpus: Mapping[str, str]) -> PairSet:
 
 
 def by_source(pairs: list[Pair]) -> dict[str, list[Pair]]:
-    """Pairs by their source, both in the order of the file."""
+    """Pairs by source. Sources and pairs keep their file order."""
     sources: dict[str, list[Pair]] = {}
     for pair in pairs:
         sources.setdefault(pair.source, []).append(pair)
@@ -127,11 +127,11 @@ def by_source(pairs: list[Pair]) -> dict[str, list[Pair]]:
 
 
 def check_enough(pairs: list[Pair], settings: RepresentConfig, path: str) -> None:
-    """Raises DataError where the pairs, or those of a source that fills batches of its own, are fewer than a batch."""
+    """Raises DataError if there are fewer pairs than a batch needs: overall, or in one source with `by_source`."""
     if len(pairs) < settings.batch_pairs:
         raise DataError(
             f"{path}: found {len(pairs)} pairs, represent.batch_pairs is {settings.batch_pairs}. Lower "
-            "represent.batch_pairs, or bring more pairs."
+            "represent.batch_pairs, or add more pairs."
         )
     if settings.batches == "by_source":
         counts = {source: len(found) for source, found in by_source(pairs).items()}
@@ -141,28 +141,28 @@ def check_enough(pairs: list[Pair], settings: RepresentConfig, path: str) -> Non
             more = f" and {len(small) - 5} more sources have too few" if len(small) > 5 else ""
             raise DataError(
                 f"{path}: source {named}{more}; with represent.batches `by_source` each needs represent.batch_pairs "
-                f"({settings.batch_pairs}) pairs. Lower represent.batch_pairs, join sources, or use `mixed`."
+                f"({settings.batch_pairs}) pairs. Lower represent.batch_pairs, merge sources, or use `mixed`."
             )
 
 
 def check_apart(dev: list[Pair], train: list[Pair], dev_path: str, train_path: str) -> None:
-    """Raises DataError where a development query is trained on too, be it in other white space."""
+    """Raises DataError if a development query is also trained on (ignoring differences in white space)."""
     trained: dict[str, str] = {}
     for pair in train:
         trained.setdefault(" ".join(pair.query.split()), pair.id)
     both = [(pair, trained[query]) for pair in dev if (query := " ".join(pair.query.split())) in trained]
     if both:
         pair, other = both[0]
-        more = f", and {len(both) - 1} more of its pairs are so" if len(both) > 1 else ""
+        more = f", and {len(both) - 1} more of its pairs repeat training queries" if len(both) > 1 else ""
         raise DataError(
             f"{dev_path}: pair {pair.id!r} has the query {pair.query[:60]!r} of pair {other!r} in {train_path}{more}. "
-            "Expected queries that are never trained on: on others their loss says nothing. Remove such pairs from one "
-            "of the two files."
+            "Expected queries that are never trained on: the loss on trained queries shows nothing. Remove these pairs "
+            "from one of the two files."
         )
 
 
 class _PairReader:
-    """Collects pairs and the documents that they name, and refuses what is at odds with itself."""
+    """Collects pairs and the documents they name, and rejects contradictions."""
 
     def __init__(self, corpus: Mapping[str, str]) -> None:
         self.corpus = corpus
@@ -171,12 +171,12 @@ class _PairReader:
         self.dropped_negatives = 0
         self.seen: dict[str, Place] = {}
 
-    def add(self, place: Place, row: Row, form: str) -> None:
-        # toolkits that train on graded pairs mark what does not match with a label of its own
+    def add(self, place: Place, row: RawRecord, form: str) -> None:
+        # toolkits that train on graded pairs mark non-matching pairs with another label
         if row.get("label") not in (None, 1):
             raise place.error(
                 f"label = {row['label']!r}",
-                "matching pairs alone (label 1, or none)",
+                "only matching pairs (label 1, or no label)",
                 "Remove this record, or write its text as a negative of a matching pair.",
             )
         if form == "ms-swift messages":
@@ -186,7 +186,7 @@ class _PairReader:
         positives = self._documents(place, row, form, "positives")
         if not positives:
             raise place.error(
-                "no positive document", "at least one for each query", "Give the record one, or remove it."
+                "no positive document", "at least one for each query", "Add one to the record, or remove it."
             )
         candidates = self._documents(place, row, form, "negatives")
         negatives = tuple(document for document in candidates if document not in positives)
@@ -201,20 +201,20 @@ class _PairReader:
         )
         self.pairs.append(pair)
 
-    def _pair_id(self, place: Place, row: Row) -> str:
+    def _pair_id(self, place: Place, row: RawRecord) -> str:
         key = next((name for name in ("id", "query_id") if row.get(name) is not None), None)
         pair = _identifier(place, row, key) if key else f"{place.file.stem}-{place.number}"
         if pair in self.seen:
             raise place.error(
-                f"pair id {pair!r} again (first at {self.seen[pair]})",
+                f"duplicate pair id {pair!r} (first at {self.seen[pair]})",
                 "each id once",
-                "Join the two records, or give one an id of its own.",
+                "Merge the two records, or give one another id.",
             )
         self.seen[pair] = place
         return pair
 
-    def _documents(self, place: Place, row: Row, form: str, role: str) -> tuple[str, ...]:
-        """Ids of the record's positives or negatives, each once, in their order."""
+    def _documents(self, place: Place, row: RawRecord, form: str, role: str) -> tuple[str, ...]:
+        """Ids of the record's positives or negatives, in order, without duplicates."""
         one = role.removesuffix("s")
         if form == "lbr":
             ids = _items(place, row, f"{one}_ids")
@@ -232,16 +232,16 @@ class _PairReader:
     def _known(self, place: Place, document: str) -> str:
         if document not in self.corpus:
             raise place.error(
-                f"document id {document!r}, which is in no corpus",
-                f"an id of the {len(self.corpus)} documents of the corpus",
-                "Add the document to the corpus, or bring its text in the record.",
+                f"document id {document!r}, which is not in the corpus",
+                f"an id of one of the {len(self.corpus)} documents in the corpus",
+                "Add the document to the corpus, or put its text in the record.",
             )
         self.documents[document] = self.corpus[document]
         return document
 
     def _passage(self, place: Place, passage: Any) -> str:
         if not isinstance(passage, dict):
-            raise place.error(f"the passage {passage!r}", "an object with `docid` and `text`", "Write it so.")
+            raise place.error(f"the passage {passage!r}", "an object with `docid` and `text`", "Write it that way.")
         document = _identifier(place, passage, "docid") if passage.get("docid") is not None else None
         if document is not None and passage.get("text") is None:
             return self._known(place, document)
@@ -253,27 +253,27 @@ class _PairReader:
         known = self.documents.get(document, self.corpus.get(document, text))
         if known != text:
             raise place.error(
-                f"another text for document id {document!r}",
+                f"a different text for document id {document!r}",
                 f"{known[:60]!r}, as before",
-                "Give one of the two documents an id of its own.",
+                "Give one of the two documents another id.",
             )
         self.documents[document] = text
         return document
 
 
-def _format_of(place: Place, row: Row) -> str:
+def _format_of(place: Place, row: RawRecord) -> str:
     for name, fields in _FORMATS:
         if all(field in row for field in fields):
             return name
     raise place.error(
         f"the fields {', '.join(map(repr, sorted(row))) or '(none)'}",
-        "those of a known format of pairs",
+        "the fields of a known format of pairs",
         f"Known formats: {_KNOWN}.",
     )
 
 
-def _columns(place: Place, row: Row, form: str, role: str) -> list[str]:
-    """Texts in the plain columns of sentence-transformers and ms-swift; empty columns are left out."""
+def _columns(place: Place, row: RawRecord, form: str, role: str) -> list[str]:
+    """Texts in the plain columns of sentence-transformers and ms-swift, without empty columns."""
     if form == "ms-swift":
         names = ["response" if role == "positive" else "rejected_response"]
     elif role == "positive":
@@ -292,29 +292,29 @@ def _columns(place: Place, row: Row, form: str, role: str) -> list[str]:
 # ---- fields -------------------------------------------------------------------------------------------------------
 
 
-def _text(place: Place, row: Row, name: str) -> str:
+def _text(place: Place, row: RawRecord, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise _wrong(place, row, name, "a text that is not empty")
     return value
 
 
-def titled_text(place: Place, row: Row) -> str:
+def titled_text(place: Place, row: RawRecord) -> str:
     text = _text(place, row, "text")
     title = row.get("title")
     return f"{title.strip()} {text}" if isinstance(title, str) and title.strip() else text
 
 
-def _identifier(place: Place, row: Row, name: str) -> str:
+def _identifier(place: Place, row: RawRecord, name: str) -> str:
     value = row.get(name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:
-        raise _wrong(place, row, name, "an id: a text or a whole number")
+        raise _wrong(place, row, name, "an id: a string or an integer")
     return value
 
 
-def _items(place: Place, row: Row, name: str) -> list[Any]:
+def _items(place: Place, row: RawRecord, name: str) -> list[Any]:
     value = row.get(name)
     if value is None:
         return []
@@ -323,17 +323,17 @@ def _items(place: Place, row: Row, name: str) -> list[Any]:
     return value
 
 
-def _conversation(place: Place, row: Row, name: str, turns: Any) -> str:
-    """The texts of a conversation's turns, one a line."""
+def _conversation(place: Place, row: RawRecord, name: str, turns: Any) -> str:
+    """The texts of a conversation's turns, one per line."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise _wrong(place, row, name, "turns {role, content}")
     return "\n".join(_text(place, turn, "content") for turn in turns)
 
 
-def _wrong(place: Place, row: Row, name: str, expected: str) -> DataError:
+def _wrong(place: Place, row: RawRecord, name: str, expected: str) -> DataError:
     found = repr(row[name])[:80] if name in row else f"only the fields {', '.join(map(repr, sorted(row))) or '(none)'}"
     return place.error(
-        f"{name} = {found}" if name in row else found, f"{name}: {expected}", "Mend or remove this record."
+        f"{name} = {found}" if name in row else found, f"{name}: {expected}", "Fix or remove this record."
     )
 
 
@@ -341,9 +341,9 @@ def _wrong(place: Place, row: Row, name: str, expected: str) -> DataError:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes one JSON object a line (UTF-8, keys sorted) and returns their number.
+    """Writes one JSON object per line (UTF-8, keys sorted) and returns their number.
 
-    The file appears under its name only when it is whole; an interrupted write leaves what was there before.
+    The file appears under its name only when it is complete; an interrupted write leaves the old file as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Which items are in which global batch: a function of the seed and the step alone.
+"""Which items are in which global batch. Depends only on the seed and the step.
 
-The order does not depend on the number of ranks, and a resumed run needs no state to go on with the next item. It is
-computed for each place by itself, so that an epoch over any number of items takes no memory.
+The order does not depend on the number of ranks, and a resumed run needs no state to find the next item. Each position
+is computed independently, so an epoch takes no memory, however many items there are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 8  # an even number: both halves are changed equally often
+_ROUNDS = 8  # even, so that both halves are changed equally often
 
 
 def batch(items: int, size: int, step: int, seed: int) -> list[tuple[int, int]]:
@@ -33,16 +33,16 @@ def batch(items: int, size: int, step: int, seed: int) -> list[tuple[int, int]]:
 
 
 def source_batch(sizes: Sequence[int], size: int, step: int, seed: int) -> tuple[int, list[tuple[int, int]]]:
-    """The global batch of a step where each batch is of one source: the source, and pairs of epoch and item of it.
+    """The global batch of a step when each batch has one source: the source, and its pairs of epoch and item.
 
-    A round has so many batches of each source as its items fill, at least one, in an order of its own; the batches of
-    a source go on through its items as if there were no other.
+    In a round, each source gets as many batches as its items fill, at least one. Each round has its own order. The
+    batches of one source run through its items as if it were the only one.
 
     Args:
-        sizes: items of each source, at least one each.
-        size: items of a batch.
+        sizes: number of items of each source, at least one each.
+        size: items per batch.
         step: counted from 0.
-        seed: of the run.
+        seed: the run's seed.
     """
     shares = [max(1, round(items / size)) for items in sizes]
     turns = sum(shares)
@@ -52,21 +52,21 @@ def source_batch(sizes: Sequence[int], size: int, step: int, seed: int) -> tuple
     while turn >= shares[source]:
         turn -= shares[source]
         source += 1
-    # a seed of its own for each source: they would be shuffled alike where they are of one size
+    # one seed per source: sources of the same size would otherwise be shuffled the same way
     return source, batch(sizes[source], size, number * shares[source] + turn, seed * len(sizes) + source)
 
 
 def shuffled(places: NDArray[np.uint64], items: int, seed: int, epoch: int) -> NDArray[np.uint64]:
-    """The items at some places of an epoch's order: a permutation of 0 .. items - 1, keyed by seed and epoch.
+    """The items at the given positions of an epoch's order: a permutation of 0 .. items - 1, keyed by seed and epoch.
 
     A Feistel network over pairs (left, right) with left < a, right < b, where a x b is the smallest such rectangle
-    that holds all items; a place that falls outside walks on along its cycle until it is inside (Black and Rogaway,
+    that holds all items. A result outside the items is permuted again until it is inside (Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains", 2002, methods 2 and 3).
 
     Args:
-        places: ``[n]`` uint64, each below `items`.
-        items: how many there are, at most 2^63.
-        seed: of the run.
+        places: positions, ``[n]`` uint64, each below `items`.
+        items: number of items, at most 2^63.
+        seed: the run's seed.
         epoch: counted from 0.
 
     Returns:
@@ -88,8 +88,13 @@ def shuffled(places: NDArray[np.uint64], items: int, seed: int, epoch: int) -> N
 
 
 def _mixed(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
-    """A pseudo-random uint64 of each value and the key: the finaliser of SplitMix64."""
+    """A pseudo-random uint64 from each value and the key: the finaliser of SplitMix64."""
     mixed = values ^ key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
+
+
+def seed_of(key: str) -> int:
+    """A seed of 56 bits for what is drawn under this key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")

@@ -1,4 +1,4 @@
-"""Text to token ids: the base model's tokenizer, the sink before a text and the bottleneck after it."""
+"""Text to token ids: the base model's tokenizer, with the sink before a text and the bottleneck after it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTINGS_FILE = "lbr.json"
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingSettings:
-    """How a model of ours turns a text into a vector; `lbr.json` in its folder."""
+    """How an LBR model turns a text into a vector; stored as `lbr.json` in its folder."""
 
     pooling: Pooling
     bottleneck_ids: tuple[int, ...] = ()
@@ -43,10 +43,10 @@ class EmbeddingSettings:
 
     @staticmethod
     def read(folder: Path) -> EmbeddingSettings | None:
-        """The settings of a folder, or None where it is not a model of ours.
+        """The settings of a model folder, or None if it has no `lbr.json`.
 
         Raises:
-            ModelError: `lbr.json` is there, but is not what we write.
+            ModelError: `lbr.json` exists, but is not in our format.
         """
         path = folder / SETTINGS_FILE
         if not path.exists():
@@ -57,7 +57,7 @@ class EmbeddingSettings:
             return EmbeddingSettings(**content)
         except (ValueError, TypeError, KeyError) as error:
             raise ModelError(
-                f"{path}: not the settings of a model of ours ({error}). Export the model again."
+                f"{path}: found no settings that this version can read ({error}). Export the model again."
             ) from None
 
 
@@ -67,7 +67,7 @@ def bottleneck_token(j: int) -> str:
 
 
 class TextTokenizer:
-    """A folder's tokenizer, giving bare ids: sink and bottleneck are added where sequences are laid out."""
+    """A folder's tokenizer. It gives bare ids: packing.py adds sink and bottleneck."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -75,7 +75,7 @@ class TextTokenizer:
                 folder, local_files_only=True, trust_remote_code=False
             )
         except (ValueError, OSError) as error:
-            raise ModelError(f"{folder}: no tokenizer that transformers can load ({error}).") from None
+            raise ModelError(f"{folder}: found no tokenizer that transformers can load ({error}).") from None
         if not self.hf.is_fast:
             raise ModelError(f"{folder}: its tokenizer has no tokenizer.json. Save it again as a fast tokenizer.")
         first = (self.hf.bos_token_id, self.hf.eos_token_id, self.hf.pad_token_id, 0)
@@ -88,7 +88,7 @@ class TextTokenizer:
         return max(int(i) for i in self.hf.get_vocab().values())
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[tuple[int, ...]]:
-        """Token ids of each text, without special tokens, cut to `max_tokens`."""
+        """Token ids of each text, without special tokens, truncated to `max_tokens`."""
         if not texts:
             return []
         stripped = [text.strip() for text in texts]
@@ -96,22 +96,22 @@ class TextTokenizer:
         return [tuple(i if max_tokens is None else i[:max_tokens]) for i in ids]
 
     def check_fits(self, vocabulary: int, folder: Path) -> None:
-        """Raises ModelError where the tokenizer can give an id that the model has no embedding for."""
+        """Raises ModelError if the tokenizer can give an id for which the model has no embedding."""
         if self.highest_id >= vocabulary:
             raise ModelError(
                 f"{folder}: tokenizer and model disagree: the tokenizer's highest id is {self.highest_id}, the "
-                f"model's embeddings end at {vocabulary - 1}. They are of different models."
+                f"model's embeddings end at {vocabulary - 1}. They belong to different models."
             )
 
     def with_bottleneck(self, count: int, max_tokens: int) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-        """A tokenizer that puts the sink before and the bottleneck after every text by itself.
+        """A tokenizer that adds the sink before and the bottleneck after every text.
 
         Args:
             count: k, the number of bottleneck tokens.
-            max_tokens: the longest text; longer ones are cut and the bottleneck still follows.
+            max_tokens: longer texts are truncated; the bottleneck still follows.
 
         Returns:
-            The tokenizer to be exported, and the ids of the bottleneck tokens.
+            The tokenizer to export, and the ids of the bottleneck tokens.
         """
         names = [bottleneck_token(j) for j in range(1, count + 1)]
         self.hf.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)

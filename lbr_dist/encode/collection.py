@@ -1,10 +1,10 @@
-"""A collection of any size to a file of vectors, by any number of ranks, and on from where it was cut off.
+"""Encode a collection of any size into a file of vectors, on any number of ranks; resumes where it was interrupted.
 
-The collection is cut in parts of a fixed number of texts, which each rank encodes by itself; which one does changes
-nothing in a part. All lie in a folder named after the result until every part is there:
+The collection is split into parts of a fixed number of texts. Each part is encoded by one rank, and the result does not
+depend on which one. The parts stay in a folder named after the result until all of them are done:
 
-    OUT.parts/parts.json        what the parts depend on, written when the collection is found to be without fault
-    OUT.parts/ids               the ids of all texts, a JSON string a line
+    OUT.parts/parts.json        what the parts depend on, written when the whole collection was checked
+    OUT.parts/ids               the ids of all texts, one JSON string per line
     OUT.parts/part-00003.npy    the vectors of texts 3 n to 4 n
 """
 
@@ -58,14 +58,14 @@ class EncodeJob:
     kind: Kind = "document"
     chunk_tokens: int = 8192
     part_texts: int = 4096
-    """Texts of a part: what a killed rank loses at most."""
+    """Texts in a part: the most that a killed rank loses."""
 
     threads: int | None = None
-    """Threads of a rank on a CPU, on which sums depend. None: those with which the parts that are there were made, or
-    else as many as the first rank has cores for."""
+    """Threads per rank on a CPU; rounding depends on it. None: the number that existing parts were made with, or else
+    the first rank's number of threads."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError, naming the option."""
+        """Raises ConfigError that names the option."""
         for name in ("chunk_tokens", "part_texts", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -79,13 +79,13 @@ class EncodeJob:
         return self.folder / f"part-{number:05d}.npy"
 
     def part_size(self, number: int, texts: int) -> int:
-        """Texts of a part, of so many in all."""
+        """Number of texts in a part; `texts` is the total."""
         return min(self.part_texts, texts - number * self.part_texts)
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What the first rank finds, and tells the others."""
+    """What the first rank found, and sends to the others."""
 
     texts: int
     missing: list[int]
@@ -93,14 +93,14 @@ class _Work:
 
 
 def encode_collection(job: EncodeJob, ranks: Ranks, say: Say) -> None:
-    """Encode a collection into `job.out`, every rank its share. A collective.
+    """Encode a collection into `job.out`; every rank encodes its share. A collective.
 
-    With the same `threads` the file's bytes depend on neither the number of ranks nor on what was cut off before.
+    With the same `threads`, the file's bytes depend neither on the number of ranks nor on earlier interruptions.
 
     Raises:
-        ConfigError, DataError, ModelError: on the first rank before anything is encoded, where that can be; the parts
-            that are there were made of something else; the disk is full.
-        LaunchError: another job is encoding into the same file.
+        ConfigError, DataError, ModelError: if the input is invalid (on the first rank and before anything is encoded,
+            where possible), existing parts were made from something else, or the disk is full.
+        LaunchError: if another job is encoding into the same file.
     """
     check_ending(job.out)
     with _named_full_disk(job), _owned(job) if ranks.is_first else contextlib.nullcontext():
@@ -109,12 +109,12 @@ def encode_collection(job: EncodeJob, ranks: Ranks, say: Say) -> None:
         if ranks.device.type == "cpu":
             torch.set_num_threads(work.threads)
         _encode(job, work, work.missing[ranks.rank :: ranks.world_size], say)
-        from_all(None, ranks)  # every part is there
+        from_all(None, ranks)  # wait until every part exists
         if ranks.is_first:
             if [signature(file) for file in record_files(job.collection)] != before:
                 raise DataError(
-                    f"{job.collection}: it was changed while it was read. Delete {job.folder}, and start again when it "
-                    "is complete."
+                    f"{job.collection}: it was changed while it was read. Delete {job.folder}, and start again when "
+                    "the collection is complete."
                 )
             _join(job, work.texts)
     if ranks.is_first:
@@ -127,12 +127,12 @@ def encode_collection(job: EncodeJob, ranks: Ranks, say: Say) -> None:
 
 
 def _prepare(job: EncodeJob, ranks: Ranks, say: Say) -> _Work:
-    """Check the whole collection, or find that this was done before, and look which parts are missing."""
+    """Check the whole collection, unless an earlier attempt did, and find the missing parts."""
     path = job.folder / MANIFEST
     threads = job.threads or _recorded_threads(path) or torch.get_num_threads()
     made_of = _made_of(job, threads, ranks.device)
     if not path.exists():
-        for left in job.folder.glob("*part-*"):  # a finished job was cut off while it cleaned up
+        for left in job.folder.glob("*part-*"):  # a finished job was interrupted while it cleaned up
             left.unlink()
         texts = _write_ids(job)
         write_atomic(path, json.dumps(made_of | {"texts": texts}, indent=1) + "\n")
@@ -144,15 +144,15 @@ def _prepare(job: EncodeJob, ranks: Ranks, say: Say) -> _Work:
     differing = [name for name, value in made_of.items() if found.get(name) != value]
     if differing:
         raise DataError(
-            f"{job.folder}: found parts that differ in {', '.join(differing)}, expected those of this command. Give "
-            "the former model, collection and options to go on with them, name another --out, or delete the folder."
+            f"{job.folder}: found parts that differ in {', '.join(differing)}, expected those of this command. Use the "
+            "earlier model, collection and options to continue with them, name another --out, or delete the folder."
         )
     for left in job.folder.glob(".part-*"):
         left.unlink()
     numbers = range(-(-texts // job.part_texts))
     missing = [number for number in numbers if _shape(job.part(number)) != job.part_size(number, texts)]
     if len(missing) < len(numbers):
-        say(f"{job.folder}: {len(numbers) - len(missing)} of {len(numbers)} parts are there already")
+        say(f"{job.folder}: {len(numbers) - len(missing)} of {len(numbers)} parts exist already")
     return _Work(texts, missing, threads)
 
 
@@ -165,7 +165,7 @@ def _recorded_threads(path: Path) -> int | None:
 
 
 def _made_of(job: EncodeJob, threads: int, device: torch.device) -> dict[str, Any]:
-    """All that decides the bytes of a part, by the name under which a difference is reported."""
+    """Everything that a part's bytes depend on, by the name under which a difference is reported."""
     cores, known = len(os.sched_getaffinity(0)), job.folder / "hashes"
     inside = [path for path in sorted(job.model.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     on_cpu = device.type == "cpu"
@@ -183,7 +183,7 @@ def _made_of(job: EncodeJob, threads: int, device: torch.device) -> dict[str, An
 
 
 def _write_ids(job: EncodeJob) -> int:
-    """Read all of the collection, so that a fault in it is named now, and write its ids. Returns their number."""
+    """Read the whole collection, so that an error in it is reported now, and write its ids. Returns their number."""
     seen: set[str] = set()
     with (job.folder / IDS).open("w", encoding="utf-8") as file:
         for place, name, text in documents(job.collection):
@@ -195,7 +195,7 @@ def _write_ids(job: EncodeJob) -> int:
                 expected = "one line, as FILE.ids has one for each text"
                 raise place.error(f"the id {name!r}", expected, "Write FILE.parquet, or give it another id.")
             if _SURROGATE.search(name) or _SURROGATE.search(text):
-                raise place.error("half of a surrogate pair", "whole characters", "Mend or remove this record.")
+                raise place.error("half of a surrogate pair", "whole characters", "Fix or remove this record.")
             seen.add(name)
             file.write(json.dumps(name) + "\n")
     sync(job.folder / IDS)
@@ -205,7 +205,7 @@ def _write_ids(job: EncodeJob) -> int:
 
 
 def _shape(part: Path) -> int | None:
-    """The number of vectors in a whole part; None where it is not there, or not whole."""
+    """The number of vectors in a part; None if it does not exist or is not complete."""
     try:
         return len(np.load(part, mmap_mode="r"))
     except (OSError, ValueError, EOFError):
@@ -214,7 +214,7 @@ def _shape(part: Path) -> int | None:
 
 @contextlib.contextmanager
 def _owned(job: EncodeJob) -> Iterator[None]:
-    """Make the folder of parts, and hold it against other jobs; it is gone afterwards if its manifest is."""
+    """Make the folder of parts, and lock it against other jobs. It is deleted afterwards if it has no manifest."""
     path = job.folder / _LOCK
     while True:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def _owned(job: EncodeJob) -> Iterator[None]:
                     f"{job.folder}: another job encodes into {job.out}. Wait for it, stop it, or name another --out."
                 )
             if held == "held" and not is_at(path, file.fileno()):
-                continue  # its holder has removed it since
+                continue  # the job that held the lock has deleted it
             try:
                 yield
             finally:
@@ -251,7 +251,7 @@ def _encode(job: EncodeJob, work: _Work, mine: list[int], say: Say) -> None:
 
 
 def _texts(job: EncodeJob, sizes: Collection[int]) -> Iterator[tuple[int, list[str]]]:
-    """The texts of some parts, in order. The collection is read once, and no more of it held than a part."""
+    """The texts of some parts, in order. Reads the collection once, and holds only one part in memory."""
     last = max(sizes)
     held: list[str] = []
     for index, (_, _, text) in enumerate(documents(job.collection)):
@@ -281,7 +281,7 @@ def _write_part(path: Path, vectors: Vectors) -> None:
 
 
 def _join(job: EncodeJob, texts: int) -> None:
-    """All parts into one file. The manifest goes first: a folder without one is what a finished job left."""
+    """Join all parts into one file, then delete the manifest: a folder without one was left by a finished job."""
 
     def parts() -> Iterator[Vectors]:
         for number in range(-(-texts // job.part_texts)):
@@ -308,5 +308,5 @@ def _named_full_disk(job: EncodeJob) -> Iterator[None]:
         free = shutil.disk_usage(job.out.absolute().parent).free
         raise DataError(
             f"{job.out}: no room for the vectors ({error.strerror}): found {free / 1e6:,.1f} MB free. Free some space "
-            "and start again: the parts that are finished stay."
+            "and start again: finished parts are kept."
         ) from error

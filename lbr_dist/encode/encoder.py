@@ -1,4 +1,4 @@
-"""Texts to vectors with a model folder, in this process: what the exported model gives, packed and without padding."""
+"""Encode texts with a model folder, in this process: the exported model's vectors, computed packed, without padding."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lbr_dist.config import ModelConfig
-from lbr_dist.data.packing import Sequence as PackedSequence
-from lbr_dist.data.packing import pack_row
+from lbr_dist.data.packing import TrainingSequence, pack_row
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.model.backbone import read_json
 from lbr_dist.model.bottleneck import load_model
@@ -23,13 +22,13 @@ Progress = Callable[[int, int], None]
 
 
 class TextEncoder(Protocol):
-    """What the evaluation asks of a model."""
+    """What the evaluation needs from a model."""
 
     def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor: ...
 
 
 def _chunks(lengths: Sequence[int], chunk_tokens: int) -> Iterator[range]:
-    """Neighbours that fit a chunk together; `lengths` fall."""
+    """Ranges of neighbours that fit into a chunk together; `lengths` must be descending."""
     start = used = 0
     for i, length in enumerate(lengths):
         if used + length > chunk_tokens:
@@ -44,13 +43,13 @@ class Encoder:
     """A model folder, ready to encode.
 
     Args:
-        folder: a model of ours, or any Hugging Face causal LM (mean pooling over the text unless told).
+        folder: a model that lbr-dist exported, or any Hugging Face causal LM (mean pooling over the text by default).
         settings: pooling, prompts and lengths, for a folder that has none of its own.
         dtype: `bfloat16` or `float32`; `auto` is float32 for a folder of float32 weights, else bfloat16.
-        chunk_tokens: tokens that run at a time, packed without padding.
+        chunk_tokens: tokens in a forward pass, packed without padding.
 
     Raises:
-        ModelError: the folder cannot be used.
+        ModelError: if the folder cannot be used.
     """
 
     def __init__(
@@ -72,10 +71,10 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor:
-        """Embeddings of length one, ``[texts, d]`` float32 on the CPU.
+        """Unit-norm embeddings, ``[texts, d]`` float32 on the CPU.
 
         Args:
-            texts: without prompts; the prompt of `kind` is put before.
+            texts: without prompts; the prompt of `kind` is prepended.
             kind: `query` or `document`.
             progress: called with the number of texts done and their total.
         """
@@ -85,13 +84,13 @@ class Encoder:
         )
         tokens = self.tokenizer.encode([prompt + text for text in texts], longest)
         vectors = torch.empty(len(tokens), int(self.model.backbone.config.hidden_size))
-        # by length, so that rows fill well and the longest text shows at once whether memory is enough
+        # longest first, so that rows fill well, and running out of memory shows at once
         by_length = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
         chunk_tokens = max(self.chunk_tokens, 1 + longest + len(s.bottleneck_ids))
         done = 0
         for members in _chunks([1 + len(tokens[i]) + len(s.bottleneck_ids) for i in by_length], chunk_tokens):
             chosen = [by_length[i] for i in members]
-            row = pack_row([PackedSequence(tokens[i], len(s.bottleneck_ids)) for i in chosen], self.tokenizer.sink_id)
+            row = pack_row([TrainingSequence(tokens[i], len(s.bottleneck_ids)) for i in chosen], self.tokenizer.sink_id)
             embedded = self.model(row.to(self.device), task="embed", pooling=s.pooling)
             vectors[torch.tensor(chosen)] = F.normalize(embedded, dim=1).cpu()
             done += len(chosen)
@@ -101,7 +100,7 @@ class Encoder:
 
 
 class SentenceTransformersEncoder:
-    """Any other sentence-transformers folder, through that library."""
+    """Any other sentence-transformers folder, encoded by that library."""
 
     def __init__(self, folder: Path) -> None:
         from sentence_transformers import SentenceTransformer
@@ -118,7 +117,7 @@ class SentenceTransformersEncoder:
 
 
 def open_encoder(folder: Path, settings: EmbeddingSettings | None = None, chunk_tokens: int = 32768) -> TextEncoder:
-    """The encoder for a folder: ours, sentence-transformers', or a bare causal LM with `settings`."""
+    """The encoder for a folder: one that lbr-dist exported, sentence-transformers', or a causal LM with `settings`."""
     if EmbeddingSettings.read(folder) is None and (folder / "modules.json").exists():
         return SentenceTransformersEncoder(folder)
     return Encoder(folder, settings, chunk_tokens=chunk_tokens)

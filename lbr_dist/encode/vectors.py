@@ -1,9 +1,9 @@
-"""Vectors with their ids in a file, written part by part, however many there are: NumPy's format, or Parquet.
+"""Write any number of vectors with their ids to a file, part by part, in NumPy's format or Parquet.
 
     FILE.npy       ``[texts, d]`` float32, with FILE.ids beside it: one id a line
     FILE.parquet   columns `id` and `embedding`
 
-A file has its name when it is whole. Imports no torch.
+A file gets its name when it is complete. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENDINGS = (".npy", ".parquet")
 
 
 def check_ending(path: Path) -> None:
-    """Raises DataError for a file's name that ends in none of ours."""
+    """Raises DataError if the file's name ends in none of `ENDINGS`."""
     if path.suffix not in ENDINGS:
         raise DataError(f"{path}: found the ending {path.suffix!r}, expected {' or '.join(ENDINGS)}.")
 
@@ -35,13 +35,13 @@ def write_vectors(path: Path, ids: Iterable[str], parts: Iterable[Vectors], text
     """Write vectors with their ids, one part in memory at a time.
 
     Args:
-        path: a name with one of our endings.
-        ids: as many as there are vectors; for `.npy` none with a line break.
+        path: its name ends in one of `ENDINGS`.
+        ids: one for each vector; for `.npy` none with a line break.
         parts: ``[n, d]`` each, in the order of the ids.
-        texts: how many vectors there are in all.
+        texts: total number of vectors.
 
     Raises:
-        DataError: the name's ending is none of ours.
+        DataError: if the name ends in none of `ENDINGS`.
     """
     check_ending(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def write_vectors(path: Path, ids: Iterable[str], parts: Iterable[Vectors], text
 
 
 def _unfinished(path: Path) -> Path:
-    """One name for all attempts: what one leaves behind, the next one writes over."""
+    """The same name for every attempt, so that each one overwrites what an earlier one left behind."""
     return path.with_name(f".{path.name}.unfinished")
 
 

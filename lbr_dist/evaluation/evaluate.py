@@ -1,4 +1,4 @@
-"""Held-out retrieval: exact search over the test collection, for BM25, the base, stage 1 alone and the result.
+"""Held-out retrieval: exact search over the test collection, for BM25, the base model, stage 1 alone and the result.
 
 Writes `report/metrics.json`, a TREC run file for each system, and the qrels.
 """
@@ -27,8 +27,8 @@ from lbr_dist.evaluation.retrieval import (
     write_qrels,
     write_trec_run,
 )
+from lbr_dist.evaluation.systems import LABELS
 from lbr_dist.export.checksums import SUMMARY
-from lbr_dist.report.page import LABELS
 from lbr_dist.storage.files import write_atomic
 
 DEPTH = 100
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class TestSet:
-    """Held-out queries, and the collection that is searched for their documents."""
+    """Held-out queries, and the collection that is searched."""
 
     __test__ = False
 
@@ -46,7 +46,7 @@ class TestSet:
 
     @staticmethod
     def read(pairs: str | Path, documents: str | Path) -> TestSet:
-        """Raises DataError for malformed files, or a relevant document that the collection lacks."""
+        """Raises DataError if a file is malformed, or the collection lacks a relevant document."""
         collection = read_corpus(documents)
         return TestSet(read_pairs(pairs, collection).pairs, collection)
 
@@ -69,10 +69,10 @@ def search_model(
 
     Args:
         test: queries and documents.
-        folder: a model of ours, any sentence-transformers folder, or a causal LM.
+        folder: a model that lbr-dist exported, any sentence-transformers folder, or a causal LM.
         evaluate: chunk size.
         settings: pooling, prompts and lengths for a causal LM that has none of its own.
-        say: told how far the encoding is.
+        say: prints progress.
     """
     from lbr_dist.encode.encoder import open_encoder
 
@@ -84,7 +84,7 @@ def search_model(
         now = time.perf_counter()
         if now - last > 10 and done < total:
             last = now
-            say(f"  encoded {done:,} of {total:,} texts, left {(now - began) * (total - done) / done:.0f} s")
+            say(f"  encoded {done:,} of {total:,} texts, {(now - began) * (total - done) / done:.0f} s left")
 
     documents = encoder.encode(list(test.documents.values()), "document", progress)
     queries = encoder.encode([query.query for query in test.queries], "query")
@@ -109,7 +109,7 @@ def score(
 
 
 def examples(runs: Mapping[str, Run], test: TestSet, count: int) -> list[dict[str, Any]]:
-    """A few queries, evenly spaced in the test set (not chosen by result), with each system's first three documents."""
+    """A few queries, evenly spaced in the test set (not chosen by result), with each system's top three documents."""
     if not count:
         return []
     stride = max(1, len(test.queries) // count)
@@ -162,7 +162,7 @@ def _training(config: RunConfig) -> dict[str, Any]:
 
 
 def evaluate_run(config: RunConfig, say: Say = print) -> dict[str, Any]:
-    """Score a finished run's systems side by side; writes `report/` but its page.
+    """Score a finished run's systems side by side; writes `report/` except for its page.
 
     Returns:
         The content of `report/metrics.json`.
@@ -207,7 +207,7 @@ def evaluate_folders(
         settings: for causal LMs that have none of their own.
         seed: of the bootstrap.
         out: folder for the results.
-        say: told how far the encoding is.
+        say: prints progress.
     """
     runs = {"bm25": search_bm25(test, evaluate.bm25_tokens)}
     for name, folder in folders.items():

@@ -1,4 +1,4 @@
-"""Exact search and its measures. Nothing here knows a model: vectors, texts and identifiers come in, numbers go out."""
+"""Exact search, BM25 and retrieval metrics. Independent of any model: works on vectors, texts and identifiers."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _LOW_BITS = (1 << 32) - 1
 
 
 def exact_search(queries: Tensor, documents: Tensor, k: int, block: int = 16384) -> tuple[Tensor, Tensor]:
-    """The k documents of largest inner product with each query (cosine, where the vectors have unit length).
+    """The k documents with the largest inner product with each query (cosine similarity, if vectors have unit norm).
 
     Args:
         queries: [q, d], float32; the search runs on their device.
         documents: [n, d], any float dtype and device; one block at a time is moved and cast.
-        k: how many to return; fewer come back where there are fewer documents.
+        k: how many to return; all documents if there are fewer.
         block: documents scored at a time; memory is in the order of 256 x block, never q x n.
 
     Returns:
-        scores [q, k] float32 and indices [q, k] int64, best first; equal scores come in the order of the index.
+        scores [q, k] float32 and indices [q, k] int64, best first; equal scores are in order of index.
 
     Raises:
-        DataError: the shapes don't agree, or a vector holds NaN or infinity.
+        DataError: if the shapes don't agree, or a vector contains NaN or infinity.
     """
     if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
         raise DataError(
@@ -51,7 +51,7 @@ def exact_search(queries: Tensor, documents: Tensor, k: int, block: int = 16384)
 
 
 def search_blocks(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """`exact_search` among documents that come in blocks, so that they need not be in memory together.
+    """`exact_search` over documents that come in blocks, so that they need not be in memory together.
 
     Args:
         queries: [q, d]; the search runs on their device.
@@ -78,18 +78,18 @@ def _finite(vectors: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(vectors).all()):
         raise DataError(
             f"exact_search: found NaN or infinity in the {name} vectors, expected finite numbers. "
-            "The model that made them has diverged; look at its metrics.jsonl."
+            "The model that produced them has diverged; look at its metrics.jsonl."
         )
     return vectors
 
 
 def _sort_keys(scores: Tensor, first_index: int) -> Tensor:
-    """float32 scores [q, b] as int64 keys: the score above, the reversed index below.
+    """float32 scores [q, b] as int64 keys: the score in the high bits, the reversed index in the low bits.
 
-    topk leaves open which of two equal values it returns; keys are never equal, so that the order is defined on
-    every device.
+    topk does not specify which of two equal values it returns. Keys are never equal, so the order is defined on every
+    device.
     """
-    bits = (scores + 0.0).view(torch.int32)  # the sum turns -0.0, which has bits of its own, into 0.0
+    bits = (scores + 0.0).view(torch.int32)  # adding 0.0 turns -0.0, whose bits differ, into 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
     indices = torch.arange(first_index, first_index + scores.shape[1], device=scores.device)
     return (ordered << 32) + (_LOW_BITS - indices)
@@ -111,12 +111,12 @@ def bm25_search(
     Args:
         query_texts: q texts.
         document_texts: n texts.
-        k: how many to return; fewer come back where there are fewer documents.
+        k: how many to return; all documents if there are fewer.
         tokens: `words` are lower-cased runs of `\w`; `characters` are the 3-grams of the lower-cased text.
 
     Returns:
-        scores [q, k] float32 and indices [q, k] int64, in the form of `exact_search`. A document that shares no
-        token with the query has not been found: its score is -inf, and `to_run` leaves it out.
+        scores [q, k] float32 and indices [q, k] int64, as from `exact_search`. A document that shares no token with
+        the query is not found: its score is -inf, and `to_run` leaves it out.
     """
     if k < 1:
         raise ValueError(f"k: found {k}, expected one or more")
@@ -131,7 +131,7 @@ def bm25_search(
 
 
 class Bm25:
-    """The index behind `bm25_search`, which has its arguments."""
+    """The index behind `bm25_search`; takes the same arguments."""
 
     def __init__(self, document_texts: Sequence[str], tokens: Literal["words", "characters"] = "words") -> None:
         import bm25s  # type: ignore[import-untyped]
@@ -143,7 +143,7 @@ class Bm25:
             self._index.index(tokenized, show_progress=False)
 
     def scores(self, query_text: str) -> npt.NDArray[np.float32]:
-        """[n], the score of every document; 0 where it shares no token with the query."""
+        """[n], the score of every document; 0 if it shares no token with the query."""
         words = _tokenize(query_text, self._tokens)
         if self._index is None or not words:
             return np.zeros(self._count, np.float32)
@@ -154,12 +154,12 @@ def _tokenize(text: str, tokens: Literal["words", "characters"]) -> list[str]:
     text = text.lower()
     if tokens == "words":
         return re.findall(r"\w+", text)
-    # a text of one or two characters is a token of its own, else it could not be found at all
+    # a text of one or two characters is a single token, else it could never be found
     return [text[i : i + 3] for i in range(len(text) - 2)] or ([text] if text else [])
 
 
 def best_positive(all_scores: npt.NDArray[np.float32], k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """The k best of [n] scores, best first and ties by lower index; what isn't above zero comes last, as -inf."""
+    """The k best of [n] scores, best first, ties by lower index; scores that aren't positive come last, as -inf."""
     all_scores = np.where(all_scores > 0, all_scores, -np.inf).astype(np.float32)
     kth = np.partition(all_scores, len(all_scores) - k)[len(all_scores) - k]
     candidates = np.flatnonzero(all_scores >= kth)
@@ -168,7 +168,7 @@ def best_positive(all_scores: npt.NDArray[np.float32], k: int) -> tuple[npt.NDAr
 
 
 def to_run(query_ids: Sequence[str], document_ids: Sequence[str], scores: Tensor, indices: Tensor) -> Run:
-    """A search result ([q, k] scores and indices) under its identifiers, without the documents of score -inf."""
+    """A search result ([q, k] scores and indices) with identifiers, without the documents whose score is -inf."""
     return {
         query_id: [(document_ids[i], s) for s, i in zip(row_scores, row_indices, strict=True) if s > -math.inf]
         for query_id, row_scores, row_indices in zip(query_ids, scores.tolist(), indices.tolist(), strict=True)
@@ -179,9 +179,9 @@ def to_run(query_ids: Sequence[str], document_ids: Sequence[str], scores: Tensor
 
 
 def write_trec_run(path: Path, run: Run, tag: str) -> None:
-    """`query Q0 document rank score tag`, a line each; scores keep all digits of a float32.
+    """Write lines of `query Q0 document rank score tag`; scores keep all digits of a float32.
 
-    trec_eval sorts by score again and breaks ties by document id, so tied documents may change places there.
+    trec_eval sorts by score again and breaks ties by document id, so it may reorder tied documents.
     """
     lines = (
         f"{_field(query)} Q0 {_field(document)} {rank} {score:.9g} {_field(tag)}\n"
@@ -192,7 +192,7 @@ def write_trec_run(path: Path, run: Run, tag: str) -> None:
 
 
 def write_qrels(path: Path, qrels: Mapping[str, set[str]]) -> None:
-    """`query 0 document 1`, a line for each relevant document, in sorted order."""
+    """Write a line `query 0 document 1` for each relevant document, in sorted order."""
     _write(path, (f"{_field(q)} 0 {_field(d)} 1\n" for q, relevant in qrels.items() for d in sorted(relevant)))
 
 
@@ -214,7 +214,7 @@ def _write(path: Path, lines: Iterator[str]) -> None:
 def per_query_values(run: Run, qrels: Mapping[str, set[str]]) -> dict[str, list[float]]:
     """Each of `MEASURES` for every judged query, in the order of `qrels`.
 
-    Relevance is binary. nDCG is trec_eval's `ndcg_cut`: gain / log2(rank + 1), over the same sum for an ideal
+    Relevance is binary. nDCG is trec_eval's `ndcg_cut`: the sum of gain / log2(rank + 1), divided by that of an ideal
     ranking cut at 10. A query that the run lacks counts as zero; one without a relevant document is left out.
     """
     values: dict[str, list[float]] = {name: [] for name in MEASURES}
@@ -252,10 +252,10 @@ def score_run(run: Run, qrels: Mapping[str, set[str]], bootstrap: int, seed: int
 def paired_bootstrap(
     a_values: Sequence[float], b_values: Sequence[float], resamples: int, seed: int
 ) -> tuple[float, float, float]:
-    """Mean of a - b over the same queries, and its 95 % percentile interval: (difference, low, high)."""
+    """Mean of a - b over the same queries, and its 95 % percentile bootstrap interval: (difference, low, high)."""
     if len(a_values) != len(b_values) or not a_values:
         raise ValueError(
-            f"paired_bootstrap: found {len(a_values)} and {len(b_values)} values, expected as many of both"
+            f"paired_bootstrap: found {len(a_values)} and {len(b_values)} values, expected the same number of each"
         )
     differences = np.asarray(a_values, np.float64) - np.asarray(b_values, np.float64)
     low, high = _interval(_resampled_means(differences[None], resamples, seed)[0])

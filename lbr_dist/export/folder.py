@@ -1,7 +1,7 @@
-"""The trained model as an ordinary folder: Hugging Face safetensors, tokenizer, sentence-transformers files, card.
+"""Export the trained model as an ordinary folder: Hugging Face weights, tokenizer, sentence-transformers files, card.
 
-The weights are gathered one tensor at a time, and written shard by shard, so that a 7B model passes through the
-memory of one rank in pieces.
+The weights are gathered one tensor at a time and written shard by shard as safetensors, so that no rank holds a whole
+7B model in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -29,12 +28,12 @@ from lbr_dist.model.adapters import file_parameters, merged_weights
 from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX
 from lbr_dist.model.bottleneck import LBRModel
 from lbr_dist.model.sharding import full_shape, whole
-from lbr_dist.ranks.group import Ranks
+from lbr_dist.ranks.group import Ranks, meet
 from lbr_dist.storage.files import sync
 
 SHARD_BYTES = 4 * 2**30
 SPAN_MEAN = Path(__file__).parents[1] / "model" / "span_mean.py"
-"""Copied, not imported: sentence-transformers, which it is for, takes more than a second of each rank's start."""
+"""Copied, not imported: it needs sentence-transformers, which would make each rank start more than a second later."""
 
 
 def _grown(table: Tensor, ids: tuple[int, ...], rows: Tensor | None) -> Tensor:
@@ -47,7 +46,7 @@ def _grown(table: Tensor, ids: tuple[int, ...], rows: Tensor | None) -> Tensor:
 
 
 def _tensors(model: LBRModel, ids: tuple[int, ...], keep: bool) -> Iterator[tuple[str, Tensor | None]]:
-    """Each weight of the backbone by its name in the files, whole; None on the ranks that don't `keep` it."""
+    """Yield each weight of the backbone, gathered, by its name in the files; None on the ranks that don't `keep` it."""
     backbone = model.backbone
     bottleneck = None
     if model.bottleneck is not None:
@@ -87,13 +86,13 @@ def _write_weights(model: LBRModel, ids: tuple[int, ...], folder: Path, writes: 
         if writes:
             try:
                 save_file(part, folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # of a full disk, which has no error of its own there
+            except SafetensorError as error:  # safetensors has no separate error for a full disk
                 raise CheckpointError(
                     f"{folder / file}: cannot be written ({error}). Make room and start again: no step is lost."
                 ) from None
             (folder / file).chmod(0o644)
             total += sum(tensor.nbytes for tensor in part.values())
-        part.clear()  # or it would stay in memory until the next one is gathered
+        part.clear()  # else it would stay in memory until the next one is gathered
     if writes and len(shards) > 1:
         weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -109,7 +108,7 @@ def _write_sentence_transformers(folder: Path, settings: EmbeddingSettings, dime
     """The files from which sentence-transformers builds Transformer, Pooling and Normalize."""
     k = len(settings.bottleneck_ids)
     if settings.pooling in ("bottleneck_last", "last"):
-        # the key names of older releases, which newer ones and other servers read as well
+        # key names of older releases, which newer releases and other servers also read
         pooling_type = "sentence_transformers.models.Pooling"
         pooling: dict[str, Any] = {
             "word_embedding_dimension": dimension,
@@ -146,8 +145,8 @@ def _card(settings: EmbeddingSettings, config: RunConfig, dimension: int) -> str
     note = (
         "\nThe pooling is a mean over "
         + ("the bottleneck tokens" if settings.pooling == "bottleneck_mean" else "the text's tokens")
-        + ", which sentence-transformers does not have: `lbr_span_mean.py` in this folder is loaded for it, "
-        "hence `trust_remote_code=True`.\n"
+        + ", which sentence-transformers does not provide. It loads `lbr_span_mean.py` from this folder instead, "
+        "which needs `trust_remote_code=True`.\n"
         if remote
         else ""
     )
@@ -162,15 +161,15 @@ def _card(settings: EmbeddingSettings, config: RunConfig, dimension: int) -> str
 
 # An embedding model for the domain: {config.domain}
 
-Made by lbr-dist {__version__} from a causal LLM with the design of *Learn Before Represent* (arXiv 2601.11124):
-first causal language modelling of domain text through an information bottleneck, then contrastive training on the
-same compressed vectors. An implementation of the design, not a reproduction of the paper's configuration.
+Trained with lbr-dist {__version__} from a causal LLM, following the design of *Learn Before Represent* (arXiv
+2601.11124): first causal language modelling of domain text through an information bottleneck, then contrastive
+training on the same compressed vectors. It implements the design, and does not reproduce the paper's configuration.
 
 ```python
 from sentence_transformers import SentenceTransformer
 
 model = {load}
-queries = model.encode_query(["..."])        # the query prompt is put before
+queries = model.encode_query(["..."])        # the query prompt is prepended
 documents = model.encode_document(["..."])
 scores = model.similarity(queries, documents)
 ```
@@ -182,7 +181,7 @@ scores = model.similarity(queries, documents)
 | bottleneck tokens | {k}, appended by the tokenizer |
 | query prompt | `{json.dumps(settings.query_prompt)}` |
 | document prompt | `{json.dumps(settings.document_prompt)}` |
-| longest text | {max(settings.max_query_tokens, settings.max_document_tokens)} tokens |
+| maximum text length | {max(settings.max_query_tokens, settings.max_document_tokens)} tokens |
 | similarity | cosine |
 
 ## Training
@@ -193,15 +192,9 @@ scores = model.similarity(queries, documents)
 
 
 def stage_settings(config: RunConfig, stage: str) -> EmbeddingSettings:
-    """How the model after a stage turns a text into a vector, its bottleneck's ids left open."""
+    """How the model turns a text into a vector after a stage, without the bottleneck's token ids."""
     between: Pooling = "bottleneck_mean" if config.model.bottleneck_tokens else "mean"
     return EmbeddingSettings.of(config.data, between if stage == "learn" else config.represent.pooling)
-
-
-def _meet() -> None:
-    """Return when all ranks are here; a process without a group is alone."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def export(
@@ -212,9 +205,9 @@ def export(
     folder: Path,
     ranks: Ranks,
 ) -> None:
-    """Write the model to `folder`; every rank takes part, the first one writes.
+    """Write the model to `folder`. Every rank takes part; the first one writes.
 
-    The folder appears at once, complete, by a rename; an older one is replaced.
+    The folder appears complete, by a rename, and replaces an older one.
     """
     k = 0 if model.bottleneck is None else full_shape(model.bottleneck)[0]
     longest = max(settings.max_query_tokens, settings.max_document_tokens)
@@ -225,7 +218,7 @@ def export(
     if ranks.is_first:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-    _meet()
+    meet(ranks)
     _write_weights(model, ids, building, ranks.is_first)
     if ranks.is_first:
         hf_config = type(model.backbone.config).from_dict(model.backbone.config.to_dict())
@@ -241,11 +234,11 @@ def export(
         _write_sentence_transformers(building, settings, dimension, 1 + longest + k)
         (building / "README.md").write_text(_card(settings, config, dimension), encoding="utf-8")
         _replace(building, folder)
-    _meet()
+    meet(ranks)
 
 
 def _replace(building: Path, folder: Path) -> None:
-    """Give a complete folder its name, when all of it is on disk; an older one goes then."""
+    """Rename a complete folder when all of it is on disk, and delete an older one."""
     write_checksums(building)
     for path in building.rglob("*"):
         sync(path)

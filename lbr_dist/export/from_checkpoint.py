@@ -1,8 +1,8 @@
-"""A model whose weights stay in files: exported from a checkpoint without ranks, without a GPU, a tensor at a time.
+"""Export the model of a checkpoint, without ranks and without a GPU, one tensor at a time.
 
-The model is built on the meta device, where it holds nothing. Each parameter is read when the export asks for it: what
-was trained from the checkpoint's shards, what was frozen from the folder that the stage began with. So the only code
-that knows what an export is, is `export.py`.
+The model is built on the meta device, where it takes no memory. Each parameter is read when the export asks for it:
+trained ones from the checkpoint's shards, frozen ones from the folder that the stage started from. So only `folder.py`
+needs to know what an export consists of.
 """
 
 from __future__ import annotations
@@ -26,35 +26,36 @@ from lbr_dist.model.bottleneck import LBRModel
 from lbr_dist.model.sharding import read_from
 from lbr_dist.ranks.group import Ranks
 
-_ELEMENTS = 4 << 20  # of the float32 master weights that are read at a time
+_ELEMENTS = 4 << 20  # float32 master weights that are read at a time
 
 
 def export_checkpoint(folder: Path, manifest: Manifest, config: RunConfig, base: Path, out: Path) -> None:
     """Write the model of a checkpoint, as the stage itself would have written it after this step.
 
-    In memory are at most one file of the export (`export.SHARD_BYTES`) and one tensor more.
+    At most one file of the export (`folder.SHARD_BYTES`) and one more tensor are in memory.
 
     Args:
-        folder: of the checkpoint, known to be what was written.
+        folder: of the checkpoint, already verified.
         manifest: its manifest.
-        config: the run that saved it.
-        base: the folder that the stage began with: config, tokenizer, and the weights that were frozen.
-        out: the folder to write; replaced at once, when it is complete.
+        config: of the run that saved it.
+        base: the folder that the stage started from: config, tokenizer, and the frozen weights.
+        out: the folder to write; an older one is replaced when the new one is complete.
 
     Raises:
-        CheckpointError: `base` is not the folder that the stage began with, or the checkpoint has other parameters.
-        ModelError: `base` is no model folder.
+        CheckpointError: if `base` is not the folder that the stage started from, or the checkpoint has other
+            parameters.
+        ModelError: if `base` is not a model folder.
     """
     _check_base(base, manifest, config)
     tokenizer = TextTokenizer(base)
     with ShardReader(folder, manifest.parameters, manifest.world_size) as reader:
         model = stored_model(manifest, reader, config, base)
         settings = stage_settings(config, manifest.stage)
-        export(model, tokenizer, settings, config, out, Ranks(0, 1, 0, torch.device("cpu")))
+        export(model, tokenizer, settings, config, out, Ranks.alone())
 
 
 def stored_model(manifest: Manifest, reader: ShardReader, config: RunConfig, base: Path) -> LBRModel:
-    """The model of a checkpoint, each parameter to be had from `engine.whole`, of the run's dtype.
+    """The model of a checkpoint in the run's dtype; `engine.whole` reads each parameter from its file.
 
     Raises:
         CheckpointError, ModelError: see `export_checkpoint`.
@@ -72,8 +73,8 @@ def stored_model(manifest: Manifest, reader: ShardReader, config: RunConfig, bas
     if trained != manifest.parameters:
         names = sorted(n for n in {**trained, **manifest.parameters} if trained.get(n) != manifest.parameters.get(n))
         raise CheckpointError(
-            f"{reader.folder}: holds other parameters than the model of {base} has: {', '.join(names[:3])}"
-            f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. Name the folder that the stage began with."
+            f"{reader.folder}: its parameters differ from those of the model in {base}: {', '.join(names[:3])}"
+            f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. Name the folder that the stage started from."
         )
     for name, parameter in model.named_parameters():
         if name in trained:
@@ -83,7 +84,7 @@ def stored_model(manifest: Manifest, reader: ShardReader, config: RunConfig, bas
 
 
 def _read_trained(reader: ShardReader, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A parameter as its master weights give it; those are read in parts, since they are larger than it is."""
+    """A parameter, from its master weights. They are larger than it if it is not float32, so they are read in parts."""
     value = torch.empty(shape, dtype=dtype)
     flat = value.view(-1)
     for first in range(0, len(flat), _ELEMENTS):
@@ -93,7 +94,7 @@ def _read_trained(reader: ShardReader, name: str, shape: torch.Size, dtype: torc
 
 
 def _leave_in_base(model: LBRModel, base: Path, dtype: torch.dtype) -> None:
-    """Let the frozen parameters, where there are any, be read from the folder that the stage began with."""
+    """Have the frozen parameters, if any, read from the folder that the stage started from."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.backbone.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
@@ -112,17 +113,17 @@ def _read_frozen(files: WeightFiles, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _check_base(base: Path, manifest: Manifest, config: RunConfig) -> None:
-    """Refuse a folder that is not the one that the stage began with.
+    """Check that `base` is the folder that the stage started from.
 
     Raises:
-        CheckpointError: it is not there, or its files differ.
+        CheckpointError: if it does not exist, or its files differ.
     """
     adapted = config.model.lora.rank > 0
     needed = "config, tokenizer and weights" if adapted else "config and tokenizer"
-    advice = "Put back what the stage began with, or name the folder where that is now with --base."
+    advice = "Restore what the stage started from, or name the folder where it is now with --base."
     if not base.is_dir():
-        raise CheckpointError(f"{base}: not there; {manifest.stage} began with its {needed}. {advice}")
+        raise CheckpointError(f"{base}: does not exist; {manifest.stage} started from its {needed}. {advice}")
     found = base_identity(base, weights=adapted)
     changed = [name for name in manifest.base if found.get(name) != manifest.base[name]]
     if changed:
-        raise CheckpointError(f"{base}: its {', '.join(changed)} is not what {manifest.stage} began with. {advice}")
+        raise CheckpointError(f"{base}: its {', '.join(changed)} is not what {manifest.stage} started from. {advice}")

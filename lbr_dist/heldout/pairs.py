@@ -110,7 +110,6 @@ class DevPairs:
     def _score(self, batch: PairBatch, temperature: float | Tensor) -> Scored:
         chunks = RankChunks(batch, self.config, self.chunk_tokens, self.sink_id, self.ranks)
         contrast = Contrast(batch, chunks.members, self.config.represent, self.exchange)
-        contrast.temperature = temperature
         pooling = self.config.represent.pooling
         vectors = [self.engine(chunks.row(number), task="embed", pooling=pooling) for number in range(len(chunks))]
-        return contrast.score(torch.cat(vectors))
+        return contrast.score(torch.cat(vectors), temperature)

@@ -15,15 +15,14 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lbr_dist.config import Pooling, RunConfig
-from lbr_dist.data.packing import Sequence, rank_rows
+from lbr_dist.data.packing import TrainingSequence, rank_rows
 from lbr_dist.data.targets import LearnData
 from lbr_dist.engine import Engine
 from lbr_dist.model.bottleneck import LossWeights
-from lbr_dist.ranks.group import Ranks, total
+from lbr_dist.ranks.group import Ranks, add_up, total
 
 
 def effective_rank(vectors: Tensor) -> float:
@@ -45,9 +44,9 @@ class Diagnostics:
     def __init__(self, engine: Engine, data: LearnData, config: RunConfig, sink_id: int, ranks: Ranks) -> None:
         self.engine, self.config, self.sink_id, self.ranks = engine, config, sink_id, ranks
         k = config.model.bottleneck_tokens
-        self.texts = [Sequence(text, k) for text in data.held_out]
+        self.texts = [TrainingSequence(text, k) for text in data.held_out]
         through = [s for s in data.held_out_sequences(config.learn, k) if s.target]
-        self.targets: dict[str, list[Sequence]] = {}
+        self.targets: dict[str, list[TrainingSequence]] = {}
         if through:
             others = [*through[1:], through[0]]
             shuffled = [replace(s, context=other.context) for s, other in zip(through, others, strict=True)]
@@ -71,7 +70,7 @@ class Diagnostics:
         values["effective_rank_limit"] = float(min(len(vectors) - 1, vectors.shape[1]))
         return values
 
-    def _losses(self, sequences: list[Sequence], form: str) -> tuple[float, float]:
+    def _losses(self, sequences: list[TrainingSequence], form: str) -> tuple[float, float]:
         """Mean losses of the text's and of the target's tokens."""
         rows, _ = rank_rows(
             sequences, self.config.learn.row_tokens, self.sink_id, self.ranks.rank, self.ranks.world_size
@@ -92,5 +91,5 @@ class Diagnostics:
         vectors = torch.zeros(len(self.texts), self.engine.dimension, device=self.ranks.device)
         for row in rows:
             vectors[row.order] = self.engine(row.to(self.ranks.device), task="embed", pooling=pooling)
-        dist.all_reduce(vectors)  # each text is one rank's
+        add_up(vectors, self.ranks)  # each text is embedded by one rank
         return torch.nn.functional.normalize(vectors, dim=1).cpu()

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from lbr_dist.console import Progress
 from lbr_dist.data.records import read_corpus, write_jsonl
@@ -30,7 +29,7 @@ from lbr_dist.errors import DataError
 from lbr_dist.mining.candidates import REASONS, Candidates
 from lbr_dist.mining.index import Ivf, Search, VectorFiles, bm25_search, build_ivf, model_search
 from lbr_dist.mining.work import MiningSettings, Say
-from lbr_dist.ranks.group import Ranks, share
+from lbr_dist.ranks.group import Ranks, meet, share
 
 _LOW_RECALL = 0.9
 
@@ -63,7 +62,7 @@ def mine(settings: MiningSettings, candidates: Candidates, ranks: Ranks, say: Sa
         for number in todo:
             _write_part(settings, candidates, number, units[number], search)
             progress.add(len(units[number]))
-    _barrier(ranks)
+    meet(ranks)
     return _join(settings, candidates, len(units), index, began, ranks, tell) if ranks.is_first else None
 
 
@@ -81,11 +80,6 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _barrier(ranks: Ranks) -> None:
-    if ranks.world_size > 1:
-        dist.barrier()
-
-
 def _model_search(
     settings: MiningSettings, candidates: Candidates, ranks: Ranks, tell: Say
 ) -> tuple[Search, dict[str, Any]]:
@@ -94,7 +88,7 @@ def _model_search(
     documents = VectorFiles(settings.work, "documents", len(texts), settings.document_unit(len(texts)))
     queries = VectorFiles(settings.work, "queries", len(asked), settings.pair_unit(len(asked)))
     _encode(settings, ranks, tell, (documents, texts), (queries, asked))
-    _barrier(ranks)
+    meet(ranks)
     if settings.index == "exact":
         return model_search(candidates, documents, queries, None, ranks.device), {}
     path, report_path = settings.work / "index.faiss", settings.work / "index.json"
@@ -105,7 +99,7 @@ def _model_search(
             path, documents, searchable, queries, min(settings.last, searchable), ranks.device, settings.threads
         )
         write_jsonl(report_path, [report])
-    _barrier(ranks)
+    meet(ranks)
     report = json.loads(report_path.read_text(encoding="utf-8"))
     tell(
         f"IVF index: {report['nlist']} lists, {report['nprobe']} searched per query; finds {report['recall']:.1%} of "

@@ -135,19 +135,19 @@ class StepCost:
             "exchange of the representations": traffic["representations"].seconds(machine),
             "optimizer": shard / (machine.host_bandwidth if offloaded else machine.bandwidth),
         }
+        gathers = forwards + backwards + (again * layers / gather if gather else 0.0)
         return StepPlan(
-            self.planner.chunk_tokens,
-            chunks,
-            kept,
-            tokens,
-            self.planner.resident,
-            memory,
-            self.planner.standing(self.config, self.sizes, ranks)[1],
-            flops,
-            (1 if planner.resident else batches)
-            * (forwards + backwards + (again * layers / gather if gather else 0.0)),
-            traffic,
-            seconds,
+            chunk_tokens=planner.chunk_tokens,
+            chunks=chunks,
+            kept=kept,
+            tokens=tokens,
+            resident=planner.resident,
+            memory=memory,
+            host=planner.standing(self.config, self.sizes, ranks)[1],
+            flops=flops,
+            gathers=(1 if planner.resident else batches) * gathers,
+            traffic=traffic,
+            seconds=seconds,
         )
 
     def largest_batch(self, batch: Batch) -> int:

@@ -55,17 +55,10 @@ class StepPlanner:
     ) -> None:
         self.config, self.sizes, self.graph, self.cluster, self.budget = config, sizes, graph, cluster, budget
         self.item = int(getattr(torch, config.model.dtype).itemsize)
-        self.longest = 1 + max(config.data.max_query_tokens, config.data.max_document_tokens)
-        self.longest += config.model.bottleneck_tokens
+        self.longest = max(config.sequence_lengths)
         represent = config.represent
         pairs = represent.batch_pairs
-        extra = 1 + config.model.bottleneck_tokens
-        self.batch = Batch(
-            pairs,
-            pairs * (1 + represent.hard_negatives),
-            config.data.max_query_tokens + extra,
-            config.data.max_document_tokens + extra,
-        )
+        self.batch = Batch(pairs, pairs * (1 + represent.hard_negatives), *config.sequence_lengths)
         self.chunk_tokens = represent.chunk_tokens or self._planned_chunk()
         self.check()
 
@@ -79,9 +72,7 @@ class StepPlanner:
         folder = Path(config.model.base)  # stage 1 changes no shape but the vocabulary's, by a few rows
         sizes = model_sizes(config.model, folder)
         on_gpu = ranks.device.type == "cuda"
-        extra = 1 + config.model.bottleneck_tokens
-        longest = [config.data.max_query_tokens + extra, config.data.max_document_tokens + extra]
-        graph = graph_bytes(config.model, folder, "cuda" if on_gpu else "cpu", longest)
+        graph = graph_bytes(config.model, folder, "cuda" if on_gpu else "cpu", config.sequence_lengths)
         memory = available_memory(ranks.device, ranks.local_world_size)
         if not on_gpu:  # what is free, and what the engine has taken already
             memory += sum(StepPlanner.standing(config, sizes, ranks.world_size)[0].values())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,11 @@ class Ranks:
 
     watchdog: Watchdog = field(default_factory=Watchdog, compare=False, repr=False)
     """Ends this process when it makes no progress; the one who starts a stage switches it on."""
+
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> Ranks:
+        """A process by itself, which needs no process group."""
+        return cls(0, 1, 0, torch.device(device))
 
     @property
     def is_first(self) -> bool:
@@ -136,7 +142,7 @@ def stop() -> None:
 def joined(timeout_minutes: float = WEEK_MINUTES) -> Iterator[Ranks]:
     """This process's place in work without steps, for as long as that takes; a lone one needs no process group."""
     if rendezvous.here() is None:
-        yield Ranks(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        yield Ranks.alone("cuda" if torch.cuda.is_available() else "cpu")
         return
     try:
         yield start(timeout_minutes)
@@ -167,27 +173,39 @@ def total(values: Sequence[float], ranks: Ranks) -> list[float]:
     return summed
 
 
+def add_up(tensor: Tensor, ranks: Ranks) -> None:
+    """Replace a tensor by its sum over the ranks."""
+    _all_reduce(tensor, ranks, dist.ReduceOp.SUM)
+
+
 def together(values: Sequence[str], ranks: Ranks) -> list[str]:
     """Every rank's texts, in rank order. For messages: it pickles."""
-    everyone: list[list[str]] = [[] for _ in range(ranks.world_size)]
-    dist.all_gather_object(everyone, list(values))
-    return [value for one in everyone for value in one]
+    return [value for of_rank in from_all(list(values), ranks) for value in of_rank]
 
 
 def from_first(value: T, ranks: Ranks) -> T:
     """The first rank's value, on every rank. It pickles; a lone process needs no group."""
     held = [value]
     if ranks.world_size > 1:
-        dist.broadcast_object_list(held, src=0)
+        ranks.traffic.add("broadcast", len(pickle.dumps(value)), root=0)
+        dist.broadcast_object_list(held, src=0, device=ranks.device)
     return held[0]
 
 
-def from_all(value: T, ranks: Ranks) -> list[T]:
-    """Every rank's value, in rank order, when all have come so far. It pickles; a lone process needs no group."""
+def from_all(value: T, ranks: Ranks, group: Any = None) -> list[T]:
+    """Every rank's value, in rank order, once all ranks are here. It pickles; a lone process needs no group."""
     values = [value] * ranks.world_size
     if ranks.world_size > 1:
-        dist.all_gather_object(values, value)
+        ranks.traffic.add("all_gather_object", len(pickle.dumps(value)) * ranks.world_size, group)
+        dist.all_gather_object(values, value, group=group)
     return values
+
+
+def meet(ranks: Ranks) -> None:
+    """Return once all ranks are here; a lone process needs no group."""
+    if ranks.world_size > 1:
+        ranks.traffic.add("barrier", 0)
+        dist.barrier()
 
 
 def _all_reduce(tensor: Tensor, ranks: Ranks, op: dist.ReduceOp.RedOpType) -> None:

@@ -6,6 +6,10 @@ import ctypes.util
 import os
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def count_gpus() -> int:
@@ -32,6 +36,17 @@ def memory() -> tuple[int, int]:
     lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     sizes = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
     return sizes["MemAvailable"], sizes["MemTotal"]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch has held on a GPU, or that this process has held of the machine's memory, so far."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    # not ru_maxrss, which a child inherits from its parent
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def allocator() -> dict[str, str]:

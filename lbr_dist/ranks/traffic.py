@@ -7,8 +7,9 @@ each of the others; of ``S`` bytes all-reduced, both; of a broadcast, all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Traffic:
     """Ranks of a node; ranks are numbered node by node."""
 
     counts: dict[str, Count] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock, compare=False, repr=False)
 
     def add(self, kind: str, nbytes: int, group: Any = None, root: int | None = None) -> None:
         """Count one call.
@@ -71,11 +73,13 @@ class Traffic:
         else:
             times = 2 if kind.startswith("all_reduce") else 1
             received = (times * share * (neighbours - 1), times * share * (len(ranks) - neighbours))
-        self.counts[kind] = self.counts.get(kind, Count()) + Count(1, *received)
+        with self._lock:  # a checkpoint is written, and agreed on, by another thread
+            self.counts[kind] = self.counts.get(kind, Count()) + Count(1, *received)
 
     def take(self) -> dict[str, Count]:
         """The counts since the last time, and begin again from zero."""
-        counts, self.counts = self.counts, {}
+        with self._lock:
+            counts, self.counts = self.counts, {}
         return counts
 
     def watch(self, backend: Any) -> Callable[[], None]:
@@ -99,6 +103,20 @@ class Traffic:
             return original(*args, **kwargs)
 
         return call
+
+
+def by_kind(counts: Mapping[str, Count]) -> dict[str, float]:
+    """Calls and bytes of collectives by kind, and the bytes in all, as they are logged."""
+    kinds: dict[str, Count] = {}
+    for name, count in counts.items():
+        kind = name.replace("_into_tensor", "").replace("_tensor", "").replace("_coalesced", "")
+        kinds[kind] = kinds.get(kind, Count()) + count
+    values: dict[str, float] = {}
+    for kind, count in kinds.items():
+        values |= {f"{kind}_calls": count.calls, f"{kind}_bytes": count.within + count.between}
+    values["bytes_within_node"] = sum(count.within for count in kinds.values())
+    values["bytes_between_nodes"] = sum(count.between for count in kinds.values())
+    return values
 
 
 def _payload(arguments: Iterable[object]) -> int:

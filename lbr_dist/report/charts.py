@@ -1,6 +1,7 @@
-"""The report's charts, drawn by matplotlib and returned as SVG to stand inside the page.
+"""The report's charts, drawn by matplotlib and returned as SVG to be inlined in the page.
 
-Colours are drawn as stand-ins and leave as CSS variables, so that one picture suits a light and a dark page.
+Charts are drawn in stand-in colours, which are then replaced by CSS variables, so that one SVG suits both the light and
+the dark page.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ def system_variable(system: str) -> str:
 def score_bars(
     systems: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], measure: str, width: int, prefix: str
 ) -> str:
-    """Horizontal bars of one measure between 0 and 1, with `MEASURE_interval` where it is given.
+    """Horizontal bars of one metric between 0 and 1, with `MEASURE_interval` if it is given.
 
     Args:
-        systems: system -> its scores; systems without the measure are left out.
+        systems: system -> its scores; systems without the metric are left out.
         labels: system -> the name above its bar.
         width: drawn width in CSS pixels.
         prefix: put before every id inside the picture, to keep ids unique in the page.
@@ -104,13 +105,13 @@ def training_curve(
     prefix: str,
     marked: Sequence[int] = (),
 ) -> str:
-    """One quantity over the steps: what was measured, faint, under its running mean.
+    """One quantity over the steps: the measured values, faint, under their running mean.
 
     Args:
-        steps: where it was measured, rising.
-        values: one a step, all finite.
-        title: what is read out in place of the picture, with the first and the last value.
-        system: whose colour the line has.
+        steps: where it was measured, ascending.
+        values: one per step, all finite.
+        title: read out by screen readers, with the first and the last value.
+        system: the line gets this system's colour.
         prefix: put before every id inside the picture, to keep ids unique in the page.
         marked: steps that get a tick along the bottom.
     """
@@ -137,36 +138,36 @@ def training_curve(
 
 @dataclass(frozen=True)
 class Line:
-    """A quantity that is measured now and then, with its name at its end."""
+    """A quantity that is measured now and then, labelled at the end of its line."""
 
     steps: Sequence[int]
-    """Where it was measured, rising; lines of one picture need not share their steps."""
+    """Where it was measured, ascending; lines of one picture need not share their steps."""
 
     values: Sequence[float]
-    """One a step, all finite."""
+    """One per step, all finite."""
 
     name: str
-    """What is read out in place of the line."""
+    """Read out by screen readers."""
 
     label: str = ""
     """Drawn at the line's end, before its last value."""
 
     emphasis: int = 0
-    """0 for the line that the picture is about; 1 and 2 for what it is held against."""
+    """0 for the line that the picture is about; 1 and 2 for the lines it is compared with."""
 
 
 def measured_lines(
     lines: Sequence[Line], title: str, size: tuple[int, int], label_width: int, prefix: str, system: str = "learn"
 ) -> str:
-    """Lines through what was measured, unsmoothed, each labelled at its end.
+    """Lines through the measured values, unsmoothed, each labelled at its end.
 
     Args:
         lines: at least one, each with at least one point.
-        title: what is read out in place of the picture, before each line's name and values.
+        title: read out by screen readers, before each line's name and values.
         size: drawn width and height, in CSS pixels.
         label_width: room for the labels, right of the lines, in CSS pixels.
         prefix: put before every id inside the picture, to keep ids unique in the page.
-        system: whose colour the line has that the picture is about.
+        system: the main line gets this system's colour.
     """
     width, height = size
     left, bottom, top = 46, 28, 10
@@ -175,7 +176,7 @@ def measured_lines(
         plot = (width - left - label_width, height - bottom - top)
         axes = figure.add_axes((left / width, bottom / height, plot[0] / width, plot[1] / height))
         first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
-        # beside its label, where it is the only point
+        # a single point is drawn next to its label
         axes.set_xlim(first if first < last else first - 1, last)
         drawn = [_thinned_between_its_ends(line) for line in lines]
         _dress(axes, first, last, [value for _, values in drawn for value in values])
@@ -186,7 +187,7 @@ def measured_lines(
             (drawn_line,) = axes.plot(steps, values, color=colour, linewidth=thickness, linestyle=dashes, clip_on=False)
             drawn_line.set(marker=marker, markersize=3.5 if line.emphasis else 6)
             if steps[-1] < last:
-                # to its label, where the other lines went on without it
+                # connects a line that ends early with its label
                 axes.plot([steps[-1], last], [values[-1]] * 2, color=_MUTED, linewidth=0.8, alpha=0.5)
         low, high = axes.get_ylim()
         pixel = (high - low) / plot[1]
@@ -209,7 +210,7 @@ def measured_lines(
         return _svg(figure, f"{title}, from step {first} to step {last}: {said}.", prefix)
 
 
-_EMPHASIS: Any = (  # colour, or the system's own, thickness, dashes: told apart without colour too
+_EMPHASIS: Any = (  # colour (None: the system's), thickness, dashes, so that the lines differ without colour too
     (None, 2.4, "-"),
     (_INK, 1.5, (0, (4, 2))),
     (_MUTED, 1.5, (0, (1.2, 1.6))),
@@ -219,7 +220,7 @@ _RUN_AWAY = 1e7
 
 
 def shown(value: float) -> str:
-    """A value with about three digits, in scientific notation only where a perplexity has run away."""
+    """A value with about three digits, in scientific notation only if it is huge, like a perplexity that diverged."""
     size = abs(value)
     if size >= _RUN_AWAY:
         return f"{value:.1e}"
@@ -227,7 +228,7 @@ def shown(value: float) -> str:
 
 
 def _dress(axes: Axes, first: int, last: int, values: Sequence[float]) -> None:
-    """Few quiet ticks, whole steps; a flat line stays flat where matplotlib would magnify its noise."""
+    """Sparse ticks at whole steps; a flat line stays flat, whereas matplotlib would magnify its noise."""
     low, high = min(values), max(values)
     size = max(abs(low), abs(high))
     lacking = max(0.0, 0.04 * size - (high - low)) or (0.1 if size == 0 else 0.0)
@@ -251,7 +252,7 @@ def _dress(axes: Axes, first: int, last: int, values: Sequence[float]) -> None:
 
 
 def _tick_along_the_bottom(axes: Axes, steps: Sequence[int], apart: float) -> None:
-    """One path for all ticks, none closer than can be seen: any number of them weighs little."""
+    """One path for all ticks, without those too close to tell apart, so that many ticks add little to the page."""
     xs: list[float] = []
     ys: list[float] = []
     for step in steps:
@@ -262,7 +263,7 @@ def _tick_along_the_bottom(axes: Axes, steps: Sequence[int], apart: float) -> No
 
 
 def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places near the wanted ones and in their order, at least `gap` from one another, between low and high."""
+    """Positions near the wanted ones and in the same order, at least `gap` apart, between low and high."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     places = list(wanted)
     for _ in range(50):
@@ -280,7 +281,7 @@ def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def _thinned_between_its_ends(line: Line) -> tuple[list[float], list[float]]:
-    """The ends stay as measured: a label and a sentence say their values."""
+    """Keep the ends as measured, because a label and a sentence show their values."""
     if len(line.values) <= _MOST_POINTS:
         return list(line.steps), list(line.values)
     steps, values = _thinned(line.steps[1:-1], line.values[1:-1])
@@ -304,7 +305,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _svg(figure: Figure, description: str, prefix: str) -> str:
-    """The figure as an inline `<svg>`: no prolog, no metadata, no outside address, colours as CSS variables."""
+    """The figure as an inline `<svg>`: no prolog, no metadata, no external address, colours as CSS variables."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": prefix}):
         figure.savefig(buffer, format="svg", transparent=True)
@@ -313,7 +314,7 @@ def _svg(figure: Figure, description: str, prefix: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}-", svg)
-    # a hundredth of a pixel is enough, and halves what the curves weigh
+    # a hundredth of a pixel is precise enough, and halves the size of the curves
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
     for stand_in, variable in _STAND_INS.items():
         svg = svg.replace(stand_in, f"var({variable})")

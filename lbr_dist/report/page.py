@@ -1,4 +1,4 @@
-"""The report of a run: one page that needs nothing but itself, to be read by people who did not train the model."""
+"""The report of a run: one self-contained page, for people who did not train the model."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lbr_dist.evaluation.systems import LABELS, SHORT_LABELS
 from lbr_dist.report.charts import score_bars, system_variable
 from lbr_dist.report.style import STYLE, as_text, dot
 from lbr_dist.report.training import training_section
 
-LABELS = {
-    "bm25": "BM25",
-    "base": "Base model, untouched",
-    "learn": "After learn alone (no labelled pair seen)",
-    "lbr": "LBR: learn, then represent",
-}
-# how a system is called inside a sentence
-_SHORT = {
-    "bm25": "BM25",
-    "base": "the untouched base model",
-    "learn": "the model after learn alone",
-    "lbr": "LBR",
-}
 _MEASURES = {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
 _LONGEST_TEXT = 240
 _NOTE = (
@@ -33,12 +21,12 @@ _NOTE = (
 
 
 def write_report(run_dir: Path, metrics: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Path:
-    """Write `report/index.html` under the run folder: inline style, inline SVG, no outside resource, no script.
+    """Write `report/index.html` in the run folder: inline style, inline SVG, no external resources, no script.
 
     Args:
-        run_dir: the run folder; `learn/metrics.jsonl` and `represent/metrics.jsonl` are read where they are present.
-        metrics: the content of `report/metrics.json`. Every part may be missing; the page then lacks what shows it.
-        examples: `{"query", "positives": [text], "systems": {name: [{"text", "relevant", "score"}]}}`, one a query.
+        run_dir: the run folder; `learn/metrics.jsonl` and `represent/metrics.jsonl` are read if they exist.
+        metrics: the content of `report/metrics.json`. Any part may be missing; the page then leaves out what shows it.
+        examples: `{"query", "positives": [text], "systems": {name: [{"text", "relevant", "score"}]}}`, one per query.
 
     Returns:
         The path of the page.
@@ -77,12 +65,12 @@ def _label(system: str) -> str:
 
 
 def _short(system: str) -> str:
-    return as_text(_SHORT.get(system, system))
+    return as_text(SHORT_LABELS.get(system, system))
 
 
 def _percent(share: float) -> str:
     rounded = f"{100 * share:.0f}"
-    # 99.6 % must not read as all, nor 0.3 % as none
+    # 99.6 % must not be shown as 100 %, nor 0.3 % as 0 %
     if (rounded == "100" and share < 1) or (rounded == "0" and share > 0):
         rounded = f"{100 * share:.1f}"
     return f"{rounded}&nbsp;%"
@@ -93,7 +81,7 @@ def _number(value: object) -> str:
 
 
 def _headline(systems: Mapping[str, Any], num_queries: object) -> str:
-    """The main result in one plain sentence; recall is a share of the right documents, however many a query has."""
+    """The main result in one plain sentence; recall is a share, however many relevant documents a query has."""
     shares = {n: scores["recall@10"] for n, scores in systems.items() if scores.get("recall@10") is not None}
     if not shares:
         return "No system was scored."
@@ -103,8 +91,8 @@ def _headline(systems: Mapping[str, Any], num_queries: object) -> str:
     rest = f"; {', '.join(others)}" if others else ""
     name = _short(first)
     return (
-        f"{name[0].upper()}{name[1:]} finds <strong>{_percent(shares[first])}</strong> of the right documents "
-        f"within its first ten results{over}{rest}."
+        f"{name[0].upper()}{name[1:]} finds <strong>{_percent(shares[first])}</strong> of the relevant documents "
+        f"in its top ten results{over}{rest}."
     )
 
 
@@ -119,7 +107,7 @@ def _scores_section(systems: Mapping[str, Any], comparisons: Sequence[Mapping[st
         wide, narrow = (score_bars(systems, LABELS, "ndcg@10", width, f"bars{width}") for width in (760, 340))
         chart = (
             f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div><figcaption>nDCG@10: 1 is a '
-            "perfect first ten. Thin lines are 95&nbsp;% intervals, by resampling the queries.</figcaption></figure>"
+            "perfect top ten. Thin lines are 95&nbsp;% bootstrap intervals over the queries.</figcaption></figure>"
         )
     return f"<section><h2>How well each system ranks</h2>{chart}{_table(systems)}{_comparisons(comparisons)}</section>"
 
@@ -140,9 +128,9 @@ def _table(systems: Mapping[str, Any]) -> str:
             cells.append(f'<td role="cell">{shown}{small}</td>')
         header = f'<th scope="row" role="rowheader">{dot(name)}{_label(name)}</th>'
         rows.append(f'<tr role="row">{header}{"".join(cells)}</tr>')
-    # the roles say what the tags say; a phone lays the rows out as grids, and browsers then forget the tags
+    # the roles repeat the tags: on a phone the rows are grids, and browsers then ignore the tags' roles
     return (
-        '<table role="table"><caption>All measures, with their 95&nbsp;% intervals; the best of each column is bold.'
+        '<table role="table"><caption>All metrics with their 95&nbsp;% intervals; the best of each column is bold.'
         '</caption><thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">System</th>'
         f'{head}</tr></thead><tbody role="rowgroup">{"".join(rows)}</tbody></table>'
     )
@@ -167,7 +155,7 @@ def _comparisons(comparisons: Iterable[Mapping[str, Any]]) -> str:
         items.append(f"<li>{sentence[0].upper()}{sentence[1:]}</li>")
     if not items:
         return ""
-    return f"<h3>Query by query, in nDCG@10</h3><ul>{''.join(items)}</ul>"
+    return f"<h3>Paired differences in nDCG@10</h3><ul>{''.join(items)}</ul>"
 
 
 def _signed(value: float) -> str:
@@ -183,25 +171,25 @@ def _examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
     cards = []
     for example in examples:
         positives = "".join(f"<li {_DIR}>{_cut(text)}</li>" for text in example.get("positives") or [])
-        wanted = f"<details><summary>What should be found</summary><ul>{positives}</ul></details>" if positives else ""
+        wanted = f"<details><summary>Relevant documents</summary><ul>{positives}</ul></details>" if positives else ""
         columns = "".join(_hits(name, hits) for name, hits in _in_order(example.get("systems") or {}).items())
         query = f'<h3 {_DIR}><span class="tag">Query</span> {_cut(example.get("query", ""))}</h3>'
         cards.append(f'<article>{query}{wanted}<div class="systems">{columns}</div></article>')
     return (
-        "<section><h2>What the systems return</h2><p>The first three results of each system for a few held-out "
-        f'queries. <span class="mark">&#10003; Right</span> marks a document that answers the query.</p>'
+        "<section><h2>What the systems return</h2><p>The top three results of each system for a few held-out "
+        f'queries. <span class="mark">&#10003; Relevant</span> marks a document that answers the query.</p>'
         f"{''.join(cards)}</section>"
     )
 
 
-_DIR = 'dir="auto"'  # domains come in scripts of both directions
+_DIR = 'dir="auto"'  # texts may be in left-to-right or right-to-left scripts
 
 
 def _hits(system: str, hits: Sequence[Mapping[str, Any]]) -> str:
     items = []
     for hit in hits:
         relevant = bool(hit.get("relevant"))
-        mark = '<span class="mark">&#10003; Right</span>' if relevant else ""
+        mark = '<span class="mark">&#10003; Relevant</span>' if relevant else ""
         score = hit.get("score")
         shown = f'<span class="score">score {score:.3g}</span>' if score is not None and math.isfinite(score) else ""
         items.append(

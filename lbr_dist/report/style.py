@@ -1,4 +1,4 @@
-"""The style of the report's page: one palette for light and for dark, one colour a system."""
+"""The style of the report's page: a light and a dark palette, with one colour per system."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ dd { margin: 0; color: var(--ink); font-size: 1rem; font-variant-numeric: tabula
 
 
 def as_text(value: object) -> str:
-    """The value as text of the page, whatever it holds."""
+    """The value as escaped text for the page."""
     return escape(str(value), quote=True)
 
 

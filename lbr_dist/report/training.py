@@ -1,4 +1,4 @@
-"""The report's section on training: the curves of both stages, and what the bottleneck turned out to carry."""
+"""The report's section on training: the curves of both stages, and how much information the bottleneck carries."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from lbr_dist.report.charts import Line, measured_lines, shown, training_curve
 from lbr_dist.report.style import as_text, dot
 
-_CURVES = (  # stage, key in metrics.jsonl, title, whose colour
+_CURVES = (  # stage, key in metrics.jsonl, title, system whose colour is used
     ("learn", "target_loss", "Learn: loss on the target, through the bottleneck", "learn"),
     ("learn", "text_loss", "Learn: loss on the text itself", "learn"),
     ("represent", "loss", "Represent: contrastive loss", "lbr"),
     ("represent", "accuracy", "Represent: accuracy within the batch", "lbr"),
-    ("represent", "alignment", "Represent: distance of a query and its document, squared", "lbr"),
+    ("represent", "alignment", "Represent: squared distance between a query and its document", "lbr"),
     ("represent", "uniformity", "Represent: uniformity of the documents; lower is more spread out", "lbr"),
 )
 _ON_DEV = {  # key in represent's metrics.jsonl: title, key, name and label of each line; drawn after the key's curve
@@ -27,17 +27,17 @@ _ON_DEV = {  # key in represent's metrics.jsonl: title, key, name and label of e
     "accuracy": (
         "Represent: how the development pairs are ranked",
         (
-            ("heldout_accuracy", "share whose document comes first", "first"),
+            ("heldout_accuracy", "share of queries whose document is ranked first", "first"),
             ("heldout_mrr", "mean reciprocal rank at 10", "MRR"),
         ),
     ),
 }
-_TARGET_LOSSES = (  # key in learn's metrics.jsonl, read out, drawn at the line's end
-    ("heldout_target_loss", "through its own bottleneck", "own bottleneck", "own"),
-    ("heldout_target_loss_shuffled", "through another text's bottleneck", "another text's", "another's"),
+_TARGET_LOSSES = (  # key in learn's metrics.jsonl, name for screen readers, label at the line's end, short label
+    ("heldout_target_loss", "with its own bottleneck", "own bottleneck", "own"),
+    ("heldout_target_loss_shuffled", "with another text's bottleneck", "another text's", "another's"),
     ("heldout_target_loss_without", "without a bottleneck", "no bottleneck", "none"),
 )
-# nats a token; below it another text's bottleneck serves as well, and the text's own tells nothing
+# nats per token; below this, another text's bottleneck is as good, so the text's own carries no information
 IGNORED_BELOW = 0.02
 _MOST_SKIPS_NAMED = 5
 
@@ -46,12 +46,12 @@ _Points = tuple[list[int], list[float]]
 
 
 def training_section(run_dir: Path) -> str:
-    """Curves of both stages and learn's held-out diagnostics, from what metrics.jsonl holds of them; else ""."""
+    """Curves of both stages and learn's held-out diagnostics, as far as metrics.jsonl has them; "" if it has none."""
     logs = {stage: _entries(run_dir / stage / "metrics.jsonl") for stage in ("learn", "represent")}
     skipped = {stage: _skipped(entries) for stage, entries in logs.items()}
     figures = []
     for number, (stage, key, title, system) in enumerate(_CURVES):
-        # a skipped step taught nothing, and its spike would flatten the rest of the curve
+        # a skipped step changed no weight, and its spike would flatten the rest of the curve
         steps, values = _points(logs[stage], key, but=skipped[stage])
         if steps:
             chart = training_curve(steps, values, title, system, f"curve{number}", skipped[stage])
@@ -61,17 +61,17 @@ def training_section(run_dir: Path) -> str:
     curves = ""
     if figures:
         measured = any(_points(logs["represent"], measure)[0] for _, lines in _ON_DEV.values() for measure, *_ in lines)
-        on_dev = " Of the development pairs: as measured." if measured else ""
+        on_dev = " Curves of the development pairs are not smoothed." if measured else ""
         curves = (
             f'<div class="curves">{"".join(figures)}</div>'
-            f'<p class="quiet">Over the optimizer steps. Faint: as measured. Strong: running mean.{on_dev}</p>'
+            f'<p class="quiet">The x axis shows optimizer steps. Faint: as measured. Strong: running mean.{on_dev}</p>'
         )
     parts = [curves, *(_skips(stage, steps) for stage, steps in skipped.items()), _bottleneck(logs["learn"])]
     return f"<section><h2>How training went</h2>{''.join(parts)}</section>" if any(parts) else ""
 
 
 def _entries(path: Path) -> list[_Entry]:
-    """The lines that are an object with a step; a run that was killed may leave a broken one."""
+    """The lines that are an object with a step; a killed run may leave a broken line."""
     entries: list[_Entry] = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for line in lines:
@@ -92,7 +92,7 @@ def _number(entry: _Entry, key: str) -> float | None:
 
 
 def _points(entries: Sequence[_Entry], key: str, but: Sequence[int] = ()) -> _Points:
-    """Steps and values of the entries that have the value, and a finite one."""
+    """Steps and values of the entries that have a finite value."""
     left_out = set(but)
     pairs = [(entry["step"], _number(entry, key)) for entry in entries if entry["step"] not in left_out]
     points = [(step, value) for step, value in pairs if value is not None]
@@ -116,7 +116,7 @@ def _skips(stage: str, steps: Sequence[int]) -> str:
     one = len(steps) == 1
     what = f"1 step of {stage} was" if one else f"{len(steps):,} steps of {stage} were"
     why = f"because {'its' if one else 'their'} loss or gradient was not finite or jumped"
-    leave = "The curves leave it out, and mark it" if one else "The curves leave them out, and mark them"
+    leave = "The curves leave it out and mark it" if one else "The curves leave them out and mark them"
     return f'<p class="skips">{what} skipped, {why}: {which}. {leave} along the bottom.</p>'
 
 
@@ -124,7 +124,7 @@ def _skips(stage: str, steps: Sequence[int]) -> str:
 
 
 def _on_dev(entries: Sequence[_Entry], key: str) -> list[str]:
-    """The figure that stands after the curve of a key, where the development pairs were measured."""
+    """The figure after a key's curve, if the development pairs were measured."""
     title, measures = _ON_DEV[key]
     lines = []
     for emphasis, (measure, name, label) in enumerate(measures):
@@ -147,12 +147,12 @@ def _on_dev(entries: Sequence[_Entry], key: str) -> list[str]:
 def _bottleneck(entries: Sequence[_Entry]) -> str:
     parts = []
     if any(_points(entries, key)[0] for key, *_ in _TARGET_LOSSES):
-        title = "Held-out loss on the target, in nats a token"
+        title = "Held-out loss on the target, in nats per token"
         wide = measured_lines(_loss_lines(entries, short=False), title, (760, 260), 160, "heldout760")
         narrow = measured_lines(_loss_lines(entries, short=True), title, (340, 220), 112, "heldout340")
         parts.append(
-            f"{_finding(entries)}<figure><figcaption>{dot('learn')}Learn: held-out loss on the target, in nats a token"
-            f'</figcaption><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
+            f"{_finding(entries)}<figure><figcaption>{dot('learn')}Learn: held-out loss on the target, in nats per "
+            f'token</figcaption><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
         )
     small = _perplexity(entries) + _effective_rank(entries)
     if small:
@@ -170,10 +170,10 @@ def _loss_lines(entries: Sequence[_Entry], short: bool) -> list[Line]:
 
 
 def _finding(entries: Sequence[_Entry]) -> str:
-    """What the target's losses come to, in a sentence; a warning where the bottleneck is ignored."""
+    """What the target's losses show, in a sentence; with a warning if the bottleneck is ignored."""
     keys = [key for key, *_ in _TARGET_LOSSES]
     measured = [(entry["step"], [_number(entry, key) for key in keys]) for entry in entries]
-    # its own and another's, measured together: losses of different steps say nothing about the bottleneck
+    # the text's own and another's, measured together: comparing different steps says nothing about the bottleneck
     compared = [(step, values) for step, values in measured if values[0] is not None and values[1] is not None]
     alone = [(step, values) for step, values in measured if values[0] is not None]
     if not alone:
@@ -181,33 +181,31 @@ def _finding(entries: Sequence[_Entry]) -> str:
     step, (own, shuffled, without) = (compared or alone)[-1]
     assert own is not None
     if step == 0 and not any(key in entry for entry in entries if entry["step"] for key in keys):
-        when = "Before the first step"
+        when = "Before the first step,"
     elif step == max(entry["step"] for entry in entries):
-        when = "At the end of learn"
+        when = "At the end of learn,"
     else:
-        when = f"At step {step:,}, the last one with these measurements,"
+        when = f"At step {step:,}, the last step with these measurements,"
+    start = f'<p class="finding">{when} the loss on the target is'
     if shuffled is None:
-        return f'<p class="finding">{when} a target token costs {own:.2f} nats through its own bottleneck.</p>'
+        return f"{start} {own:.2f} nats per token with its own bottleneck.</p>"
     gap = shuffled - own
     digits = 2 if abs(gap) >= 0.1 else 3
-    # the difference of what the page shows, so that a reader who subtracts finds the same
+    # the difference of the rounded values, so that a reader who subtracts gets the same
     carried = round(shuffled, digits) - round(own, digits)
-    costs = f"{own:.{digits}f} nats through its own bottleneck, {shuffled:.{digits}f} through another text's"
+    losses = f"{own:.{digits}f} nats per token with its own bottleneck, {shuffled:.{digits}f} with another text's"
     if without is not None:
-        costs = f"{costs} and {without:.{digits}f} without any"
+        losses = f"{losses} and {without:.{digits}f} without any"
     if gap >= IGNORED_BELOW:
-        return (
-            f'<p class="finding">{when} a target token costs {costs}: the bottleneck carries '
-            f"<strong>{carried:.{digits}f} nats</strong> a token.</p>"
-        )
-    sentence = f'<p class="finding">{when} a target token costs {costs}.</p>'
+        return f"{start} {losses}: the bottleneck carries <strong>{carried:.{digits}f} nats</strong> per token.</p>"
+    sentence = f"{start} {losses}.</p>"
     if step == 0:
         return sentence
     return (
-        f'{sentence}<p class="warning"><strong>The bottleneck is ignored:</strong> another text\'s serves as well, so '
-        "the vectors that are pooled from it say little about their text. Look at <code>learn.targets</code> (a target "
-        "that can be told without the text asks nothing of the bottleneck) and at "
-        "<code>learn.drop_target_tokens</code> (more of them dropped, more to carry), or train for more steps.</p>"
+        f'{sentence}<p class="warning"><strong>The bottleneck is ignored:</strong> another text\'s works as well, so '
+        "the vectors pooled from it say little about their text. Check <code>learn.targets</code> (if a target can be "
+        "predicted without the text, the bottleneck has nothing to carry) and <code>learn.drop_target_tokens</code> "
+        "(dropping more of them leaves more to carry), or train for more steps.</p>"
     )
 
 
@@ -221,7 +219,7 @@ def _effective_rank(entries: Sequence[_Entry]) -> str:
         return ""
     _, limits = _points(entries, "effective_rank_limit")
     most = f" of at most {limits[-1]:,.0f}" if limits else ""
-    words = f"{shown(values[-1])}{most}: in about so many directions the vectors of different texts differ."
+    words = f"{shown(values[-1])}{most}: the vectors of different texts differ in about this many directions."
     return _small(entries, "effective_rank", "Learn: effective rank of the pooled vectors", words)
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, checksums of what is in them, and who else may write them. Imports no torch."""
+"""Atomic writes, checksums, and who else may write a file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ READ_BYTES = 4 << 20
 
 
 def sync(path: Path) -> None:
-    """Return when a file's content, or the names in a folder, are on disk."""
+    """Flush a file's content, or the names in a folder, to disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -23,12 +23,12 @@ def sync(path: Path) -> None:
 
 
 def open_private(path: str | os.PathLike[str], flags: int) -> int:
-    """An `opener` of files that nobody else can write, whatever the umask."""
+    """An `opener` for files that only this user can write, whatever the umask."""
     return os.open(path, flags, 0o644)
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old or the new one, never a part; it is on disk when this returns."""
+    """Replace a file atomically: a reader sees the old or the new one, never a part. On disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8", opener=open_private) as stream:
@@ -43,7 +43,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def checksum(path: Path) -> str:
-    """XXH3-128 of a file, in hexadecimal: finds what disks, networks and copies do to it, at the speed of reading."""
+    """XXH3-128 of a file, in hexadecimal: detects corruption by disks, networks and copies, at reading speed."""
     hashed = xxhash.xxh3_128()
     buffer = memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as stream:
@@ -61,18 +61,18 @@ def text_checksum(text: str) -> str:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that nobody else can write, whatever the umask; one that is there stays as it is."""
+    """Make a folder that only this user can write, whatever the umask. An existing folder stays as it is."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(folder.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
 
 
 def others_who_write(path: Path, trust_group: bool) -> str | None:
-    """Who but this user (and root) can change a file or folder; None where nobody can.
+    """Who besides this user and root can change a file or folder; None if nobody can.
 
     Args:
-        path: a link counts as what it leads to.
-        trust_group: members of the group may.
+        path: links are followed.
+        trust_group: ignore write access of the file's group.
     """
     found = path.stat()
     if found.st_uid not in (0, os.geteuid()):
@@ -99,7 +99,7 @@ def _group(gid: int) -> str:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Whether a group is the private one that some systems give each user, with nobody else in it."""
+    """Whether a group is the private group that some systems give each user, with no other members."""
     try:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:

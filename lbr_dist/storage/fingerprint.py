@@ -1,4 +1,4 @@
-"""What a set of files contains, as a short text: equal for equal content, whatever the files are called."""
+"""A short hash of a set of files: equal for equal contents, whatever the files' names."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from lbr_dist.errors import DataError
 _BLOCK = 16 << 20
 _READ = 1 << 20
 _SETTLED_NS = 60 * 10**9
-"""Age from which a file's times can be trusted: a later write must get another time, on coarse clocks too."""
+"""Age from which a file's times can be trusted: any later write gets a different time, even on a coarse clock."""
 
 
 def signature(file: Path) -> tuple[int, ...]:
-    """Size, times and identity of a file. Of the times, that of its last change cannot be set back.
+    """Size, times and identity of a file. Its change time (ctime) cannot be set back.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file does not exist.
     """
     try:
         found = file.stat()
     except FileNotFoundError:
-        raise DataError(f"{file}: no such file, though its folder names it. Copy the folder again.") from None
+        raise DataError(f"{file}: no such file, but its folder lists it. Copy the folder again.") from None
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
 
 
 def fingerprint(files: Sequence[Path], threads: int, known: Path, also: Iterable[str] = ()) -> str:
-    """32 hexadecimal digits of the files' contents, in their order, and of `also`.
+    """A hash, 32 hexadecimal digits, of the files' contents in order, and of `also`.
 
-    SHA-256 because processors have instructions for it; in threads because it holds no interpreter lock.
+    SHA-256 because processors have instructions for it; in threads because it releases the interpreter lock.
 
     Args:
-        files: what to read, block by block.
+        files: read block by block.
         threads: how many blocks are read and hashed at once.
-        known: a folder that keeps the hash of each file with its signature, so that it is read once.
-        also: texts that belong to it.
+        known: a folder that stores the hash of each file with its signature, so that each file is read once.
+        also: texts to include in the hash.
     """
     total = hashlib.sha256()
     with ThreadPoolExecutor(threads) as pool:
@@ -79,7 +79,7 @@ def _block_digest(file: Path, start: int) -> bytes:
 
 
 def _remember(entry: Path, content: dict[str, object]) -> None:
-    # a full or read-only disk costs only the time to hash again
+    # on a full or read-only disk, the file is just hashed again next time
     temporary = entry.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One job at a time in a run folder: a lock that dies with its holders."""
+"""One job at a time in a run folder: a lock that is released when its holders exit."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lbr_dist.storage.files import make_private
 
 LOCK = ".lock"
 HELD = "LBR_RUN_LOCK"
-"""In the environment of a launcher's ranks: the run folder whose lock they hold with it."""
+"""Environment variable of a launcher's ranks: the run folder whose lock they share with the launcher."""
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 @contextlib.contextmanager
 def run_lock(run_path: Path) -> Iterator[int | None]:
-    """Hold the run folder, and give the open file, which child processes may hold on to; None where a launcher has it.
+    """Lock the run folder. Gives the open file, which child processes may inherit; None if a launcher holds the lock.
 
-    The lock belongs to the open file: it is free when the last process that has it open is gone, however it went.
+    The lock belongs to the open file: it is released when the last process that has it open exits, for any reason.
 
     Raises:
-        LaunchError: another job holds it; names host, process and job.
+        LaunchError: another job holds the lock; names host, process and job.
     """
     if os.environ.get(HELD) == str(run_path.absolute()):
         yield None
@@ -42,13 +42,13 @@ def run_lock(run_path: Path) -> Iterator[int | None]:
         except BlockingIOError:
             file.seek(0)
             raise LaunchError(
-                f"{run_path}: another job trains in this run folder: {_holder(file.read())}. Wait for it, stop it, or "
-                "name another run_dir."
+                f"{run_path}: another job is training in this run folder: {_holder(file.read())}. Wait for it, stop "
+                "it, or use another run_dir."
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            message = f"note: {run_path}: its file system has no locks, so nothing keeps a second job out of it"
+            message = f"note: {run_path}: its file system has no locks, so nothing stops a second job from using it"
             print(message, file=sys.stderr, flush=True)
         file.truncate(0)
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
@@ -66,4 +66,4 @@ def _holder(text: str) -> str:
         job = f", Slurm job {found['job']}" if "job" in found else ""
         return f"process {found['process']} on {found['host']}{job}, since {found['since']}"
     except (ValueError, KeyError, TypeError):
-        return "one that has not written its name yet"
+        return "one that has not written its details yet"

@@ -1,7 +1,7 @@
-"""Folders that are there as a whole or not at all, whatever happens to the processes that make them.
+"""Folders that are complete or absent, whatever happens to the processes that make them.
 
-A folder is made under a hidden name and renamed when everything in it is on the disk. The rename alone makes two jobs
-at once safe; the lock only saves the second one the work.
+A folder is made under a hidden name and renamed when everything in it is on disk. The rename alone makes it safe to run
+two jobs at once; the lock only saves the second one the work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def building_folder(folder: Path) -> Path:
 
 
 def publish(building: Path, folder: Path) -> bool:
-    """Give a complete folder, its files flushed, its name; False where another job was faster."""
+    """Give a complete folder, its files flushed, its final name. Returns False if another job was faster."""
     sync(building)
     try:
         os.rename(building, folder)
@@ -45,18 +45,18 @@ def publish(building: Path, folder: Path) -> bool:
 
 
 def discard(building: Path) -> None:
-    """Remove a folder that is being made, though others may write in it: they find it gone, and no part of it stays."""
+    """Remove an unfinished folder, even if others are writing to it: their writes fail, and nothing is left behind."""
     gone = building_folder(building)
     try:
         building.rename(gone)
-    except OSError:  # it is not there, or the disk takes no new name
+    except OSError:  # it does not exist, or the disk is too full for a new name
         gone = building
     shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Holds a lock that dies with its process, and says while it waits; False where the file system has no locks."""
+    """Hold a lock that is released even if the process dies; reports waiting. Gives False if there are no locks."""
     began, said = time.monotonic(), float("-inf")
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +65,10 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
                 now = time.monotonic()
                 if now - said >= _SAY_EVERY:
                     said = now
-                    say(f"waiting for another job that makes the same files ({path}), {now - began:.0f} s so far")
+                    say(f"waiting for another job that is making the same files ({path}), {now - began:.0f} s so far")
                 time.sleep(0.2)
             if held == "held" and not is_at(path, file.fileno()):
-                continue  # who held it has removed it: a third job may hold the next one
+                continue  # the last holder removed the file: a third job may hold the lock on a new one
             try:
                 yield held == "held"
             finally:
@@ -77,7 +77,7 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
 
 
 def try_lock(file: int) -> Literal["held", "busy", "no locks"]:
-    """Lock an open file, if nobody else has and its file system can."""
+    """Lock an open file, unless another process holds the lock or the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -90,7 +90,7 @@ def try_lock(file: int) -> Literal["held", "busy", "no locks"]:
 
 
 def is_at(path: Path, file: int) -> bool:
-    """Whether an open file is the one of this name."""
+    """Whether an open file is still the one at this path."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
@@ -98,11 +98,11 @@ def is_at(path: Path, file: int) -> bool:
 
 
 def remove_stale(parent: Path, keep: Path | None = None) -> None:
-    """Remove what killed processes left unfinished: their process is gone, or nothing was written for a day.
+    """Remove unfinished folders whose process has exited, or to which nothing was written for a day.
 
     Args:
         parent: where the folders are made.
-        keep: one that is to be gone on with.
+        keep: a folder to keep, because this build resumes it.
     """
     for folder in parent.glob(".*.building"):
         if folder == keep:
@@ -116,7 +116,7 @@ def remove_stale(parent: Path, keep: Path | None = None) -> None:
 
 
 def host() -> str:
-    """Where a process number means the same process: containers of one host may count their own."""
+    """Host and process namespace: process numbers are unique only within both, as containers have their own."""
     return f"{socket.gethostname().replace('.', '-')}-{os.stat('/proc/self/ns/pid').st_ino}"
 
 

@@ -11,7 +11,8 @@ from deepspeed.utils import safe_get_full_grad
 
 from lbr_dist import learn, represent
 from lbr_dist.config import RunConfig
-from lbr_dist.data.packing import Sequence, rank_rows
+from lbr_dist.config import Stage as StageName
+from lbr_dist.data.packing import TrainingSequence, rank_rows
 from lbr_dist.data.targets import LearnData
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.engine import Engine
@@ -19,13 +20,14 @@ from lbr_dist.heldout.texts import Diagnostics
 from lbr_dist.model.bottleneck import LossWeights
 from lbr_dist.model.sharding import full_shape, whole
 from lbr_dist.ranks.group import Ranks
-from lbr_dist.trainer import Stage, load_engine
+from lbr_dist.trainer import load_engine
 from tests.distributed import single
 
 
-def open_engine(ranks: Ranks, config: RunConfig, stage: Stage = "learn") -> tuple[Engine, TextTokenizer]:
+def open_engine(ranks: Ranks, config: RunConfig, stage: StageName = "learn") -> tuple[Engine, TextTokenizer]:
     tokenizer = TextTokenizer(Path(config.model.base))
-    engine, _ = load_engine(config, Path(config.model.base), tokenizer, stage, ranks)
+    kind = learn.Learn if stage == "learn" else represent.Represent
+    engine, _ = load_engine(kind, config, Path(config.model.base), tokenizer, ranks)
     return engine, tokenizer
 
 
@@ -63,7 +65,7 @@ def count_reductions(engine: Engine) -> list[int]:
     return reduced
 
 
-def learn_gradients(ranks: Ranks, config: RunConfig, sequences: list[Sequence]) -> dict[str, Any]:
+def learn_gradients(ranks: Ranks, config: RunConfig, sequences: list[TrainingSequence]) -> dict[str, Any]:
     """Stage 1's gradient of one global batch, its logged values, and the parameters reduced."""
     engine, tokenizer = open_engine(ranks, config)
     engine.train()
@@ -81,7 +83,7 @@ def stage(ranks: Ranks, config: RunConfig, name: str) -> bool:
     return True
 
 
-def bad_steps(ranks: Ranks, config: RunConfig, sequences: list[Sequence], bad: bool) -> dict[str, Any]:
+def bad_steps(ranks: Ranks, config: RunConfig, sequences: list[TrainingSequence], bad: bool) -> dict[str, Any]:
     """Three updates, with a gradient of one rank that is not a number and one that is too large between them.
 
     Returns the final weights, and norm and fate of each update.
@@ -114,7 +116,7 @@ def bad_steps(ranks: Ranks, config: RunConfig, sequences: list[Sequence], bad: b
     return result
 
 
-def head_gathers(ranks: Ranks, config: RunConfig, sequences: list[Sequence]) -> tuple[int, int, int]:
+def head_gathers(ranks: Ranks, config: RunConfig, sequences: list[TrainingSequence]) -> tuple[int, int, int]:
     """How many rows a step has, and how often the LM head is gathered from the ranks in each of two steps."""
     engine, tokenizer = open_engine(ranks, config)
     engine.train()

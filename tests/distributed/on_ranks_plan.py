@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lbr_dist.config import RunConfig
 from lbr_dist.contrastive.chunks import share_out
-from lbr_dist.data.packing import PackedRow, Sequence, pack_row
+from lbr_dist.data.packing import PackedRow, TrainingSequence, pack_row
 from lbr_dist.data.pairs import load_pairs
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.engine import Engine
@@ -65,7 +65,7 @@ def measure(ranks: Ranks, config: RunConfig, steps: int = 3) -> dict[str, Any]:
     lengths = [5 + len(text) for text in batch.texts]
     planned = Batch(len(batch.queries), len(batch.documents), 0.0, 0.0)
     standing, _ = step.planner.standing(config, step.planner.sizes, ranks.world_size)
-    chunk = pack_row([Sequence(batch.texts[text], 4) for text in shared.rows[ranks.rank][0]], tokenizer.sink_id)
+    chunk = pack_row([TrainingSequence(batch.texts[text], 4) for text in shared.rows[ranks.rank][0]], tokenizer.sink_id)
     with engine.accumulate():
         graph = _graph_bytes(engine, chunk)
     result = {

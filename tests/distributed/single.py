@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lbr_dist.config import LearnConfig, RepresentConfig, RunConfig
-from lbr_dist.data.packing import Sequence, pack_row
+from lbr_dist.data.packing import TrainingSequence, pack_row
 from lbr_dist.data.pairs import PairBatch
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.learn import unit_noise
@@ -72,7 +72,7 @@ def _causal(tokens: int) -> Tensor:
 
 
 def learn_loss(
-    model: LBRModel, sequences: list[Sequence], sink: int, learn: LearnConfig, noise_key: str = ""
+    model: LBRModel, sequences: list[TrainingSequence], sink: int, learn: LearnConfig, noise_key: str = ""
 ) -> Tensor:
     """L_learn of a batch, as the head of lbr_dist/learn.py writes it."""
     form = learn.bottleneck

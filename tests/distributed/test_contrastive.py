@@ -17,7 +17,7 @@ import torch
 from lbr_dist.config import DataConfig, EngineConfig, LearnConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
 from lbr_dist.contrastive.chunks import share_out
 from lbr_dist.contrastive.grad_cache import seed_chunk
-from lbr_dist.data.packing import Sequence, pack_row
+from lbr_dist.data.packing import TrainingSequence, pack_row
 from lbr_dist.data.pairs import PairBatch, load_pairs
 from tests import tiny
 from tests.configs import tiny_run
@@ -203,7 +203,7 @@ def test_adapters_and_their_dropout(
         for number, members in enumerate(rows):
             if members:
                 seed_chunk(f"key/0/{rank}", number)
-                row = pack_row([Sequence(batch.texts[i], 4) for i in members], tokenizer.sink_id)
+                row = pack_row([TrainingSequence(batch.texts[i], 4) for i in members], tokenizer.sink_id)
                 vectors |= dict(zip(members, model(row, task="embed", pooling=settings.pooling), strict=True))
     ordered = torch.stack([vectors[text] for text in range(len(batch.texts))])
     queries, documents = ordered.split([len(batch.queries), len(batch.documents)])

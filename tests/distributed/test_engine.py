@@ -16,7 +16,7 @@ from torch import nn
 
 from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config import EngineConfig, LearnConfig, LoraConfig, OptimizerConfig, RunConfig
-from lbr_dist.data.packing import Sequence
+from lbr_dist.data.packing import TrainingSequence
 from lbr_dist.engine import Update, deepspeed_config, parameter_groups
 from lbr_dist.errors import TrainingError
 from lbr_dist.trainer import SpikeGuard, learning_rate
@@ -99,7 +99,7 @@ def test_adapters_under_zero(two_ranks: RankPool, plain: RunConfig, tmp_path: Pa
     assert changed == {"v_proj"}
 
 
-SEQUENCES = [Sequence((5, 6, 7, 8, 9 + i), 4, (20, 21 + i, 22)) for i in range(9)]
+SEQUENCES = [TrainingSequence((5, 6, 7, 8, 9 + i), 4, (20, 21 + i, 22)) for i in range(9)]
 
 
 def test_bad_gradients_change_nothing(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfig
-from lbr_dist.data.packing import Sequence
+from lbr_dist.data.packing import TrainingSequence
 from lbr_dist.data.targets import LearnData
 from lbr_dist.vocabulary.add import add_vocabulary
 from tests import tiny
@@ -37,7 +37,7 @@ def assert_same(found: single.Gradients, expected: single.Gradients, without: tu
         assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
 
 
-def learn_batch(tokenizer: object, learn: LearnConfig, k: int) -> list[Sequence]:
+def learn_batch(tokenizer: object, learn: LearnConfig, k: int) -> list[TrainingSequence]:
     texts = tiny.pieces(tokenizer.encode(list(tiny.texts().values())), learn.max_text_tokens)  # type: ignore[attr-defined]
     return LearnData(texts, [], drop_id=1).batch(learn, k, step=0, seed=5)
 
@@ -104,7 +104,7 @@ def test_a_grown_vocabulary(two_ranks: RankPool, tiny_model: Path, tiny_data: Pa
     config = tiny_run(tmp_path / "run", base, tiny_data)
     model, tokenizer = single.model_of(config)
     ids = tokenizer.encode([*texts[::11], "Glycerol of the hydroxyl lipid."])
-    sequences = [Sequence(text, 4, text[::-1]) for text in ids]
+    sequences = [TrainingSequence(text, 4, text[::-1]) for text in ids]
     new = {token for s in sequences for token in s.context if token >= report.rows_before}
     assert new and report.rows_after == report.rows_before + 12
     loss = single.learn_loss(model, sequences, tokenizer.sink_id, config.learn)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lbr_dist.launch import cli
 from lbr_dist.mining.candidates import Candidates
@@ -45,7 +44,7 @@ def test_the_number_of_ranks_changes_no_byte(
     index: str, two_ranks: RankPool, tiny_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     alone, together = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    mine_on(Ranks(0, 1, 0, torch.device("cpu")), chosen(tiny_data, alone, tiny_model, index=index))
+    mine_on(Ranks.alone(), chosen(tiny_data, alone, tiny_model, index=index))
     told = two_ranks.run(mine_on, path=chosen(tiny_data, together, tiny_model, index=index))
     assert alone.read_bytes() == together.read_bytes() and len(alone.read_bytes().splitlines()) == 80
     assert told[0][-1] == f"written to {together}" and told[1] == []
@@ -58,7 +57,7 @@ def test_a_killed_mining_resumes_on_another_number_of_ranks(
     two_ranks: RankPool, tiny_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     alone, killed = tmp_path / "one.jsonl", tmp_path / "killed.jsonl"
-    mine_on(Ranks(0, 1, 0, torch.device("cpu")), chosen(tiny_data, alone, tiny_model, unit=1))
+    mine_on(Ranks.alone(), chosen(tiny_data, alone, tiny_model, unit=1))
     path = chosen(tiny_data, killed, tiny_model, unit=1)
     process = subprocess.Popen([sys.executable, "-m", "lbr_dist.launch.worker", "negatives", str(path)])
     deadline = time.monotonic() + DEADLINE_SECONDS

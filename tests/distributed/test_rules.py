@@ -15,7 +15,7 @@ import torch
 from lbr_dist import represent
 from lbr_dist.contrastive import grad_cache, loss
 from lbr_dist.contrastive.exchange import Exchange
-from lbr_dist.contrastive.loss import Contrast
+from lbr_dist.contrastive.loss import BatchLoss, Contrast
 from lbr_dist.data.pairs import PairBatch, load_pairs
 from lbr_dist.engine import Engine
 from tests.distributed import on_ranks_represent as on_ranks
@@ -48,14 +48,14 @@ def mean_over_chunks() -> Callable[[], None]:
 
 def local_mean() -> Callable[[], None]:
     """A rank's loss is the mean over its own queries, not a share of the mean over all."""
-    original = Contrast.build_cache
+    original = Contrast.loss
 
-    def build_cache(self: Contrast, representations: torch.Tensor) -> torch.Tensor:
-        mine = len(self.queries.numbers)
-        self.weight *= len(self.batch.queries) / max(1, mine) / self.exchange.ranks.world_size
-        return original(self, representations)
+    def local(self: Contrast, representations: torch.Tensor, temperature: float | torch.Tensor) -> BatchLoss:
+        own = len(self.queries.numbers)
+        self.weight *= len(self.batch.queries) / max(1, own) / self.exchange.ranks.world_size
+        return original(self, representations, temperature)
 
-    return _patched(Contrast, "build_cache", build_cache)
+    return _patched(Contrast, "loss", local)
 
 
 def mean_over_ranks() -> Callable[[], None]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
 
 from lbr_dist.data.token_cache import build as build_tokens
 from lbr_dist.encode import collection
@@ -46,7 +45,7 @@ def test_encoding(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: P
     collection = tiny_data / "corpus.jsonl"
     one, more = (tmp_path / f"{name}.{ending}" for name in ("one", "more"))
     jobs = [EncodeJob(tiny_model, collection, out, part_texts=7, threads=1) for out in (one, more)]
-    encode_on(Ranks(0, 1, 0, torch.device("cpu")), jobs[0])
+    encode_on(Ranks.alone(), jobs[0])
     found = pool.run(encode_on, job=jobs[1])
     by = f", by {pool.world_size} ranks" if pool.world_size > 1 else ""
     assert [said for said, _ in found] == [[f"written to {jobs[1].out}: 96 vectors{by}"]] + [[]] * (pool.world_size - 1)

@@ -178,11 +178,11 @@ def _other_version(run: Path) -> None:
 REFUSED = {
     "no base": (
         lambda run: shutil.rmtree(run / "learn" / "export"),
-        "export: not there; represent began with its config and tokenizer. Put back",
+        "export: does not exist; represent started from its config and tokenizer. Restore",
     ),
-    "another base": (_other_tokenizer, "its tokenizer.json is not what represent began with. Put back"),
+    "another base": (_other_tokenizer, "its tokenizer.json is not what represent started from. Restore"),
     "a damaged checkpoint": (_torn, "rank-00001.safetensors: its checksum is"),
-    "other parameters": (_other_parameters, "holds other parameters than the model of"),
+    "other parameters": (_other_parameters, "its parameters differ from those of the model in"),
     "another version's config": (_other_version, "manifest.json: its config is none that this version"),
 }
 
@@ -258,7 +258,7 @@ def test_prune_is_refused_while_a_job_trains(copied: Path, capsys: pytest.Captur
         assert command(copied, "prune", "--keep", "1", "--dry-run") == 0
         assert "learn step-000002: would be deleted" in capsys.readouterr().out
         assert command(copied, "prune", "--keep", "1") == 1
-        assert "another job trains in this run folder: process" in capsys.readouterr().err
+        assert "another job is training in this run folder: process" in capsys.readouterr().err
     assert files(copied / "learn" / "checkpoints") == before
     assert command(copied, "prune", "--keep", "1") == 0
     assert checkpoints(copied).steps() == checkpoints(copied, "represent").steps() == [4]

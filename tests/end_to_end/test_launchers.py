@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from lbr_dist.data.token_cache import build as build_tokens
 from lbr_dist.data.token_cache.cache import TokenCache
@@ -21,7 +20,7 @@ from lbr_dist.ranks.group import Ranks
 from tests import tiny
 from tests.end_to_end.runs import config_file, lbr
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks.alone()
 SECONDS_TO_END = 30
 
 
@@ -132,7 +131,7 @@ def test_encode_over_mpi_resumes_after_a_killed_rank(tiny_model: Path, tiny_data
     assert 2 <= before < 10
     done = on_ranks(3, "none", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{before} of 10 parts are there already" in done.stdout
+    assert f"{before} of 10 parts exist already" in done.stdout
     assert out.read_bytes() == (tmp_path / "one.npy").read_bytes()
     assert (tmp_path / "vectors.ids").read_text().splitlines() == list(tiny.texts())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.ids", "one.npy", "vectors.ids", "vectors.npy"]
@@ -159,7 +158,7 @@ def test_tokens_over_mpi_resume_after_a_killed_rank(
     assert len(finished) >= 1
     done = on_ranks(3, "none", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "on 3 ranks" in done.stdout and "MB are there from an earlier build" in done.stdout
+    assert "on 3 ranks" in done.stdout and "MB already done by an earlier build" in done.stdout
     (made,) = [path for path in cache.iterdir() if path.is_dir() and path.name != "hashes"]
     contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (alone.folder, made)]
     assert contents[0] == contents[1] and made.name == alone.folder.name

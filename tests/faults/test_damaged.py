@@ -77,7 +77,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "ranks swapped": (_swap_ranks, "rank-0000"),
     "manifest flipped": (lambda folder: _flip(folder / MANIFEST, 200), "damaged"),
     "manifest cut": (lambda folder: (folder / MANIFEST).write_text("{"), "damaged"),
-    "manifest of another step": (_manifest_of_another, "is of step 2"),
+    "manifest of another step": (_manifest_of_another, "found step 2, expected 4"),
     "empty": (_empty, f"has no {MANIFEST}"),
     "half written": (lambda folder: (folder / MANIFEST).unlink(), f"has no {MANIFEST}"),
 }
@@ -101,7 +101,7 @@ def test_none_is_whole(two_ranks: RankPool, stopped: RunConfig) -> None:
     """Nothing begins anew unasked; nothing is deleted."""
     for step in (2, 4):
         _truncate(checkpoints(stopped).folder(step))
-    with pytest.raises(AssertionError, match="none of its checkpoints is what was written"):
+    with pytest.raises(AssertionError, match="all of its checkpoints are damaged"):
         resume(two_ranks, stopped)
     aside = checkpoints(stopped).path / SET_ASIDE
     assert sorted(path.name for path in aside.iterdir()) == ["step-000002-1", "step-000004-1"]

@@ -33,7 +33,7 @@ def test_a_second_job_is_refused(broken: RunConfig) -> None:
                 command(broken), capture_output=True, text=True, timeout=120, env=os.environ | more, check=False
             )
             assert done.returncode == 1, done.stdout
-            assert f"another job trains in this run folder: process {os.getpid()} on " in done.stderr
+            assert f"another job is training in this run folder: process {os.getpid()} on " in done.stderr
         assert not (broken.stage_path("learn") / "metrics.jsonl").exists()
         assert {path: path.read_bytes() for path in before} == before
     with run_lock(broken.run_path):
@@ -77,4 +77,4 @@ def test_no_locks_in_the_file_system(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with run_lock(tmp_path / "run"):
         pass
-    assert "its file system has no locks, so nothing keeps a second job out" in capfd.readouterr().err
+    assert "its file system has no locks, so nothing stops a second job" in capfd.readouterr().err

@@ -21,13 +21,13 @@ def main() -> None:
         with large_imports():
             from lbr_dist import trainer
 
-        take, told = trainer._take, Path(os.environ.get("LBR_TRIAL_PAUSE", "/nowhere"))
+        take, told = trainer.optimizer_step, Path(os.environ.get("LBR_TRIAL_PAUSE", "/nowhere"))
 
         def slowly(*arguments: object) -> object:
             time.sleep(float(told.read_text()) if told.exists() else 0.25)
             return take(*arguments)  # type: ignore[arg-type]
 
-        trainer._take = slowly  # type: ignore[assignment]
+        trainer.optimizer_step = slowly  # type: ignore[assignment]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -1,6 +1,6 @@
 """Domains that can be built from installed packages alone: `medical`, `chemistry` and `code`.
 
-Each module has one public function, ``build() -> Domain``; `lbr_dist.data.domains.write` writes the result as files.
+Each module has one public function, ``build() -> Domain``; `lbr_dist.data.domains.write` writes the result to files.
 """
 
 from lbr_dist.data.domains.domain import Domain, Source

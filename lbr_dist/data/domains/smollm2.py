@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as an ordinary Hugging Face folder, from the GGUF file that a Python package carries.
+"""SmolLM2-135M-Instruct as an ordinary Hugging Face folder, from the GGUF file in a Python package.
 
-The result is what the model's own repository would hold: bf16 safetensors, a config without a trace of GGUF, and
-the tokenizer. (The weights went through 4-bit quantisation on their way.)
+The result looks like the model's own repository: bf16 safetensors, a config without a trace of GGUF, and the
+tokenizer. (The weights have been through 4-bit quantisation.)
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def build_smollm2(out: Path) -> Path:
-    """Converts the packaged model to the folder `out` and returns it; does nothing where a complete one is there.
+    """Converts the packaged model to the folder `out` and returns it; does nothing if `out` is already complete.
 
-    `out` appears only when it is whole, with a `manifest.json` that holds the SHA-256 of the weights. Raises DataError
-    where a package is missing, or `out` is a folder of something else.
+    `out` appears only when it is complete, with a `manifest.json` that contains the SHA-256 of the weights. Raises
+    DataError if a package is missing, or `out` contains something else.
     """
     out = Path(out)
     if _is_complete(out):
@@ -48,7 +48,7 @@ def build_smollm2(out: Path) -> Path:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise DataError(
-                f"package {package}: not installed in this Python, expected for reading the model's file. "
+                f"package {package}: not installed in this Python, but needed to read the model's file. "
                 f"Install it with `pip install {package}`."
             )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def _save_model(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # these would make save_pretrained and every later load treat the plain weights as quantised ones
+    # these would make save_pretrained and every later load treat the plain weights as quantised
     for owner, name in (
         (model.config, "quantization_config"),
         (model, "hf_quantizer"),
@@ -84,7 +84,7 @@ def _save_model(source: Path, folder: Path) -> None:
     model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
-    # safetensors writes mode 0600, which other users of a shared folder cannot read
+    # safetensors writes with mode 0600, which other users of a shared folder cannot read
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)
 
@@ -94,7 +94,7 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # the file says `tokenizer.ggml.pre = smollm`, which the conversion takes for plain byte-level
+    # the file has `tokenizer.ggml.pre = smollm`, which the conversion treats as plain byte-level
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -126,13 +126,13 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _is_complete(out: Path) -> bool:
-    """Whether `out` holds this builder's result, the weights being those that its manifest names."""
+    """Whether `out` contains this builder's result, with the weights that its manifest names."""
     try:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         expected = manifest["files"]["model.safetensors"]
         same = manifest["builder_version"] == BUILDER_VERSION
         whole = all((out / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
-        # the size first: it saves reading 270 MB of a file that was cut off
+        # size first: saves reading up to 270 MB of a truncated file
         return bool(
             same
             and whole
@@ -158,7 +158,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the conversion's progress bars, log lines and warnings off the screen; exceptions still come through."""
+    """Hides the conversion's progress bars, log lines and warnings; exceptions still get through."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,6 +1,6 @@
-"""Writes a domain as the files that a run reads: corpus, pairs, test collection and a manifest.
+"""Write a domain to the files that a run reads: corpus, pairs, test collection and a manifest.
 
-    corpus.jsonl                 id, text: what stage 1 learns, and every document that a pair names
+    corpus.jsonl                 id, text: what stage 1 learns from, and every document that a pair names
     train.jsonl dev.jsonl test.jsonl    id, query, positive_ids, negative_ids, source
     test_documents.jsonl         id, text: the collection that the evaluation searches
     small/                       test.jsonl and test_documents.jsonl for a machine without an accelerator
@@ -30,13 +30,13 @@ DOMAINS = ("medical", "chemistry", "code")
 def build_domain(name: str, out: str | Path) -> dict[str, Any]:
     """Builds one of `DOMAINS` into the folder `out` and returns its manifest, which is also written there.
 
-    The manifest is written last: a folder with one is complete. Raises DataError for an unknown name, or where the
-    package that the domain is made of is missing.
+    The manifest is written last: a folder with one is complete. Raises DataError if the name is unknown, or the
+    domain's package is missing.
     """
     if name not in DOMAINS:
         raise DataError(
             f"domain: found {name!r}, expected one of {', '.join(DOMAINS)}. "
-            "For texts of your own write the files yourself; `lbr_dist/data/records.py` lists the formats."
+            "For your own texts, write the files yourself; `lbr_dist/data/records.py` lists the formats."
         )
     return write_domain(importlib.import_module(f"lbr_dist.data.domains.{name}").build(), Path(out))
 
@@ -71,11 +71,11 @@ def write_domain(domain: Domain, out: Path) -> dict[str, Any]:
         "split_rule": domain.split_rule,
         "corpus_rule": domain.corpus_rule,
         "small_rule": (
-            "A sample of the test queries by hash; their positives, and the documents most like those by their own "
-            "text. The queries' words play no part in the choice."
+            "A sample of the test queries by hash; their positives, and the documents whose texts are most similar "
+            "to these. The choice does not depend on the queries' words."
         ),
     }
-    # replaced in one go, so that no reader sees half of it
+    # replaced atomically, so that no reader sees half of it
     temporary = manifest_path.with_name(".manifest.json.tmp")
     temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(manifest_path)
@@ -83,7 +83,7 @@ def write_domain(domain: Domain, out: Path) -> dict[str, Any]:
 
 
 def _within(pairs: Iterable[Pair], documents: Mapping[str, str]) -> Iterator[Pair]:
-    """The pairs without the negatives that the collection lacks."""
+    """The pairs without negatives that are not in the collection."""
     for pair in pairs:
         yield dataclasses.replace(pair, negatives=tuple(name for name in pair.negatives if name in documents))
 

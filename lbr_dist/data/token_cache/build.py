@@ -1,8 +1,8 @@
-"""Tokenise a corpus once, by several processes or ranks, into a cache that is there as a whole or not at all.
+"""Tokenise a corpus once, with several processes or ranks, into a cache that is complete or absent.
 
-Everything is written in a hidden folder and renamed at the end (whole_folder.py), so that a build that was killed, or
-ran out of disk, leaves nothing that could be taken for a cache. A build that was cut off goes on with the parts that
-are finished (token_work.py).
+Everything is written to a hidden folder and renamed at the end (whole_folder.py), so a build that was killed or ran out
+of disk leaves nothing that could be mistaken for a cache. The build after an interrupted one keeps the finished parts
+(work.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from lbr_dist.config import RunConfig
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.token_cache.cache import MANIFEST, SCHEMA, TokenCache
-from lbr_dist.data.token_cache.part import DONE, TOKENIZER_FILE, Part, Rules, Unit, units, write_part
+from lbr_dist.data.token_cache.part import DONE, TOKENIZER_FILE, Part, TokenRules, Unit, units, write_part
 from lbr_dist.data.token_cache.work import finished_numbers, finished_parts, plan_of, work_folder
 from lbr_dist.errors import DataError, LaunchError, ModelError
 from lbr_dist.storage.fingerprint import fingerprint, signature
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-# what decides how transformers sets up a fast tokenizer
+# the files that determine how transformers sets up a fast tokenizer
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -67,24 +67,24 @@ def build(
     max_characters: int = 10_000_000,
     ranks: Ranks | None = None,
 ) -> TokenCache:
-    """The token cache of a corpus, made first where there is none of this content and this tokenizer.
+    """The token cache of a corpus; built first if there is none for this content and tokenizer.
 
     Args:
-        corpus: a file or folder as `record_files` knows them; of each record, `text` and `title` are read.
+        corpus: a file or folder that `record_files` accepts; `text` and `title` of each record are read.
         tokenizer_folder: the base model's.
-        cache_dir: where caches are kept, each in a folder named by what it was made from.
-        processes: how many tokenise, of each rank. The result does not depend on it.
-        say: told what is being done, in plain lines.
-        max_characters: longer texts are left out, and reported.
-        ranks: of several, all must call this: each tokenises its share, and the first one publishes.
+        cache_dir: where caches are kept, each in a folder named after a hash of its inputs.
+        processes: tokenising processes per rank. The result does not depend on it.
+        say: called with each line of progress.
+        max_characters: longer texts are left out and reported.
+        ranks: all ranks must call this; each tokenises its share, and the first one publishes.
 
     Raises:
-        DataError: the corpus cannot be used, the disk is full, or the cache there is damaged.
+        DataError: the corpus cannot be used, the disk is full, or the existing cache is damaged.
         ModelError: there is no tokenizer.
         LaunchError: one of the processes was killed.
     """
     if processes < 1:
-        raise ValueError(f"{processes} processes: one is the least")
+        raise ValueError(f"found {processes} processes, expected at least 1")
     with _named_errors(cache_dir):
         if ranks is not None and not ranks.is_first:
             folder = _help(processes, ranks)
@@ -106,7 +106,7 @@ def _find_or_make(
 ) -> Path:
     files = record_files(corpus)
     seen = [signature(file) for file in files]
-    # transformers is asked for its version only: importing it takes seconds, and a cache may be there already
+    # only the version of transformers: importing it takes seconds, and the cache may exist already
     also = [f"{SCHEMA} {max_characters} {version('transformers')} {version('tokenizers')}"]
     made_by = [path for name in _TOKENIZER_FILES if (path := tokenizer_folder / name).is_file()]
     also += [path.name for path in made_by]
@@ -129,15 +129,15 @@ def _find_or_make(
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What the first rank tells the others."""
+    """What the first rank sends to the others."""
 
     folder: Path
     building: Path | None = None
-    """None where the cache is there already."""
+    """None if the cache already exists."""
 
-    rules: Rules | None = None
+    rules: TokenRules | None = None
     missing: tuple[Unit, ...] = ()
-    """What is to be tokenised; each rank takes its share."""
+    """The units left to tokenise; each rank takes its share."""
 
 
 def _share(task: _Task | None, ranks: Ranks | None) -> _Task:
@@ -151,7 +151,7 @@ def _share(task: _Task | None, ranks: Ranks | None) -> _Task:
 
 
 def _all_parts(parts: Sequence[Part], ranks: Ranks | None) -> list[Part]:
-    """Every rank's parts, when all have written theirs."""
+    """Every rank's parts, once all ranks have written theirs."""
     if ranks is None:
         return list(parts)
     from lbr_dist.ranks.group import from_all
@@ -160,7 +160,7 @@ def _all_parts(parts: Sequence[Part], ranks: Ranks | None) -> list[Part]:
 
 
 def _help(processes: int, ranks: Ranks) -> Path:
-    """What a rank that is not the first one does. Returns the cache's folder when it is published."""
+    """The work of every rank but the first. Returns the cache's folder once it is published."""
     task = _share(None, ranks)
     if task.building is None or task.rules is None:
         return task.folder
@@ -172,12 +172,12 @@ def _help(processes: int, ranks: Ranks) -> Path:
             discard(task.building)
         raise
     _all_parts(parts, ranks)
-    _all_parts([], ranks)  # the cache is published
+    _all_parts([], ranks)  # wait until the cache is published
     return task.folder
 
 
 class _Build:
-    """One build by this process, and by other ranks if there are any: tokenised in a work folder, then published."""
+    """One build by this process and any other ranks: tokenised in a work folder, then published."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class _Build:
 
     def run(self, tokenizer_folder: Path, max_characters: int, seen: list[tuple[int, ...]], can_go_on: bool) -> None:
         size = sum(each[0] for each in seen)
-        self.expected = size // 2  # as for English and a common tokenizer; mended as parts come in
+        self.expected = size // 2  # typical of English and a common tokenizer; corrected as parts come in
         keep = False
         try:
             self.building.mkdir(exist_ok=True)
@@ -211,7 +211,7 @@ class _Build:
             parts |= {part.number: part for part in made}
             for file, before in zip(self.files, seen, strict=True):
                 if signature(file) != before:
-                    raise DataError(f"{file}: it was changed while it was read. Start again when it is complete.")
+                    raise DataError(f"{file}: changed while it was being read. Start again when it is complete.")
             self._publish([parts[unit.number] for unit in work], rules)
             _all_parts([], self.ranks)
         except OSError as error:
@@ -222,25 +222,25 @@ class _Build:
             raise DataError(
                 f"{self.folder.parent}: no room for the token cache of {self.corpus} ({error.strerror}): found "
                 f"{_megabytes(free)} free, expected about {_megabytes(self.expected)}. Free some space, raise the "
-                "quota, or put the cache in another folder; what was written is removed."
+                "quota, or put the cache in another folder. The unfinished cache has been removed."
             ) from error
         except (DataError, ModelError):
             raise
         except BaseException:
-            keep = can_go_on  # a process was killed, or this one is told to stop: the finished parts are good
+            keep = can_go_on  # a process was killed, or this one was asked to stop: the finished parts are good
             raise
         finally:
             if not keep:
                 discard(self.building)
 
-    def _parts(self, work: Sequence[Unit], mine: list[Unit], rules: Rules, processes: int) -> Iterator[Part]:
-        """What became of every unit of this process, in their order."""
+    def _parts(self, work: Sequence[Unit], mine: list[Unit], rules: TokenRules, processes: int) -> Iterator[Part]:
+        """The part made from each unit of this process, in order."""
         weights = {unit.number: unit.weight for unit in work}
         total = sum(weights.values())
-        self.expected = total // 2  # tables are compressed on the disk
+        self.expected = total // 2  # tables are compressed on disk
         before = sum(weights[number] for number in finished_numbers(self.building))
         ranks = f" on {self.ranks.world_size} ranks" if self.ranks is not None else ""
-        there = f"; {_megabytes(before)} are there from an earlier build" if before else ""
+        there = f"; {_megabytes(before)} already done by an earlier build" if before else ""
         how = f"with {processes} process(es){ranks}{there}"
         self.say(f"{self.corpus}: tokenising {_megabytes(total)} in {len(work)} parts {how}")
         began = said = time.monotonic()
@@ -256,7 +256,7 @@ class _Build:
                 left = (now - began) * (total - done) / max(1, done - before)
                 self.say(f"{self.corpus}: tokenised {_megabytes(done)} of {_megabytes(total)}, {left:.0f} s to go")
 
-    def _publish(self, parts: list[Part], rules: Rules) -> None:
+    def _publish(self, parts: list[Part], rules: TokenRules) -> None:
         skipped: dict[str, tuple[int, str]] = {}
         for part in parts:
             for reason, (count, place) in part.skipped.items():
@@ -273,18 +273,18 @@ class _Build:
         }
         if not manifest["documents"]:
             found = ", ".join(f"{count} {reason} (the first: {first})" for reason, (count, first) in skipped.items())
-            raise DataError(f"{self.corpus}: found no documents to learn from, {found or 'and none left out'}.")
+            raise DataError(f"{self.corpus}: found no documents to learn from; left out: {found or 'none'}.")
         with (self.building / MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(self.building / DONE)
         if not publish(self.building, self.folder):
-            self.say(f"{self.corpus}: another job made the same cache meanwhile; it is used")
+            self.say(f"{self.corpus}: another job made the same cache in the meantime; using that one")
 
 
-def _write_tokenizer(folder: Path, to: Path, max_characters: int) -> Rules:
-    """The tokenizer as transformers sets it up, for processes that do without transformers."""
+def _write_tokenizer(folder: Path, to: Path, max_characters: int) -> TokenRules:
+    """Save the tokenizer as transformers sets it up, for processes that do not import transformers."""
     from lbr_dist.data.tokenizer import TextTokenizer
 
     tokenizer = TextTokenizer(folder)
@@ -292,67 +292,69 @@ def _write_tokenizer(folder: Path, to: Path, max_characters: int) -> Rules:
     with to.open("rb") as file:
         os.fsync(file.fileno())
     dtype = "<u2" if tokenizer.highest_id < 2**16 else "<u4"
-    return Rules(dtype, max_characters, bool(getattr(tokenizer.hf, "split_special_tokens", False)))
+    return TokenRules(dtype, max_characters, bool(getattr(tokenizer.hf, "split_special_tokens", False)))
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
-def _run(work: list[Unit], folder: Path, rules: Rules, processes: int) -> Iterator[Part]:
-    """Tokenise units by this process, or by several; gives what became of each, in their order."""
+def _run(work: list[Unit], folder: Path, rules: TokenRules, processes: int) -> Iterator[Part]:
+    """Tokenise units in this process or in several; gives the part made from each, in order."""
     try:
         yield from _run_here(work, folder, rules) if processes == 1 else _run_pool(work, folder, rules, processes)
     except FileNotFoundError as error:
         if folder.exists():
             raise
-        raise LaunchError(f"{folder}: another rank has given up this token cache; its message says why.") from error
+        raise LaunchError(f"{folder}: another rank gave up on this token cache; see its message.") from error
 
 
-def _run_here(work: list[Unit], folder: Path, rules: Rules) -> Iterator[Part]:
+def _run_here(work: list[Unit], folder: Path, rules: TokenRules) -> Iterator[Part]:
     yield from (write_part(unit, folder / TOKENIZER_FILE, folder, rules) for unit in work)
 
 
-def _run_pool(work: list[Unit], folder: Path, rules: Rules, processes: int) -> Iterator[Part]:
+def _run_pool(work: list[Unit], folder: Path, rules: TokenRules, processes: int) -> Iterator[Part]:
     arguments = (folder / TOKENIZER_FILE, folder, rules)
-    # spawned, not forked: the parent may hold threads and an accelerator
+    # spawned, not forked: the parent may have threads and an accelerator
     context = multiprocessing.get_context("spawn")
     lifeline, held = context.Pipe(duplex=False)
     with held, ProcessPoolExecutor(processes, context, _start_process, (lifeline,)) as pool:
         try:
-            # not pool.map: it cancels what is left, and a pool whose processes end takes that for a defect
+            # not pool.map: it cancels what is left, and a pool whose processes exit reports that as an error
             for future in _submitted(pool, work, arguments):
                 yield future.result()
         except BaseException as error:
-            # without it the others would end their parts first; and a process that was started while the pool broke
-            # is terminated by nobody: it can wait for ever for a lock that the killed one holds, and the pool for it
+            # otherwise the other processes would finish their parts first. And nothing terminates a process that
+            # was started while the pool broke: it can wait forever for a lock of the killed one, and the pool for it
             held.close()
             if isinstance(error, BrokenProcessPool):
                 raise LaunchError(
-                    f"{folder}: one of the {processes} processes that tokenise was killed, often for want of memory: "
-                    "each takes up to 1 GB where texts are long. Lower their number, or the longest text."
+                    f"{folder}: one of the {processes} tokenising processes was killed, often for lack of memory: "
+                    "each takes up to 1 GB if texts are long. Use fewer processes, or lower data.longest_document."
                 ) from error
             raise
 
 
-def _submitted(pool: ProcessPoolExecutor, work: list[Unit], arguments: tuple[Path, Path, Rules]) -> list[Future[Part]]:
+def _submitted(
+    pool: ProcessPoolExecutor, work: list[Unit], arguments: tuple[Path, Path, TokenRules]
+) -> list[Future[Part]]:
     try:
         return [pool.submit(write_part, unit, *arguments) for unit in work]
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system refused a process
             raise
-        # "handle is closed", "bad value(s) in fds_to_keep": one process died, and the pool closed its pipes while the
-        # others were being started
+        # "handle is closed", "bad value(s) in fds_to_keep": one process died, and the pool closed its pipes while it
+        # was starting the others
         raise BrokenProcessPool(str(error)) from error
 
 
 def _start_process(lifeline: Connection) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process, without a traceback of its own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process, so it prints no traceback
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
 
 
 def _end_with_parent(lifeline: Connection) -> None:
-    """Ends this process once its parent closes the other end, or dies: a pool's own processes would wait for ever."""
+    """Exits once the parent closes the other end or dies: a pool's processes would otherwise wait forever."""
     with contextlib.suppress(EOFError, OSError):
         lifeline.recv()
     os._exit(1)
@@ -360,13 +362,13 @@ def _end_with_parent(lifeline: Connection) -> None:
 
 @contextlib.contextmanager
 def _named_errors(cache_dir: Path) -> Iterator[None]:
-    """Turns the system's errors into the user's."""
+    """Turns operating system errors into errors for the user."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{error.filename or cache_dir}: cannot be read or written ({error.strerror or error}) while a token cache "
-            f"is made in {cache_dir}. Mend that, or put the cache in another folder."
+            f"{error.filename or cache_dir}: cannot be read or written ({error.strerror or error}) while making a "
+            f"token cache in {cache_dir}. Fix this, or put the cache in another folder."
         ) from error
 
 
@@ -375,7 +377,7 @@ def _megabytes(count: float) -> str:
 
 
 def token_cache(config: RunConfig, processes: int, say: Say) -> TokenCache:
-    """Stage 1's text of a run, tokenised: from the cache, or now. Raises as `build` does."""
+    """A run's tokenised text for stage 1, built if it is not in the cache. Raises as in `build`."""
     data = config.data
     folder = Path(data.cache_dir).expanduser()
     corpus = Path(data.learn_corpus or data.corpus)

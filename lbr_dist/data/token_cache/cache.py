@@ -1,10 +1,10 @@
 """A tokenised corpus on disk, read through memory maps: documents, and the pieces that stage 1 learns from.
 
-`build_tokens.py` writes it. A cache folder is there as a whole or not at all:
+`build.py` writes it. A cache folder is complete or absent:
 
     KEY/manifest.json      what is in it, with sizes and checksums
-    KEY/part-00000.*       see token_parts.py
-    KEY/tokenizer.json     what made the tokens
+    KEY/part-00000.*       see part.py
+    KEY/tokenizer.json     the tokenizer that made the tokens
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What a corpus came to."""
+class CorpusReport:
+    """Counts of a tokenised corpus."""
 
     documents: int
     tokens: int
     skipped: dict[str, tuple[int, str]]
-    """Reason to the number of documents left out, and the place of the first."""
+    """Reason to the number of documents left out, and the place of the first one."""
 
     def __str__(self) -> str:
         text = f"{self.documents:,} documents, {self.tokens:,} tokens"
@@ -46,7 +46,7 @@ class Report:
 
 
 class Documents(Protocol):
-    """What can be cut in pieces."""
+    """Documents that can be cut into pieces."""
 
     @property
     def lengths(self) -> NDArray[np.uint32]:
@@ -54,12 +54,12 @@ class Documents(Protocol):
         ...
 
     def span(self, document: int, start: int, stop: int) -> Tokens:
-        """Some of a document's tokens."""
+        """Tokens `start` to `stop` of a document."""
         ...
 
 
 class _Items(Sequence[Tokens]):
-    """A sequence of which `_item` gives one and `__len__` the number."""
+    """A sequence whose items come from `_item`, and its length from `__len__`."""
 
     @overload
     def __getitem__(self, index: int) -> Tokens: ...
@@ -82,16 +82,16 @@ class _Items(Sequence[Tokens]):
 class TokenCache(_Items):
     """The documents of a cache folder, by number, in the order of the corpus.
 
-    Takes 8 bytes of memory for each document; the tokens stay in the file cache.
+    Takes 8 bytes of memory per document; the tokens stay in the file cache.
 
     Raises:
-        DataError: the folder is not what was written. Only sizes are compared; `verify` reads it all.
+        DataError: the folder is damaged. Only sizes are compared; `verify` reads everything.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         manifest = self._read_manifest()
-        self.report = Report(
+        self.report = CorpusReport(
             manifest["documents"],
             manifest["tokens"],
             {reason: (count, first) for reason, (count, first) in manifest["skipped"].items()},
@@ -116,11 +116,11 @@ class TokenCache(_Items):
 
     @property
     def lengths(self) -> NDArray[np.uint32]:
-        """``[documents]``: tokens of each, a new array."""
+        """``[documents]``: tokens of each; a new array."""
         return np.concatenate([np.zeros(0, LENGTH), *self._lengths])
 
     def span(self, document: int, start: int, stop: int) -> Tokens:
-        """Tokens `start` to `stop` of a document; both must lie in it."""
+        """Tokens `start` to `stop` of a document; both must be within it."""
         part = int(self._first_documents.searchsorted(document, side="right")) - 1
         before = int(self._offsets[document] - self._first_tokens[part])
         return tuple(self._tokens[part][before + start : before + stop].tolist())
@@ -129,7 +129,7 @@ class TokenCache(_Items):
         return self.span(index, 0, int(self._offsets[index + 1] - self._offsets[index]))
 
     def verify(self) -> None:
-        """Read every file and compare its checksum. Raises DataError for the first that differs."""
+        """Read every file and compare its checksum. Raises DataError for the first one that differs."""
         for part in self._parts:
             for kind in ("tokens", "lengths"):
                 path = part_file(self.folder, part["number"], kind)
@@ -157,17 +157,17 @@ class TokenCache(_Items):
         found = path.stat().st_size if path.exists() else None
         if found != expected:
             raise self._damaged(path, f"{'no file' if found is None else f'{found} bytes'}, expected {expected} bytes")
-        # an empty file cannot be mapped; and the subclass memmap makes each slice ten times as slow
+        # an empty file cannot be mapped; and slicing the subclass memmap is ten times slower
         return np.asarray(np.memmap(path, dtype, "r")) if items else np.zeros(0, dtype)
 
     def _damaged(self, path: Path, found: str) -> DataError:
-        return DataError(f"{path}: found {found}: the token cache is damaged. Delete {self.folder}; it is made again.")
+        return DataError(f"{path}: found {found}: the token cache is damaged. Delete {self.folder} to make it again.")
 
 
 class Pieces(_Items):
-    """Every document cut in pieces of at most `longest` tokens; pieces of less than `shortest` are left out.
+    """Every document cut into pieces of at most `longest` tokens; pieces shorter than `shortest` are left out.
 
-    Takes 12 bytes of memory for each document.
+    Takes 12 bytes of memory per document.
     """
 
     def __init__(self, documents: Documents, longest: int, shortest: int = 2) -> None:
@@ -185,7 +185,7 @@ class Pieces(_Items):
 
     @property
     def num_too_short(self) -> int:
-        """Documents that are not empty and give no piece."""
+        """Number of documents that are not empty but too short to give a piece."""
         return int(((self._lengths > 0) & (np.diff(self._first) == 0)).sum())
 
     def _item(self, index: int) -> Tokens:
@@ -195,12 +195,12 @@ class Pieces(_Items):
 
 
 def _ends(counts: list[int]) -> NDArray[np.int64]:
-    """0, and the running sums."""
+    """0, followed by the running sums."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
 
 class _Without:
-    """Documents, some of them emptied."""
+    """Documents, some of them with their length set to 0."""
 
     def __init__(self, documents: Documents, left_out: NDArray[np.int64]) -> None:
         self._documents = documents
@@ -212,12 +212,12 @@ class _Without:
 
 
 def split(documents: Documents, longest: int, held_out: int) -> tuple[Pieces, list[Tokens]]:
-    """Training texts, and texts of documents that no training text is of.
+    """Training texts, and held-out texts from other documents.
 
     Args:
         documents: the tokenised corpus.
-        longest: documents are cut into pieces of at most so many tokens.
-        held_out: how many documents to keep out, at most a twentieth of them; each gives its first piece.
+        longest: documents are cut into pieces of at most this many tokens.
+        held_out: how many documents to hold out, at most a twentieth of all; each gives its first piece.
     """
     count = min(held_out, len(documents.lengths) // 20)
     if not count:
@@ -228,10 +228,10 @@ def split(documents: Documents, longest: int, held_out: int) -> tuple[Pieces, li
 
 
 def learn_texts(cache: TokenCache, config: RunConfig) -> tuple[Pieces, list[Tokens]]:
-    """What stage 1 trains on, and what it is diagnosed on.
+    """The texts that stage 1 trains on, and the held-out texts for its diagnostics.
 
     Raises:
-        DataError: there are fewer texts than a batch has.
+        DataError: there are fewer texts than a batch needs.
     """
     learn = config.learn
     texts, held_out = split(cache, learn.max_text_tokens, learn.held_out_texts if learn.diagnose_every else 0)
@@ -239,6 +239,6 @@ def learn_texts(cache: TokenCache, config: RunConfig) -> tuple[Pieces, list[Toke
         raise DataError(
             f"{config.data.learn_corpus or config.data.corpus}: found {len(texts)} texts of two tokens or more to "
             f"train on ({cache.report}; {len(held_out)} held out), learn.batch_texts is {learn.batch_texts}. Lower "
-            "learn.batch_texts, or bring more text."
+            "learn.batch_texts, or add more text."
         )
     return texts, held_out

@@ -1,10 +1,10 @@
-"""One part of a corpus tokenised into one pair of files: what each process of a build does, by itself.
+"""Tokenise one part of a corpus into one pair of files: the work of a single process in a build.
 
     part-00003.tokens     token ids of the documents, one after another, uint16 or uint32
     part-00003.lengths    tokens of each document, uint32
-    done/00003.json       what became of the part, written last: a part without it is not finished
+    done/00003.json       counts and checksums of the part, written last: a part without it is not finished
 
-Which rank or process writes a part changes nothing in it.
+A part is the same whichever rank or process writes it.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ EMPTY, ENORMOUS, BINARY, BROKEN = "empty", "enormous", "binary", "broken Unicode
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """What a part depends on beside its documents and the tokenizer."""
+class TokenRules:
+    """What a part depends on besides its documents and the tokenizer."""
 
     dtype: str
-    """Of the tokens: `<u2` or `<u4`."""
+    """Dtype of the tokens: `<u2` or `<u4`."""
 
     max_characters: int
     """Longer texts are left out."""
@@ -56,7 +56,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The spans that make one part."""
+    """The spans that make up one part."""
 
     number: int
     spans: tuple[Span, ...]
@@ -68,7 +68,7 @@ class Unit:
 
 @dataclass(slots=True)
 class Part:
-    """What became of a unit."""
+    """A tokenised unit: counts, checksums, and what was left out."""
 
     number: int
     documents: int = 0
@@ -76,7 +76,7 @@ class Part:
     tokens_crc: int = 0
     lengths_crc: int = 0
     skipped: dict[str, tuple[int, Place]] = field(default_factory=dict)
-    """Reason to the number of documents left out, and the place of the first."""
+    """Reason to the number of documents left out, and the place of the first one."""
 
     def to_json(self) -> str:
         skipped = {name: (n, str(at.file), at.number, at.start) for name, (n, at) in self.skipped.items()}
@@ -84,7 +84,7 @@ class Part:
 
     @classmethod
     def from_json(cls, text: str) -> Part:
-        """Raises ValueError, TypeError, KeyError or AttributeError for what `to_json` has not written."""
+        """Raises ValueError, TypeError, KeyError or AttributeError if `to_json` did not write the text."""
         values = json.loads(text)
         skipped = {name: (n, Place(Path(at[0]), *at[1:])) for name, (n, *at) in values.pop("skipped").items()}
         return cls(**values, skipped=skipped)
@@ -95,10 +95,10 @@ def part_file(folder: Path, number: int, kind: str) -> Path:
 
 
 def units(files: Iterable[Path], weight: int) -> Iterator[Unit]:
-    """The parts of a corpus, each of `weight` bytes or more: small files and small batches are put together.
+    """Divide a corpus into units of at least `weight` bytes; small files and record batches are combined.
 
     Raises:
-        DataError: a table that cannot be read.
+        DataError: a table cannot be read.
     """
     number, held = 0, 0
     chosen: list[Span] = []
@@ -112,24 +112,24 @@ def units(files: Iterable[Path], weight: int) -> Iterator[Unit]:
         yield Unit(number, tuple(chosen))
 
 
-def write_part(unit: Unit, tokenizer: Path, folder: Path, rules: Rules) -> Part:
-    """Tokenise a unit into its two files in `folder`, flushed to the disk.
+def write_part(unit: Unit, tokenizer: Path, folder: Path, rules: TokenRules) -> Part:
+    """Tokenise a unit into its two files in `folder`, flushed to disk.
 
-    Holds one batch of 1,000 texts or a million characters at a time, or one longer text.
+    Holds one batch at a time in memory: up to 1,000 texts and a million characters, or one longer text.
 
     Args:
         unit: what to read.
         tokenizer: a `tokenizer.json`.
-        folder: where the files go, with what became of them in `DONE`.
-        rules: see there.
+        folder: where the files go; the record of the finished part goes to its `DONE` folder.
+        rules: see `TokenRules`.
 
     Raises:
-        DataError: a record that cannot be used, with its file and line.
+        DataError: a record cannot be used; names its file and line.
         OSError: the files cannot be written.
     """
     part = Part(unit.number)
     final = [part_file(folder, unit.number, kind) for kind in ("tokens", "lengths")]
-    # another name at each attempt: a process of a former one may not have ended yet
+    # a new name for each attempt: a process of an earlier attempt may still be running
     attempt = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in final]
     with attempt[0].open("xb") as tokens, attempt[1].open("xb") as lengths:
         for batch in _batches(_texts(unit, rules, part)):
@@ -153,8 +153,8 @@ def write_part(unit: Unit, tokenizer: Path, folder: Path, rules: Rules) -> Part:
     return part
 
 
-def _texts(unit: Unit, rules: Rules, part: Part) -> Iterator[str]:
-    # a character takes six bytes at most in JSON (an escape), and in UTF-8 four
+def _texts(unit: Unit, rules: TokenRules, part: Part) -> Iterator[str]:
+    # a character takes at most six bytes in JSON (an escape), and four in UTF-8
     longest_line = 6 * rules.max_characters + (1 << 16)
     for span in unit.spans:
         for place, row in span_rows(span, ("text", "title"), longest_line):
@@ -173,7 +173,7 @@ def _texts(unit: Unit, rules: Rules, part: Part) -> Iterator[str]:
 
 
 def _defect(text: str, max_characters: int) -> str:
-    """Why a text is left out, or nothing."""
+    """Why a text is left out; empty if it is kept."""
     if len(text) > max_characters:
         return ENORMOUS
     if "\0" in text or len(_NOISE.findall(text)) > _MOST_NOISE * len(text):
@@ -195,7 +195,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _encode(texts: list[str], tokenizer: Path, split_special_tokens: bool) -> list[list[int]]:
-    """As `TextTokenizer.encode`; without transformers, whose import costs each process seconds and 200 MB."""
+    """Same as `TextTokenizer.encode`, but without transformers: importing it costs each process seconds and 200 MB."""
     backend = _load(tokenizer)
     backend.encode_special_tokens = split_special_tokens
     return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]

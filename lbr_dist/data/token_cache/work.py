@@ -1,12 +1,12 @@
-"""The folder in which a token cache is made: what is finished in it, for a build that goes on where one was cut off.
+"""The folder in which a token cache is made, and the finished parts in it that a later build can keep.
 
-Its name is that of the cache, hidden, so that the next build finds it; who makes it holds the cache's lock. Where locks
-cannot be trusted, the name is this process's own, and nothing is gone on with. Beside the parts:
+Its name is the cache's name, hidden, so that the next build finds it; the building process holds the cache's lock. If
+locks cannot be trusted, the name is unique to the process, and no build resumes it. Besides the parts, it contains:
 
-    tokenizer.json     what makes the tokens
-    done/host          who makes them
+    tokenizer.json     the tokenizer
+    done/host          the host of the build
     done/plan.json     what else the parts depend on
-    done/00003.json    what became of a finished part (token_parts.py)
+    done/00003.json    record of a finished part (part.py)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lbr_dist.data.token_cache.part import DONE, LENGTH, TOKENIZER_FILE, Part, Rules, part_file
+from lbr_dist.data.token_cache.part import DONE, LENGTH, TOKENIZER_FILE, Part, TokenRules, part_file
 from lbr_dist.storage.files import checksum, write_atomic
 from lbr_dist.storage.fingerprint import signature
 from lbr_dist.storage.whole_folder import building_folder, host
@@ -30,11 +30,11 @@ from lbr_dist.storage.whole_folder import building_folder, host
 _HOST, _PLAN = "host", "plan.json"
 _AT_WORK = 60.0
 _SAME_EVERYWHERE = 4
-"""Of a file's signature, how much of it two nodes see alike: not the number of the device."""
+"""How many values of a file's signature are the same on all nodes: all but the device number."""
 
 
 def work_folder(cache: Path, locked: bool) -> tuple[Path, bool]:
-    """Where the cache of this name is made, and whether a later build may go on there."""
+    """The folder in which to make this cache, and whether a later build may resume there."""
     folder = cache.with_name(f".{cache.name}.building")
     if locked and not _another_writes(folder):
         return folder, True
@@ -42,7 +42,7 @@ def work_folder(cache: Path, locked: bool) -> tuple[Path, bool]:
 
 
 def _another_writes(folder: Path) -> bool:
-    """Whether a process of another host seems to be at work: some file systems keep a lock to the host that took it."""
+    """Whether another host seems to be writing here: on some file systems, other hosts do not see a lock."""
     try:
         if (folder / DONE / _HOST).read_text(encoding="utf-8") == host():
             return False
@@ -52,14 +52,14 @@ def _another_writes(folder: Path) -> bool:
     return time.time() - newest < _AT_WORK
 
 
-def plan_of(files: Sequence[Path], weight: int, rules: Rules, folder: Path) -> dict[str, Any]:
-    """What decides the bytes of every part, and the places in messages.
+def plan_of(files: Sequence[Path], weight: int, rules: TokenRules, folder: Path) -> dict[str, Any]:
+    """Everything that determines the bytes of the parts, and the places in messages.
 
     Args:
-        files: of the corpus.
-        weight: bytes of a part, as `units` takes it.
-        rules: see there.
-        folder: with the tokenizer's file in it.
+        files: the corpus.
+        weight: bytes per part, as in `units`.
+        rules: see `TokenRules`.
+        folder: contains the tokenizer's file.
     """
     return {
         "files": [[str(file), *signature(file)[:_SAME_EVERYWHERE]] for file in files],
@@ -69,8 +69,8 @@ def plan_of(files: Sequence[Path], weight: int, rules: Rules, folder: Path) -> d
     }
 
 
-def finished_parts(folder: Path, plan: Mapping[str, Any], rules: Rules) -> dict[int, Part]:
-    """The parts that an earlier build with this plan has finished; all else is removed, but the tokenizer's file."""
+def finished_parts(folder: Path, plan: Mapping[str, Any], rules: TokenRules) -> dict[int, Part]:
+    """The parts finished by an earlier build with this plan. Removes everything else but the tokenizer's file."""
     done = folder / DONE
     parts: dict[int, Part] = {}
     if _read_plan(done / _PLAN) == plan:
@@ -91,7 +91,7 @@ def finished_parts(folder: Path, plan: Mapping[str, Any], rules: Rules) -> dict[
 
 
 def finished_numbers(folder: Path) -> set[int]:
-    """The numbers of the parts that are finished by now, by whichever rank."""
+    """The numbers of the parts finished so far, by any rank."""
     return {int(record.stem) for record in (folder / DONE).glob("[0-9]*.json")}
 
 
@@ -102,7 +102,7 @@ def _read_plan(path: Path) -> object:
         return None
 
 
-def _is_whole(folder: Path, part: Part, rules: Rules) -> bool:
+def _is_whole(folder: Path, part: Part, rules: TokenRules) -> bool:
     kinds = (("tokens", part.tokens, rules.dtype), ("lengths", part.documents, LENGTH))
     return all(
         part_file(folder, part.number, kind).stat().st_size == items * np.dtype(dtype).itemsize

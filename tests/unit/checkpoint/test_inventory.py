@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lbr_dist.checkpoint import inventory
-from lbr_dist.checkpoint.inventory import Row
+from lbr_dist.checkpoint.inventory import CheckpointRow
 from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config import Stage
 from tests.unit.checkpoint.cases import checkpoints, command, cut, publish, run_with_checkpoints
@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Path:
     return run_with_checkpoints(tmp_path)
 
 
-def rows(run: Path, stage: Stage = "learn") -> dict[str, Row]:
+def rows(run: Path, stage: Stage = "learn") -> dict[str, CheckpointRow]:
     return {row.path.name: row for row in inventory.inventory(run, [stage])}
 
 
@@ -49,7 +49,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "has no manifest.json, so it was never completed"),
     "missing shard": (
         lambda f: (f / "rank-00001.safetensors").unlink(),
-        "rank-00001.safetensors: missing, though manifest.json names it",
+        "rank-00001.safetensors: missing, but manifest.json lists it",
     ),
     "truncated shard": (
         lambda f: cut(f / "rank-00000.safetensors"),
@@ -57,7 +57,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another step's": (
         lambda f: shutil.copy(f.with_name("step-000010") / "manifest.json", f),
-        "manifest.json: is of step 10, the folder of step 30",
+        "manifest.json: found step 10, expected 30 as in the folder's name",
     ),
     "empty": (lambda f: [path.unlink() for path in f.iterdir()], "has no manifest.json, so it was never completed"),
 }

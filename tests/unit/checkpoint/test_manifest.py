@@ -54,7 +54,7 @@ def test_any_changed_byte_is_seen(data: st.DataObject) -> None:
 
 def test_a_newer_format_is_named() -> None:
     text = manifest(1).to_text().replace('"format": 1', '"format": 2')
-    with pytest.raises(CheckpointError, match=r"of format 2, this version of lbr-dist reads 1"):
+    with pytest.raises(CheckpointError, match=r"found format 2, expected 1\."):
         Manifest.parse(text, Path("here"))
 
 

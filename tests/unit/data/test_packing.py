@@ -1,4 +1,4 @@
-"""Rows hold every sequence once, with the positions, labels and roles of the definition in data/packing.py."""
+"""Rows contain every sequence once, with the positions, labels and roles defined in data/packing.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lbr_dist.data.packing import (
     NO_LABEL,
     TARGET_LOSS,
     PackedRow,
-    Sequence,
+    TrainingSequence,
     assign_rows,
     filler,
     pack,
@@ -26,18 +26,18 @@ tokens = st.lists(st.integers(1, 50), min_size=0, max_size=6).map(tuple)
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> list[Sequence]:
+def batches(draw: st.DrawFn) -> list[TrainingSequence]:
     k = draw(st.integers(0, 3))
 
-    def one() -> Sequence:
+    def one() -> TrainingSequence:
         target = draw(tokens)
-        return Sequence(draw(tokens), k, target, tuple(0 for _ in target) if draw(st.booleans()) else None)
+        return TrainingSequence(draw(tokens), k, target, tuple(0 for _ in target) if draw(st.booleans()) else None)
 
     return [one() for _ in range(draw(st.integers(1, 8)))]
 
 
-def check_row(row: PackedRow, sequences: list[Sequence]) -> None:
-    """Every sequence of the row is as the definition says, one after another, and nothing else is there."""
+def check_row(row: PackedRow, sequences: list[TrainingSequence]) -> None:
+    """The row contains every sequence as defined, one after another, and nothing else."""
     start = 0
     for (text, bottleneck, end), index in zip(row.spans.tolist(), row.order.tolist(), strict=True):
         s = sequences[index]
@@ -66,7 +66,7 @@ def check_row(row: PackedRow, sequences: list[Sequence]) -> None:
 
 @given(batches(), st.integers(20, 40))
 @settings(max_examples=150, deadline=None)
-def test_pack(sequences: list[Sequence], row_tokens: int) -> None:
+def test_pack(sequences: list[TrainingSequence], row_tokens: int) -> None:
     rows = pack(sequences, row_tokens, SINK_ID)
     assert sorted(i for row in rows for i in row.order.tolist()) == list(range(len(sequences)))
     for row in rows:
@@ -90,8 +90,8 @@ def test_rows_are_few_and_even(lengths: list[int], row_tokens: int, multiple: in
 
 @given(batches(), st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
-def test_ranks_share_a_batch(sequences: list[Sequence], world_size: int) -> None:
-    """Every sequence on one rank, as many rows on each, and the rows of one rank are those of many."""
+def test_ranks_share_a_batch(sequences: list[TrainingSequence], world_size: int) -> None:
+    """Every sequence is on one rank, all ranks have the same number of rows, and rows are packed as on one rank."""
     shares = [rank_rows(sequences, 40, SINK_ID, rank, world_size) for rank in range(world_size)]
     assert len({len(rows) for rows, _ in shares}) == 1 and len({filled for _, filled in shares}) == 1
     assert sorted(i for rows, _ in shares for row in rows for i in row.order.tolist()) == list(range(len(sequences)))
@@ -107,7 +107,7 @@ def test_ranks_share_a_batch(sequences: list[Sequence], world_size: int) -> None
 
 @given(batches())
 @settings(max_examples=60, deadline=None)
-def test_without_a_role(sequences: list[Sequence]) -> None:
+def test_without_a_role(sequences: list[TrainingSequence]) -> None:
     for row in pack(sequences, 24, SINK_ID):
         for role in (CONTEXT, TARGET):
             kept = without(row, role)
@@ -115,30 +115,30 @@ def test_without_a_role(sequences: list[Sequence]) -> None:
             for name in ("input_ids", "position_ids", "roles", "labels"):
                 assert getattr(kept, name).tolist() == getattr(row, name)[keep].tolist()
             assert kept.layout.tokens == len(kept.input_ids)
-            # what is left sees what it saw, but the target sees all that is before it
+            # the remaining tokens see what they saw before, but the target sees everything before it
             seen = row.layout.mask()[keep][:, keep]
             assert (kept.layout.mask() == seen).all()
 
 
 def test_a_target_sees_all_but_the_text() -> None:
-    """Taking the text out leaves a mask with nothing hidden: the layout's own definition, not only ours."""
-    row = pack([Sequence((1, 2, 3), 2, (4, 5, 6))], 24, SINK_ID)[0]
+    """Without the text, nothing is masked: by the layout's own definition, not only ours."""
+    row = pack([TrainingSequence((1, 2, 3), 2, (4, 5, 6))], 24, SINK_ID)[0]
     mask = without(row, CONTEXT).layout.mask()
     assert mask.equal(mask.new_ones(mask.shape).tril())
 
 
 def test_labels_of_one_kind() -> None:
-    row = pack([Sequence((1, 2, 3), 2, (4, 5))], 24, SINK_ID)[0]
+    row = pack([TrainingSequence((1, 2, 3), 2, (4, 5))], 24, SINK_ID)[0]
     assert row.without_labels(TARGET_LOSS).labels.tolist() == [NO_LABEL, 2, 3] + [NO_LABEL] * 4
     assert filler(2, SINK_ID).layout.tokens == 4
 
 
 def test_too_long_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="9 tokens does not fit a row of 8"):
-        pack([Sequence((1,) * 6, 2)], 8, SINK_ID)
+        pack([TrainingSequence((1,) * 6, 2)], 8, SINK_ID)
 
 
-def test_mixed_bottlenecks_are_a_defect() -> None:
+def test_different_bottlenecks_in_one_row_are_refused() -> None:
     with pytest.raises(AssertionError, match=r"found \[1, 2\]"):
-        pack([Sequence((1,), 1), Sequence((1,), 2)], 8, SINK_ID)
-    assert dataclasses.replace(Sequence((1,), 1), target=(2, 3)).inputs == 1
+        pack([TrainingSequence((1,), 1), TrainingSequence((1,), 2)], 8, SINK_ID)
+    assert dataclasses.replace(TrainingSequence((1,), 1), target=(2, 3)).inputs == 1

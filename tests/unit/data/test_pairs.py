@@ -1,4 +1,4 @@
-"""Contrastive batches: what is a negative of what, homogeneous sources, and an order that needs no memory."""
+"""Contrastive batches: negatives, batches of one source, and a stateless order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def run_of(folder: Path, base: Path, pairs: list[dict[str, object]], **represent: object) -> RunConfig:
-    """A run with pairs over documents d0 to d9; d9 has the text of d0 once more."""
+    """A run with pairs over documents d0 to d9; d9 has the same text as d0."""
     write(folder / "corpus.jsonl", [{"id": f"d{i}", "text": f"Document number {i % 9} of all."} for i in range(10)])
     write(folder / "train.jsonl", pairs)
     section = RepresentConfig(**({"batch_pairs": 4} | represent))  # type: ignore[arg-type]
@@ -47,9 +47,9 @@ CROWD = [
 ]
 
 
-def test_known_positives_are_no_negatives(tmp_path: Path, tiny_model: Path) -> None:
+def test_known_positives_are_never_negatives(tmp_path: Path, tiny_model: Path) -> None:
     pairs = load(tmp_path, tiny_model, CROWD, hard_negatives=2)
-    # one lists d2, which answers the same query in two; two lists d9, whose text is d0's, which answers it in one
+    # `one` lists d2, which answers the same query in `two`; `two` lists d9 with the text of d0, an answer in `one`
     assert pairs.dropped_negatives == 2
     by_id = {pair.id: pair.negatives for pair in pairs.pairs}
     assert by_id == {"one": ("d3",), "two": ("d4",), "three": ("d0",), "four": ("d5",)}
@@ -61,11 +61,11 @@ def test_known_positives_are_no_negatives(tmp_path: Path, tiny_model: Path) -> N
             answers = {batch.documents[column] for column in columns}
             assert answers == pairs.known[query] & set(batch.documents), name
             seen.add((name, len(columns)))
-    # with its other positive, and that of the same query, in the batch; and d9, which is d0, with nothing else
+    # `one` and `two` have the same query, so a second answer can be in the batch; the others have a single answer
     assert {("one", 2), ("two", 2), ("three", 1), ("four", 1)} <= seen
 
 
-def test_names_are_the_users(tmp_path: Path, tiny_model: Path) -> None:
+def test_texts_are_named_by_the_users_ids(tmp_path: Path, tiny_model: Path) -> None:
     batch = load(tmp_path, tiny_model, CROWD).batch(RepresentConfig(batch_pairs=4), 0, seed=1)
     names = {batch.name(text) for text in range(len(batch.texts))}
     assert {"query 'one'", "query 'four'", "document 'd3'"} <= names
@@ -119,7 +119,7 @@ def test_batches_of_all_pairs_once(tmp_path: Path, tiny_model: Path) -> None:
         for query, columns in zip(batch.queries, batch.positives, strict=True):
             assert {batch.documents[column] for column in columns} == pairs.known[query]
     assert any(len(batch.documents) > len({columns[0] for columns in batch.positives}) for batch in batches)
-    # another number of steps, or batches of one source in training, change nothing
+    # another number of steps, or training batches of one source, change nothing
     assert pairs.once(RepresentConfig(batch_pairs=4, hard_negatives=1, steps=7), seed=3) == batches
     assert pairs.once(section, seed=4) != batches
 
@@ -135,7 +135,7 @@ def test_development_pairs(tmp_path: Path, tiny_model: Path) -> None:
     assert train == load_pairs(config, tokenizer)
     assert dev is not None and [pair.id for pair in dev.pairs] == ["new", "other"]
     assert dev.queries["new"] == tokenizer.encode(["find: stiff jaw"])[0] and set(dev.documents) == {"d0", "d5", "d6"}
-    # two pairs are fewer than a batch, which only training needs
+    # two pairs are fewer than a batch; only training needs a full one
     assert [len(batch.queries) for batch in dev.once(config.represent, seed=0)] == [2]
 
     write(path, [row("new", "stiff jaw", ["d5"]), row("mine", "small  eye ", ["d6"]), row("too", "pale skin", ["d6"])])
@@ -143,7 +143,8 @@ def test_development_pairs(tmp_path: Path, tiny_model: Path) -> None:
         load_with_dev(config, tokenizer)
     said = str(raised.value)
     assert said.startswith(f"{path}: pair 'mine' has the query 'small  eye ' of pair 'three' in {config.data.train}, ")
-    assert "and 1 more of its pairs are so" in said and "never trained on" in said and "Remove such pairs" in said
+    assert "and 1 more of its pairs repeat training queries" in said
+    assert "never trained on" in said and "Remove these pairs" in said
     unmeasured = dataclasses.replace(config.represent, diagnose_every=0)
     assert load_with_dev(dataclasses.replace(config, represent=unmeasured), tokenizer)[1] is None
 
@@ -161,7 +162,7 @@ def test_sources_take_turns_in_proportion(sizes: list[int], size: int, seed: int
     counts = Counter(source for source, _ in batches)
     assert [counts[source] for source in range(len(sizes))] == [rounds * share for share in shares]
     for source, items in enumerate(sizes):
-        # a source's batches are a stream of its own: every epoch has each item once
+        # each source's batches are a separate stream: every epoch has each item once
         stream = sorted(place for found, drawn in batches if found == source for place in drawn)
         whole = rounds * shares[source] * size // items
         assert [item for epoch, item in stream if epoch < whole] == list(range(items)) * whole

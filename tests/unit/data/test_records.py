@@ -1,4 +1,4 @@
-"""Corpora and pairs: every known format, and every way in which a file can be wrong."""
+"""Corpora and pairs: every known format, and every kind of error in a file."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_other_formats_bring_their_texts(tmp_path: Path, name: str) -> None:
     assert pair.source == "pairs"
 
 
-def test_equal_texts_are_one_document_and_no_negative_of_themselves(tmp_path: Path) -> None:
+def test_equal_texts_are_one_document_and_never_their_own_negative(tmp_path: Path) -> None:
     rows = ({"anchor": "x", "positive": "A", "negatives": ["A", "B", "B"]}, {"anchor": "y", "positive": "B"})
     found = read_pairs(jsonl(tmp_path / "pairs.jsonl", *rows), {})
     assert sorted(found.documents.values()) == ["A", "B"]
@@ -167,7 +167,10 @@ PAIR = {"query": "hot", "positive_ids": ["d1"]}
         ([{"anchor": "hot", "positive": ["x", ""]}], ["pairs.jsonl:1", "positive = ''"]),
         ([{"query": "hot", "response": "x", "label": 0}], ["pairs.jsonl:1", "label = 0"]),
         ([{"query": "hot", "positive_passages": ["x"]}], ["pairs.jsonl:1", "'x'", "docid"]),
-        ([{"query": "hot", "positive_passages": [{"docid": "d1", "text": "y"}]}], ["pairs.jsonl:1", "another text"]),
+        (
+            [{"query": "hot", "positive_passages": [{"docid": "d1", "text": "y"}]}],
+            ["pairs.jsonl:1", "a different text"],
+        ),
         ([{"messages": [], "positive_messages": []}], ["pairs.jsonl:1", "messages = []"]),
         ([""], ["pairs.jsonl", "no pairs"]),
     ],
@@ -206,7 +209,7 @@ def test_a_path_that_cannot_be_read_is_refused_with_what_to_do(tmp_path: Path) -
         read_corpus(tmp_path)
 
 
-def test_a_dataset_of_several_splits_is_refused_by_naming_them(tmp_path: Path) -> None:
+def test_a_dataset_with_several_splits_is_refused_and_the_splits_named(tmp_path: Path) -> None:
     import datasets
 
     split = datasets.Dataset.from_list([GOOD])
@@ -224,7 +227,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lam
 @settings(max_examples=100, deadline=None)
 @given(corpus=st.dictionaries(TEXTS, TEXTS, min_size=1, max_size=8))
 def test_any_texts_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, str]) -> None:
-    """Line separators of other kinds, control characters and byte order marks among them."""
+    """Including unusual line separators, control characters and byte order marks."""
     path = tmp_path_factory.mktemp("texts") / "corpus.jsonl"
     assert write_jsonl(path, ({"text": text, "id": document} for document, text in corpus.items())) == len(corpus)
     assert list(read_corpus(path).items()) == list(corpus.items())

@@ -1,4 +1,4 @@
-"""The order of an epoch: every item once, no order favoured, and nothing remembered."""
+"""The order of an epoch: every item once, no order favoured, and no state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_an_epoch_is_a_permutation_at_the_edges(items: int) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(items=st.integers(1, 300), size=st.integers(1, 700), step=st.integers(0, 20), seed=st.integers(0, 99))
-def test_a_batch_is_its_place_in_the_stream(items: int, size: int, step: int, seed: int) -> None:
+def test_a_batch_is_a_slice_of_the_stream(items: int, size: int, step: int, seed: int) -> None:
     epochs = range((step + 1) * size // items + 1)
     stream = [(epoch, item) for epoch in epochs for item in order(items, seed, epoch)]
     batch = sampler.batch(items, size, step, seed)
@@ -43,21 +43,21 @@ def test_seeds_and_epochs_differ() -> None:
     assert len(orders) == 400
 
 
-def test_the_order_stays_what_it_was() -> None:
-    """A resumed run goes on in the order of the run that was saved, whatever the version."""
+def test_the_order_is_the_same_in_every_version() -> None:
+    """A resumed run continues in the order of the saved run, whatever the version."""
     assert order(10, 1, 0) == [4, 5, 0, 8, 2, 6, 1, 7, 9, 3]
 
 
 @pytest.mark.parametrize("items", [2, 3, 4])
-def test_every_order_of_few_items_is_as_likely(items: int) -> None:
+def test_every_order_of_few_items_is_equally_likely(items: int) -> None:
     seen = [tuple(order(items, seed, 0)) for seed in range(1500)]
     counts = [seen.count(each) for each in itertools.permutations(range(items))]
     assert chi_square(np.array(counts)) < 5
 
 
 @pytest.mark.parametrize("items", [5, 37, 64])
-def test_every_item_is_as_likely_at_every_place(items: int) -> None:
-    """And as likely to follow any other: runs of neighbours would put one page's sentences in one batch."""
+def test_every_item_is_equally_likely_at_every_position(items: int) -> None:
+    """And equally likely to follow any other: runs of neighbours would put one page's sentences in one batch."""
     orders = np.array([order(items, seed, epoch) for seed in range(75) for epoch in range(20)])
     at_place = np.stack([np.bincount(column, minlength=items) for column in orders.T])
     assert chi_square(at_place) < 5
@@ -66,7 +66,7 @@ def test_every_item_is_as_likely_at_every_place(items: int) -> None:
 
 
 def chi_square(counts: np.ndarray) -> float:
-    """How far counts are from even, in standard deviations of the statistic of even ones."""
+    """How far counts are from uniform, in standard deviations of the statistic under uniformity."""
     expected = counts.mean()
     freedom = counts.size - 1
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))

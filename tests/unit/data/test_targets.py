@@ -1,4 +1,4 @@
-"""Stage 1's sequences: the three kinds of target, in their shares, the same on every rank."""
+"""Stage 1's sequences: the three kinds of target, in the right shares, the same on every rank."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_mixture_and_repeatability() -> None:
     assert batch == made(continuation=1.0, reconstruction=1.0)
 
 
-def test_none_is_the_text_alone() -> None:
+def test_without_a_bottleneck_a_sequence_is_only_the_text() -> None:
     data = LearnData(TEXTS, PAIRS, DROP)
     learn = dataclasses.replace(LearnConfig(batch_texts=40), bottleneck="none")
     batch = data.batch(learn, 4, step=0, seed=1)
@@ -71,7 +71,7 @@ class Kept:
         return self.texts[document][start:stop]
 
 
-def test_held_out_texts_are_of_documents_never_trained_on() -> None:
+def test_held_out_texts_come_from_documents_never_trained_on() -> None:
     documents = Kept([tuple(range(1000 * i, 1000 * i + 1 + i % 9)) for i in range(90)])
     texts, held_out = split(documents, longest=4, held_out=64)
     trained = {text[0] // 1000 for text in texts}
@@ -79,14 +79,14 @@ def test_held_out_texts_are_of_documents_never_trained_on() -> None:
     assert len(documents.lengths) // 20 == 4 >= len(held_out) > 1
     assert all(1 < len(text) <= 4 for text in held_out)
     assert not trained & kept
-    assert trained | kept == {i for i in range(90) if i % 9}, "only texts of one token are nowhere"
+    assert trained | kept == {i for i in range(90) if i % 9}, "only texts of one token are in neither"
     assert texts.num_too_short == sum(len(text) == 1 for text in documents.texts) - (4 - len(held_out))
     assert split(documents, 4, 64)[1] == held_out, "the same in every run"
     every, none = split(documents, 4, 0)
     assert not none and len(every) == sum(len(tiny.pieces([text], 4)) for text in documents.texts)
 
 
-def test_held_out_sequences_are_of_their_own_text() -> None:
+def test_held_out_sequences_use_only_their_own_text() -> None:
     data = LearnData(TEXTS, PAIRS, DROP, TEXTS[:9])
     learn = LearnConfig(targets=TargetsConfig(continuation=0.0, reconstruction=0.0, pair=1.0))
     for text, s in zip(TEXTS, data.held_out_sequences(learn, 4), strict=False):

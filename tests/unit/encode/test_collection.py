@@ -22,7 +22,7 @@ from lbr_dist.launch import cli
 from lbr_dist.ranks.group import Ranks
 from tests import tiny
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks.alone()
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_job_that_was_cut_off_goes_on(job: EncodeJob, monkeypatch: pytest.Monk
         real(path, vectors)
 
     monkeypatch.setattr(collection, "_write_part", write)
-    assert encode(job)[0] == f"{job.folder}: 1 of 10 parts are there already"
+    assert encode(job)[0] == f"{job.folder}: 1 of 10 parts exist already"
     assert made == list(range(1, 10))
     assert job.out.read_bytes() == whole and not job.folder.exists()
 
@@ -132,14 +132,14 @@ def test_parts_of_something_else_are_refused(
     with pytest.raises(DataError, match="differ in the collection, expected"):
         encode(job)
     job.collection.write_text(content)
-    assert "3 of 10 parts are there" in encode(replace(job, model=moved))[0]  # the same content, elsewhere
+    assert "3 of 10 parts exist" in encode(replace(job, model=moved))[0]  # the same content, elsewhere
 
 
 def test_a_second_job_is_refused_and_leaves_the_first_alone(job: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off(job, monkeypatch)
     with collection._owned(job), pytest.raises(LaunchError, match=r"another job encodes into .*vectors\.npy"):
         encode(job)
-    assert "3 of 10 parts are there" in encode(job)[0]
+    assert "3 of 10 parts exist" in encode(job)[0]
 
 
 @pytest.mark.parametrize(
@@ -188,13 +188,13 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(job: EncodeJob, monkeyp
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        with pytest.raises(DataError, match=r"no room for the vectors \(File too large\).*that are finished stay"):
+        with pytest.raises(DataError, match=r"no room for the vectors \(File too large\).*finished parts are kept"):
             encode(job)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in job.out.parent.iterdir()] == [job.folder.name]
-    assert "10 of 10 parts are there" in encode(job)[0] and len(np.load(job.out)) == 96
+    assert "10 of 10 parts exist" in encode(job)[0] and len(np.load(job.out)) == 96
 
 
 def test_the_command(job: EncodeJob, capsys: pytest.CaptureFixture[str]) -> None:

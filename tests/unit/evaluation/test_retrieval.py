@@ -36,7 +36,7 @@ def slow_search(queries: torch.Tensor, documents: torch.Tensor, k: int) -> list[
 )
 @settings(max_examples=80, deadline=None)
 def test_exact_search_is_the_sorted_search_with_ties_by_index(q: int, n: int, k: int, block: int, seed: int) -> None:
-    # small whole numbers: sums are exact, and ties and negative scores abound
+    # small integers: sums are exact, and there are many ties and negative scores
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randint(-2, 3, (q, 3), generator=generator).float()
     documents = torch.randint(-2, 3, (n, 3), generator=generator).float()
@@ -60,12 +60,12 @@ def test_exact_search_crosses_query_blocks_and_keeps_float_scores() -> None:
     torch.testing.assert_close(scores, expected.values)
 
 
-def test_exact_search_of_nothing_has_the_right_shapes() -> None:
+def test_exact_search_without_queries_or_documents_has_the_right_shapes() -> None:
     assert exact_search(torch.zeros(0, 4), torch.ones(5, 4), 3)[1].shape == (0, 3)
     assert exact_search(torch.ones(2, 4), torch.zeros(0, 4), 3)[1].shape == (2, 0)
 
 
-def test_exact_search_refuses_what_cannot_be_ranked() -> None:
+def test_exact_search_refuses_nan_infinity_and_mismatched_shapes() -> None:
     with pytest.raises(DataError, match="diverged"):
         exact_search(torch.tensor([[float("nan")]]), torch.ones(2, 1), 1)
     with pytest.raises(DataError, match="document vectors"):
@@ -101,7 +101,7 @@ def test_bm25_words_follows_the_formula() -> None:
     assert scores.dtype == torch.float32 and indices.dtype == torch.int64 and indices.shape == (2, 4)
 
 
-def test_bm25_breaks_ties_by_index_and_does_not_find_what_shares_no_token() -> None:
+def test_bm25_breaks_ties_by_index_and_leaves_out_documents_that_share_no_token() -> None:
     scores, indices = bm25_search(["x", "zebra", ""], ["y", "x", "q", "x", "x"], k=2)
     assert indices[0].tolist() == [1, 3] and scores[0, 0] == scores[0, 1]
     assert torch.isinf(scores[1:]).all()
@@ -196,12 +196,12 @@ def test_intervals_are_the_binomial_ones_and_repeat_with_the_seed() -> None:
 
 
 def test_the_paired_bootstrap_uses_the_pairing() -> None:
-    # a is always 0.1 above b: the difference is certain, however much the queries vary
+    # a is always 0.1 above b: the difference is certain, no matter how much the queries vary
     b = [(i * 37 % 100) / 100 for i in range(100)]
     assert paired_bootstrap([v + 0.1 for v in b], b, 200, 0) == pytest.approx((0.1, 0.1, 0.1))
     difference, low, high = paired_bootstrap(b, b[::-1], 500, 0)
     assert difference == pytest.approx(0) and low < -0.02 and high > 0.02
-    with pytest.raises(ValueError, match="as many"):
+    with pytest.raises(ValueError, match="the same number of each"):
         paired_bootstrap([1.0], [], 10, 0)
 
 

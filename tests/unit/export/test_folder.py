@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
-from lbr_dist.data.packing import Sequence, pack_row
+from lbr_dist.data.packing import TrainingSequence, pack_row
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.encode.encoder import Encoder, open_encoder
 from lbr_dist.errors import ModelError
@@ -40,7 +40,7 @@ def exported(base: Path, data: Path, folder: Path, pooling: str) -> tuple[Path, 
     tokenizer = TextTokenizer(base)
     model = load_model(model_config, base, tokenizer, seed=1)
     tokens = tokenizer.encode(["find: " + text for text in TEXTS], 40)
-    rows = pack_row([Sequence(t, k) for t in tokens], tokenizer.sink_id)
+    rows = pack_row([TrainingSequence(t, k) for t in tokens], tokenizer.sink_id)
     vectors = torch.empty(len(TEXTS), 32)
     vectors[rows.order] = F.normalize(model(rows, task="embed", pooling=pooling), dim=1).detach()
     settings = EmbeddingSettings.of(config.data, represent.pooling)
@@ -73,7 +73,7 @@ def test_adapters_are_folded_in(tiny_model: Path, tiny_data: Path, tmp_path: Pat
     config = tiny_run(tmp_path, tiny_model, tiny_data, model=model_config)
     tokenizer = TextTokenizer(tiny_model)
     model = load_model(model_config, tiny_model, tokenizer, seed=1)
-    row = pack_row([Sequence(t, 4) for t in tokenizer.encode(TEXTS)], tokenizer.sink_id)
+    row = pack_row([TrainingSequence(t, 4) for t in tokenizer.encode(TEXTS)], tokenizer.sink_id)
 
     def vectors() -> torch.Tensor:
         return F.normalize(model(row, task="embed", pooling="bottleneck_last"), dim=1).detach()

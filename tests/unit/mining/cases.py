@@ -7,15 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lbr_dist.mining import mine as mining
 from lbr_dist.mining.candidates import Candidates
 from lbr_dist.mining.work import MiningSettings, prepare
 from lbr_dist.ranks.group import Ranks
 from tests import tiny
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks.alone()
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

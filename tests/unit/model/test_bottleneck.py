@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lbr_dist.config import LearnConfig, ModelConfig
-from lbr_dist.data.packing import PackedRow, Sequence, pack_row
+from lbr_dist.data.packing import PackedRow, TrainingSequence, pack_row
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.errors import ModelError
 from lbr_dist.kernels.attention import bottleneck_attention
@@ -29,18 +29,18 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder, load_model(config, folder, TextTokenizer(folder), seed=0)
 
 
-def sequences(folder: Path) -> tuple[TextTokenizer, list[Sequence]]:
+def sequences(folder: Path) -> tuple[TextTokenizer, list[TrainingSequence]]:
     tokenizer = TextTokenizer(folder)
     ids = tokenizer.encode(list(tiny.texts().values())[:9])
-    made = [Sequence(i[: len(i) // 2], 4, i[len(i) // 2 :]) for i in ids[:6]]
-    return tokenizer, [*made, *(Sequence(i, 4, i, tuple(1 if t % 3 == 0 else t for t in i)) for i in ids[6:])]
+    made = [TrainingSequence(i[: len(i) // 2], 4, i[len(i) // 2 :]) for i in ids[:6]]
+    return tokenizer, [*made, *(TrainingSequence(i, 4, i, tuple(1 if t % 3 == 0 else t for t in i)) for i in ids[6:])]
 
 
 def test_embeddings_are_hugging_faces(family: tuple[Path, LBRModel]) -> None:
     folder, model = family
     tokenizer, _ = sequences(folder)
     texts = tokenizer.encode(list(tiny.texts().values())[:7])
-    row = pack_row([Sequence(t, 4) for t in texts], tokenizer.sink_id)
+    row = pack_row([TrainingSequence(t, 4) for t in texts], tokenizer.sink_id)
     found = model(row, task="embed", pooling="bottleneck_last")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     embed = plain.get_input_embeddings()
@@ -81,7 +81,7 @@ def test_nothing_leaks(family: tuple[Path, LBRModel], monkeypatch: pytest.Monkey
     """With the bottleneck's keys and values held, another text must not move the target by one bit."""
     folder, model = family
     tokenizer, batch = sequences(folder)
-    other = [Sequence(tuple(reversed(s.context)), s.bottleneck, s.target, s.target_inputs) for s in batch]
+    other = [TrainingSequence(tuple(reversed(s.context)), s.bottleneck, s.target, s.target_inputs) for s in batch]
     rows = [pack_row(items, tokenizer.sink_id) for items in (batch, other)]
     at_bottleneck = rows[0].roles == BOTTLENECK
     held: list[tuple[torch.Tensor, torch.Tensor]] = []

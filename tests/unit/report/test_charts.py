@@ -13,7 +13,7 @@ from lbr_dist.report.charts import Line, _apart, measured_lines, training_curve
 @pytest.mark.parametrize(
     "ends", [(2.9, 2.9, 2.9), (2.9, 2.905, 4.0), (0.0, 0.0, 9.0), (9.0, 9.0, 9.0), (5.0, 1.0, 5.0)]
 )
-def test_labels_at_the_ends_keep_apart_in_order_and_inside(ends: tuple[float, ...]) -> None:
+def test_labels_at_the_ends_stay_apart_ordered_and_inside(ends: tuple[float, ...]) -> None:
     places = _apart(ends, 1.5, 0.0, 9.0)
     assert all(upper - lower >= 1.5 - 1e-6 for lower, upper in itertools.pairwise(sorted(places)))
     assert min(places) >= 0 and max(places) <= 9
@@ -21,11 +21,11 @@ def test_labels_at_the_ends_keep_apart_in_order_and_inside(ends: tuple[float, ..
         assert end == other_end or (end < other_end) == (place < other_place)
 
 
-def test_labels_that_want_one_place_lie_around_it() -> None:
+def test_labels_of_equal_values_spread_around_them() -> None:
     assert sorted(_apart((5.0, 5.0, 5.0), 1.0, 0.0, 9.0)) == pytest.approx([4, 5, 6])
 
 
-def test_labels_of_lines_that_agree_do_not_lie_on_one_another() -> None:
+def test_labels_of_nearly_equal_lines_do_not_overlap() -> None:
     lines = [Line([0, 10], [4.0, 2.9 + i / 1000], f"line {i}", f"line {i}", i) for i in range(3)]
     svg = measured_lines(lines, "Agreeing", (340, 220), 112, "x")
     heights = [float(y) for y in re.findall(r'<text [^>]*y="([\d.]+)"[^>]*>line \d 2.90</text>', svg)]
@@ -52,7 +52,7 @@ def test_ticks_are_plain_numbers(first: float, rise: float, longest: int) -> Non
         assert len(beside) == len(set(beside)) >= 2 and max(map(len, beside)) <= longest
 
 
-def test_a_perplexity_that_ran_away_does_not_run_over_the_page() -> None:
+def test_a_diverged_perplexity_has_short_ticks() -> None:
     drawn = ticks(measured_lines([Line([0, 9], [20.0, 5.54e34], "t")], "t", (350, 190), 62, "x"))
     assert drawn[-1] == "5.5e+34" and max(map(len, drawn)) <= 7
 

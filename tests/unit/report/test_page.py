@@ -1,4 +1,4 @@
-"""The report's page: whole, escaped, self-contained, and there even where parts of a run are not."""
+"""The report's page: complete, escaped, self-contained, and written even if parts of a run are missing."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_the_page_says_the_result_in_one_sentence(html: str) -> None:
+def test_the_headline_states_the_result_in_one_sentence(html: str) -> None:
     text = Page(html).text.replace("\xa0", " ")
     assert (
-        "LBR finds 84 % of the right documents within its first ten results, on average over 250 held-out queries; "
+        "LBR finds 84 % of the relevant documents in its top ten results, on average over 250 held-out queries; "
         "BM25 finds 66 %, the untouched base model finds 19 %."
     ) in text
     assert "arXiv 2601.11124), not a reproduction of its configuration." in text
@@ -58,16 +58,16 @@ def test_the_page_says_the_result_in_one_sentence(html: str) -> None:
 
 def test_systems_come_in_order_with_their_numbers(html: str) -> None:
     page = Page(html)
-    table = page.text[page.text.index("All measures") :]
+    table = page.text[page.text.index("All metrics") :]
     places = [table.index(label) for label in LABELS.values()]
     assert places == sorted(places)
-    assert "0.7000.650\N{EN DASH}0.750" in table  # lbr's nDCG with its interval below
+    assert "0.7000.650\N{EN DASH}0.750" in table  # lbr's nDCG, with its interval below
     assert "<b>0.700</b>" in html and "<b>0.520</b>" not in html
     for label in page.labels()[:2]:
         assert "BM25 0.520, 95 % interval 0.470 to 0.570" in label and "LBR: learn, then represent 0.700" in label
 
 
-def test_differences_are_said_in_words(html: str) -> None:
+def test_differences_are_described_in_words(html: str) -> None:
     text = Page(html).text.replace("\xa0", " ")
     assert "LBR is 0.180 above BM25 (95 % interval of the difference +0.100 to +0.250)." in text
     minus = "\N{MINUS SIGN}"
@@ -76,18 +76,18 @@ def test_differences_are_said_in_words(html: str) -> None:
     assert "The model after learn alone and the untouched base model cannot be told apart" in text
 
 
-def test_curves_settings_and_hits_are_there(html: str) -> None:
+def test_curves_settings_and_hits_are_shown(html: str) -> None:
     page = Page(html)
     labels = page.labels()
     assert len(labels) == 6 and all(svg["role"] == "img" for svg in page.all("svg"))
     assert labels[2] == "Learn: loss on the target, through the bottleneck: from 4 at step 1 to 4 at step 3000."
     for expected in ("1 h 30 min", "3.0 GiB", "12,345", "ZeRO stage", "Found nothing."):
         assert expected in page.text
-    # relevance is said in words, beside the one in the legend
-    assert page.text.count("✓ Right") == 2
+    # relevance is shown as a word; the second one is the legend
+    assert page.text.count("✓ Relevant") == 2
 
 
-def test_a_long_training_does_not_make_a_heavy_page(html: str) -> None:
+def test_a_long_training_gives_a_small_page(html: str) -> None:
     assert len(html) < 100_000
     assert not re.search(r' d="[^"]*\.\d\d\d', html)
 
@@ -126,7 +126,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     html = write_report(tmp_path, metrics, examples).read_text(encoding="utf-8")
     page = Page(html)
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
-    assert page.text.count(HOSTILE) == 12  # every place that shows a text, both charts among them
+    assert page.text.count(HOSTILE) == 12  # every place that shows a text, including both charts
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "inf" not in page.text.split()
 
@@ -135,7 +135,7 @@ def test_a_page_without_curves_examples_or_most_systems(tmp_path: Path) -> None:
     metrics = {"domain": "Code", "systems": {"bm25": {"ndcg@10": 0.5, "recall@10": 0.996}, "lbr": {"mrr@10": 0.2}}}
     page = Page(write_report(tmp_path, metrics, []).read_text(encoding="utf-8"))
     text = page.text.replace("\xa0", " ")
-    assert "BM25 finds 99.6 % of the right documents within its first ten results." in text
+    assert "BM25 finds 99.6 % of the relevant documents in its top ten results." in text
     assert len(page.labels()) == 2 and "How training went" not in text and "What the systems return" not in text
     assert "Settings" not in text and "\N{EN DASH}" in text
 

@@ -14,7 +14,7 @@ from lbr_dist.report.page import write_report
 from tests.unit.report.cases import METRICS, Page, heldout, learn_page
 
 
-def test_broken_lines_and_missing_keys_of_the_curves_are_passed_over(tmp_path: Path) -> None:
+def test_broken_lines_and_missing_values_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "learn").mkdir()
     (tmp_path / "learn" / "metrics.jsonl").write_text(
         '{"step": 1, "target_loss": 4.0}\nnot json\n[1]\n{"target_loss": 9}\n{"step": 2, "target_loss": null}\n'
@@ -30,17 +30,17 @@ def test_broken_lines_and_missing_keys_of_the_curves_are_passed_over(tmp_path: P
     ]
 
 
-def test_the_finding_is_said_in_a_sentence_and_drawn_for_both_widths(tmp_path: Path) -> None:
+def test_the_result_of_the_bottleneck_is_a_sentence_and_a_chart_in_both_widths(tmp_path: Path) -> None:
     entries = [heldout(0, 4.6, 4.61, 4.7), {"step": 1, "target_loss": 4.0}, heldout(2, 2.894, 3.556, 4.1)]
     page = learn_page(tmp_path, entries)
     assert (
-        "At the end of learn a target token costs 2.89 nats through its own bottleneck, 3.56 through another text's "
-        "and 4.10 without any: the bottleneck carries 0.67 nats a token."
+        "At the end of learn, the loss on the target is 2.89 nats per token with its own bottleneck, 3.56 with another "
+        "text's and 4.10 without any: the bottleneck carries 0.67 nats per token."
     ) in page.text
     assert "ignored" not in page.text
     said = (
-        "Held-out loss on the target, in nats a token, from step 0 to step 2: "
-        "through its own bottleneck from 4.60 to 2.89; through another text's bottleneck from 4.61 to 3.56; "
+        "Held-out loss on the target, in nats per token, from step 0 to step 2: "
+        "with its own bottleneck from 4.60 to 2.89; with another text's bottleneck from 4.61 to 3.56; "
         "without a bottleneck from 4.70 to 4.10."
     )
     assert page.labels()[1:] == [said, said]
@@ -49,25 +49,25 @@ def test_the_finding_is_said_in_a_sentence_and_drawn_for_both_widths(tmp_path: P
 
 
 @pytest.mark.parametrize(("gap", "ignored"), [(0.021, False), (0.019, True), (0.0, True), (-0.3, True)])
-def test_a_bottleneck_that_is_ignored_is_warned_of(tmp_path: Path, gap: float, ignored: bool) -> None:
+def test_an_ignored_bottleneck_gives_a_warning(tmp_path: Path, gap: float, ignored: bool) -> None:
     page = learn_page(tmp_path, [heldout(0, 4.6, 4.6), heldout(9, 3.0, 3.0 + gap)])
     assert ("The bottleneck is ignored:" in page.text) is ignored
     assert any(p.get("class") == "warning" for p in page.all("p")) is ignored
     assert all((word in page.text) is ignored for word in ("learn.targets", "learn.drop_target_tokens", "more steps"))
     assert ("carries 0.021 nats" in page.text) is not ignored
     digits = 2 if gap == -0.3 else 3
-    assert f"costs {3:.{digits}f} nats through its own bottleneck, {3 + gap:.{digits}f} through another" in page.text
+    assert f"is {3:.{digits}f} nats per token with its own bottleneck, {3 + gap:.{digits}f} with another" in page.text
 
 
 @pytest.mark.parametrize(
     ("entries", "sentence"),
     [
-        ([heldout(0, 4.6, 4.6)], "Before the first step a target token costs 4.600 nats"),
-        ([heldout(0, 4.6, None), {"step": 5, "loss": 1.0}], "Before the first step a target token costs 4.60 nats"),
-        ([heldout(5, 4.0, None)], "At the end of learn a target token costs 4.00 nats through its own bottleneck."),
-        ([heldout(5, 4.0, 4.5), heldout(9, float("nan"), 4.5)], "At step 5, the last one with these measurements, a"),
-        ([heldout(5, 4.0, 4.5), heldout(9, 3.0, float("nan"))], "costs 4.00 nats through its own bottleneck, 4.50"),
-        ([heldout(0, 4.0, 4.0), heldout(9, 3.0, float("nan"))], "At step 0, the last one with these measurements, a"),
+        ([heldout(0, 4.6, 4.6)], "Before the first step, the loss on the target is 4.600 nats"),
+        ([heldout(0, 4.6, None), {"step": 5, "loss": 1.0}], "Before the first step, the loss on the target is 4.60"),
+        ([heldout(5, 4.0, None)], "At the end of learn, the loss on the target is 4.00 nats per token with its own"),
+        ([heldout(5, 4.0, 4.5), heldout(9, float("nan"), 4.5)], "At step 5, the last step with these measurements, t"),
+        ([heldout(5, 4.0, 4.5), heldout(9, 3.0, float("nan"))], "is 4.00 nats per token with its own bottleneck, 4.50"),
+        ([heldout(0, 4.0, 4.0), heldout(9, 3.0, float("nan"))], "At step 0, the last step with these measurements, t"),
         ([heldout(5, None, 4.5)], "another text's 4.50"),
     ],
 )
@@ -77,7 +77,7 @@ def test_diagnostics_that_are_partly_missing(tmp_path: Path, entries: list[dict[
     assert "ignored" not in page.text and "nan" not in page.text.split()
 
 
-def test_perplexity_and_rank_are_shown_where_they_are_measured(tmp_path: Path) -> None:
+def test_perplexity_and_rank_are_shown_if_they_were_measured(tmp_path: Path) -> None:
     first = {"step": 0, "heldout_perplexity": 21.64, "effective_rank": 20, "effective_rank_limit": 256}
     last = {"step": 8, "heldout_perplexity": 13.61, "effective_rank": 84.6, "effective_rank_limit": 256}
     page = learn_page(tmp_path, [first, last])
@@ -86,10 +86,11 @@ def test_perplexity_and_rank_are_shown_where_they_are_measured(tmp_path: Path) -
         "heldout perplexity from 21.6 to 13.6.",
         "Learn: effective rank of the pooled vectors, from step 0 to step 8: effective rank from 20.0 to 84.6.",
     ]
-    assert "84.6 of at most 256: in about so many directions" in page.text and "nats" not in page.text
+    assert "84.6 of at most 256: the vectors of different texts differ in about this many directions." in page.text
+    assert "nats" not in page.text
     (tmp_path / "bare").mkdir()
     page = learn_page(tmp_path / "bare", [{"step": 3, "effective_rank": 7.0}])
-    assert len(page.labels()) == 1 and "7.00: in about so many" in page.text and "at most" not in page.text
+    assert len(page.labels()) == 1 and "7.00: the vectors" in page.text and "at most" not in page.text
 
 
 def test_dev_pairs_are_drawn_after_the_curves_they_belong_to(tmp_path: Path) -> None:
@@ -107,9 +108,10 @@ def test_dev_pairs_are_drawn_after_the_curves_they_belong_to(tmp_path: Path) -> 
         "mean over the queries from 2.50 to 1.50.",
         "Represent: accuracy within the batch: from 0.5 at step 0 to 0.5 at step 9.",
         "Represent: how the development pairs are ranked, from step 0 to step 9: "
-        "share whose document comes first from 0.10 to 0.55; mean reciprocal rank at 10 from 0.30 to 0.70.",
+        "share of queries whose document is ranked first from 0.10 to 0.55; "
+        "mean reciprocal rank at 10 from 0.30 to 0.70.",
     ]
-    assert "Lowest at step 4: 1.25." in page.text and "Of the development pairs: as measured." in page.text
+    assert "Lowest at step 4: 1.25." in page.text and "Curves of the development pairs are not smoothed." in page.text
     assert "first 0.55" in page.text and "MRR 0.70" in page.text
     drawn = "".join(re.findall(r"<svg.*?</svg>", (tmp_path / "report" / "index.html").read_text(), flags=re.S))
     assert "var(--lbr)" in drawn and "var(--learn)" not in drawn
@@ -141,19 +143,19 @@ def test_few_skipped_steps(tmp_path: Path, steps: list[int], said: str | None) -
     assert any("var(--warn)" in path.get("style", "") for path in page.all("path")) is bool(steps)
 
 
-def test_a_run_that_skipped_every_step_still_says_so(tmp_path: Path) -> None:
+def test_a_run_that_skipped_every_step_reports_it(tmp_path: Path) -> None:
     page = learn_page(tmp_path, [{"step": step, "target_loss": None, "skipped": 1} for step in range(1, 4)])
     assert "3 steps of learn were skipped" in page.text and page.labels() == []
 
 
-def test_long_runs_with_frequent_diagnostics_stay_light_and_their_ends_exact(tmp_path: Path) -> None:
+def test_long_runs_give_small_pages_with_exact_end_values(tmp_path: Path) -> None:
     entries = []
     for step in range(20_001):
         entries.append(heldout(step, 3.0 + step % 2, 4.0 + step % 2, 5.0) | {"heldout_perplexity": 20.0})
         entries[-1] |= {"target_loss": 3.0, **({"skipped": 1} if step % 3 == 0 else {})}
     entries[0]["heldout_target_loss"], entries[-1]["heldout_target_loss"] = 9.5, 2.25
     page = learn_page(tmp_path, entries)
-    assert "through its own bottleneck from 9.50 to 2.25" in page.labels()[1] and "own bottleneck 2.25" in page.text
+    assert "with its own bottleneck from 9.50 to 2.25" in page.labels()[1] and "own bottleneck 2.25" in page.text
     assert (tmp_path / "report" / "index.html").stat().st_size < 100_000
     steps, values = _thinned_between_its_ends(Line(range(5000), [9.5, *[1.0] * 4998, 2.25], "own"))
     assert len(steps) == len(values) < 300

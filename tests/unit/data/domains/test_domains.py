@@ -1,4 +1,4 @@
-"""The domains, built from the real packages: nothing held out may reach training, and two builds are one."""
+"""The domains, built from the real packages: nothing held out reaches training, and two builds are the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = ("json", "email", "asyncio", "logging", "http", "xml", "unittest", "m
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The real sources; of the two large ones a part, for speed."""
+    """The real sources; only a part of the two large ones, for speed."""
     folder = tmp_path_factory.mktemp("inputs")
     table = package_file("chemicals", chemistry.REQUIREMENT, "Identifiers/chemical identifiers pubchem large.tsv")
     with table.open(encoding="utf-8") as lines:
@@ -102,7 +102,7 @@ def test_medical_siblings_stay_on_one_side(domains: dict[str, Domain], inputs: d
     above = {pair.positives for pair in domains["medical"].train}
     for pair in domains["medical"].test:
         for term in pair.positives:
-            # a shared parent is allowed only where the training term is itself above the held-out one
+            # a shared parent is allowed only if the training term is an ancestor of the held-out one
             shared = parents[term] & taught
             rivals = [each for each in itertools.chain(*above) if parents[each] & shared] if shared else []
             assert all(rival in _ancestors(term, parents) for rival in rivals), (pair, rivals[:3])
@@ -120,7 +120,7 @@ def test_chemistry_teaches_no_held_out_relation(domains: dict[str, Domain]) -> N
     assert not {f"{document}-text" for document in held_out} & texts.keys()
     joined = "\n".join(texts.values())
     assert not [pair.query for pair in domain.test if f"\n{pair.query}. " in joined]
-    # a query that is itself a document would be found by its own letters
+    # a query that is itself a document would match itself
     assert not {pair.query for pair in domain.test} & set(domain.documents.values())
     assert not any(pair.query.replace("-", "").isdigit() for pair in domain.train)
 
@@ -159,7 +159,7 @@ def test_written_files_are_the_same_in_every_process(
     assert list(small) == domains[name].small_documents
 
 
-# ---- what is wrong is said ----------------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_bad_table_and_a_library_without_source_are_refused(tmp_path: Path) ->
         code.build(tmp_path)
 
 
-# ---- tools --------------------------------------------------------------------------------------------------------
+# ---- helpers ------------------------------------------------------------------------------------------------------
 
 
 def test_obo_texts_are_unescaped(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SmolLM2 from its package: the folder is what transformers expects, and it appears whole or not at all."""
+"""SmolLM2 from its package: the folder is what transformers expects, and is complete or absent."""
 
 from __future__ import annotations
 

@@ -1,0 +1,122 @@
+"""One part: what is tokenised, what is left out and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbr_dist.errors import DataError
+from tests.unit.data.token_cache.cases import ROWS, expected, jsonl, left_in, made
+
+
+def test_ids_above_two_bytes_are_kept(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    for path in tokenizer.iterdir():
+        content = json.loads(path.read_text())
+        if path.name == "tokenizer.json":  # raise the ids of the last merges
+            vocabulary = content["model"]["vocab"]
+            content["model"]["vocab"] = {key: i + 70_000 * (i > 300) for key, i in vocabulary.items()}
+        (wide / path.name).write_text(json.dumps(content))
+    cache = made(corpus, wide, tmp_path / "cache")
+    assert list(cache) == expected(wide) and max(max(text) for text in cache) > 70_000
+
+
+BAD = [
+    ({"text": " \n"}, "empty"),
+    ({"text": "x\0y"}, "binary"),
+    ({"text": "\ufffd\x01ok" * 5}, "binary"),
+    ({"text": "half \ud83d of a pair"}, "broken Unicode"),
+    ({"text": "x" * 1001}, "enormous"),
+    ({"text": "x" * 200_000}, "enormous"),
+]
+
+
+@pytest.mark.usefixtures("small_units")
+def test_bad_documents_are_left_out_and_reported(tokenizer: Path, tmp_path: Path) -> None:
+    rows: list[Any] = [*ROWS, b"", *(row for row, _ in BAD), *ROWS, {"text": ""}]
+    path = jsonl(tmp_path / "corpus.jsonl", rows)
+    said: list[str] = []
+    cache = made(path, tokenizer, tmp_path / "cache", say=said.append, max_characters=1000)
+    assert list(cache) == expected(tokenizer, [*ROWS, *ROWS])
+    first = len(ROWS) + 2
+    assert cache.report.skipped == {
+        "empty": (2, f"{path}:{first}"),
+        "binary": (2, f"{path}:{first + 1}"),
+        "broken Unicode": (1, f"{path}:{first + 3}"),
+        "enormous": (2, f"{path}:{first + 4}"),
+    }
+    assert said[-1].endswith(str(cache.report)) and f"2 enormous (the first: {path}:{first + 4})" in said[-1]
+    # none of these is bad
+    fine = jsonl(
+        tmp_path / "fine.jsonl",
+        [{"text": "x" * 1000}, {"text": "a\tb\r\nc\u2028\x85 é 😀"}, {"text": "\ufffd" + 20 * "x"}],
+    )
+    assert made(fine, tokenizer, tmp_path / "cache", max_characters=1000).report.skipped == {}
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize(
+    ("bad", "says", "processes"),
+    [
+        (b'{"text": "x', "not JSON", 1),
+        (b'{"text": "\xff"}', "not JSON", 1),
+        (b"[1]", "JSON list", 1),
+        ({"id": "x"}, "only the fields 'id'", 1),
+        ({"text": 7}, "text = 7", 2),
+    ],
+)
+def test_a_bad_record_is_refused_with_its_line(
+    tokenizer: Path, tmp_path: Path, bad: Any, says: str, processes: int
+) -> None:
+    path = jsonl(tmp_path / "corpus.jsonl", [*ROWS, bad, *ROWS])
+    with pytest.raises(DataError) as refused:
+        made(path, tokenizer, tmp_path / "cache", processes)
+    assert f"{path}:{len(ROWS) + 1}: " in str(refused.value) and says in str(refused.value)
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_a_bad_row_of_a_table_is_refused_with_its_row(tokenizer: Path, tmp_path: Path, small_units: None) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": row["text"]} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist([*rows, {"text": None}]), tmp_path / "corpus.parquet", row_group_size=20)
+    with pytest.raises(DataError, match=rf"corpus\.parquet: row {len(ROWS) + 1}: found text = None"):
+        made(tmp_path / "corpus.parquet", tokenizer, tmp_path / "cache")
+    pq.write_table(pa.Table.from_pylist([{"body": "x"}]), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"other\.parquet: row 1: found only the fields 'body'"):
+        made(tmp_path / "other.parquet", tokenizer, tmp_path / "cache")
+
+
+def test_a_process_does_not_hold_the_whole_file(tokenizer: Path, tmp_path: Path) -> None:
+    """With memory for a fifth of the file, and for half of its longest line."""
+    path = tmp_path / "corpus.jsonl"
+    with path.open("wb") as file:
+        for _ in range(100):
+            file.write(b'{"text": "' + b"\\u0001" * 100_000 + b'"}\n')  # 60 MB, left out before it is tokenised
+        file.write(b'{"text": "' + b"x" * 40_000_000 + b'"}\n{"text": "a hand"}\n')
+    code = f"""
+import resource
+from pathlib import Path
+from lbr_dist.data.token_cache.part import TokenRules, Unit, _load, write_part
+from lbr_dist.data.record_files import Span
+_load(Path({str(tokenizer / "tokenizer.json")!r}))
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 20_000_000,) * 2)
+unit = Unit(0, (Span(Path({str(path)!r}), 0, {path.stat().st_size}),))
+rules = TokenRules("<u2", 200_000, False)
+print(write_part(unit, Path({str(tokenizer / "tokenizer.json")!r}), Path({str(tmp_path)!r}), rules))
+import sys
+assert not {{"torch", "transformers"}} & set(sys.modules), "these cost each process seconds"
+"""
+    env = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "documents=1" in done.stdout and "'binary': (100," in done.stdout and "'enormous': (1," in done.stdout
