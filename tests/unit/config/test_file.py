@@ -49,7 +49,7 @@ KEYS = {
     ),
     "descending prefixes": (
         "represent.prefixes: [16, 8]",
-        r"represent.prefixes: found \(16, 8\), expected widths that rise",
+        r"represent.prefixes: found \(16, 8\), expected rising widths",
     ),
     "out of range": ("represent.temperature: 0", r"represent.temperature: found 0.*expected a finite number above 0"),
     "negative interval": (
