@@ -2,10 +2,10 @@
 
     python benchmarks/attention.py
 
-Forward and backward of one layer. `dense` is SDPA with the bottleneck's mask, padded to the longest where lengths
-differ; `causal` is plain causal SDPA over the whole row, which computes what the mask forbids; `two sdpa` is the two
+Forward and backward of one layer. `dense` is SDPA with the bottleneck's mask, padded to the longest if lengths differ;
+`causal` is plain causal SDPA over the whole row, which also computes what the mask forbids; `two sdpa` is the two
 causal parts by SDPA. The target: at most 0.38 of dense and 0.65 of causal at 1,024 + 8 + 1,024 tokens of head_dim 64,
-and at most 0.8 of dense for 64 short texts. Medians; the ways take turns. Appends to benchmarks/results/.
+and at most 0.8 of dense for 64 short texts. Medians; the methods take turns. Appends to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def compare(name: str, contexts: list[int], targets: list[int], heads: tuple[int
 
     def ours(backend: str) -> Callable[[], None]:
         def run() -> None:
-            layout.prepared.clear()  # a step works it out once for all layers; here it is paid each time
+            layout.prepared.clear()  # a step computes it once for all layers; here it is paid each time
             bottleneck_attention(*packed, layout, backend=backend).backward(gradient)  # type: ignore[arg-type]
 
         return run

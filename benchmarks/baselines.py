@@ -1,8 +1,8 @@
-"""LBR beside its baselines: the same pairs, steps, order, backbone and seeds, through the real command.
+"""LBR compared with its baselines: the same pairs, steps, order, backbone and seeds, through the real command.
 
     python benchmarks/baselines.py launch/configs/demo.yaml --systems contrastive_bottleneck lbr_mask --seeds 0
 
-Each system is a run folder below `--out`; a finished one is not run again. Appends one line a system and seed to
+Each system is a run folder below `--out`; a finished one is not run again. Appends one line per system and seed to
 `benchmarks/results/baselines.jsonl`, with hardware, versions and date, and prints the table.
 """
 

@@ -1,14 +1,14 @@
-"""Memory of a step of stage 2 by its batch size: it grows with the representations and the token ids, and no faster.
+"""Memory of a step of stage 2 by batch size: it grows only as fast as the representations and the token ids.
 
     python benchmarks/batch_memory.py
 
 A model of two layers, d = 128, on texts of 6 to 10 random tokens and 2 bottleneck tokens, one graph kept, chunks of
-4,096 tokens. Each size runs in a process of its own: after a small step, which fills what a chunk needs, the peak of
-one step is taken above what the process holds before the batch is made. What must be held is counted beside it, for
-each pair of the global batch on one rank: float32 representations of the rank's own texts and of all documents, a
-gradient for each, and the batch's token ids as the tuples that they come in. The slope of a line through the measured
-peaks is what a pair costs. A float32 similarity matrix would take 16 GiB at 65,536 pairs. Appends to
-benchmarks/results/ and draws batch_memory.png there.
+4,096 tokens. Each size runs in its own process: after a small step, which allocates what a chunk needs, it measures the
+peak of one step above the memory in use before the batch is built. This is compared with a count of what must be in
+memory on one rank for each pair of the global batch: float32 representations of the rank's own texts and of all
+documents, a gradient for each, and the batch's token ids as tuples. The slope of a line through the measured peaks is
+the cost of a pair. A float32 similarity matrix would take 16 GiB at 65,536 pairs. Appends to benchmarks/results/ and
+draws batch_memory.png there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def random_batch(pairs: int, vocabulary: int, seed: int) -> PairBatch:
     from lbr_dist.data.pairs import PairBatch
 
     rng = random.Random(seed)
-    ids = list(range(vocabulary))  # one object for each id, as from any tokenizer's table
+    ids = list(range(vocabulary))  # one object for each id, as in any tokenizer's table
 
     def texts() -> list[tuple[int, ...]]:
         return [tuple(rng.choices(ids, k=rng.randint(SHORTEST, LONGEST))) for _ in range(pairs)]
@@ -69,14 +69,14 @@ def random_batch(pairs: int, vocabulary: int, seed: int) -> PairBatch:
 
 
 def counted_bytes(batch: PairBatch, world_size: int) -> tuple[float, float]:
-    """What a pair must take on one rank: bytes of representations, and of token ids."""
+    """What a pair must at least take on one rank: bytes of representations, and of token ids."""
     listed = sum(sys.getsizeof(text) for text in batch.texts) / len(batch.queries)
     own, all_documents = 2 / world_size, 1
     return 2 * 4 * D * (own + all_documents), listed  # representations with their gradients
 
 
 def measure_step(model: Path, pairs: int) -> None:
-    """In this process: a small step, then the peak of a step of this size above what is held before it."""
+    """In this process: a small step, then the peak of a step of this size above the memory in use before it."""
     from lbr_dist.config import DataConfig, LearnConfig, ModelConfig, RepresentConfig, RunConfig
     from lbr_dist.data.tokenizer import TextTokenizer
     from lbr_dist.launch.worker import quiet_libraries
@@ -100,7 +100,7 @@ def measure_step(model: Path, pairs: int) -> None:
     step = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
     step.accumulate([random_batch(WARM_UP, len(tokenizer.hf), seed=1)], "0/0")
     engine.step(1e-4)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again from what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory in use now
     before, began = status_bytes("VmRSS"), time.perf_counter()
     batch = random_batch(pairs, len(tokenizer.hf), seed=2)
     values = step.accumulate([batch], "0/1")
@@ -132,7 +132,7 @@ def draw(points: dict[int, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     sizes = [point["pairs"] for point in next(iter(points.values()))]
     dense = [size * size * 4 / MIB for size in sizes]
-    axes.plot(sizes, dense, "--", color="0.55", label="the float32 similarity matrix alone (not held)")
+    axes.plot(sizes, dense, "--", color="0.55", label="the float32 similarity matrix alone (never built)")
     for colour, (ranks, measured) in zip(("C0", "C1", "C2", "C3"), points.items(), strict=False):
         plural = "rank" if ranks == 1 else "ranks"
         peaks = [point["bytes_above"] / MIB for point in measured]
@@ -144,7 +144,7 @@ def draw(points: dict[int, list[dict[str, Any]]], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.set_xlabel("pairs in the global batch")
-    axes.set_ylabel("peak memory of a step, MiB a rank above its start")
+    axes.set_ylabel("peak memory of a step, MiB per rank above its start")
     axes.set_title(f"A step of stage 2: chunks of {CHUNK_TOKENS:,} tokens, d = {D}", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -152,7 +152,7 @@ def draw(points: dict[int, list[dict[str, Any]]], path: Path) -> None:
 
 
 def fitted(points: list[dict[str, Any]]) -> float:
-    """Bytes a pair: the slope of the least-squares line through the measured peaks."""
+    """Bytes per pair: the slope of the least-squares line through the measured peaks."""
     x, y = [p["pairs"] for p in points], [p["bytes_above"] for p in points]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="+", default=[1024 * 2**i for i in range(7)])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)  # of a rank
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)  # passed to each rank
     args = parser.parse_args()
     if args.model:
         measure_step(args.model, args.pairs[0])
@@ -192,7 +192,7 @@ def main() -> None:
             slope, last = fitted(measured), measured[-1]
             counted = last["representation_bytes"] + last["token_bytes"]
             print(
-                f"{ranks} rank(s): {slope:,.0f} bytes a pair, {slope / counted:.2f} of {counted:,.0f} that are counted "
+                f"{ranks} rank(s): {slope:,.0f} bytes per pair, {slope / counted:.2f} of the {counted:,.0f} counted "
                 f"({last['representation_bytes']:,.0f} of representations, {last['token_bytes']:,.0f} of token ids)"
             )
             row |= {"bytes_a_pair": round(slope), "representation_bytes": last["representation_bytes"]}

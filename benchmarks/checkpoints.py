@@ -1,18 +1,19 @@
-"""What a checkpoint costs: the training stall, and how near saving, resuming and verifying come to the disk.
+"""What a checkpoint costs: the training stall, and how close saving, resuming and verifying come to the disk's speed.
 
     python benchmarks/checkpoints.py --base runs/base/smollm2-135m
 
-SmolLM2-135M under ZeRO-3 on two ranks, after a step, so that all of the state is there: 12 bytes a parameter. Every
-figure is a median over the turns, in each of which all ways come once:
+SmolLM2-135M under ZeRO-3 on two ranks, after a step, so that all of the state exists: 12 bytes per parameter. Every
+figure is a median over the turns; in each turn, every method runs once:
 
-- *stall*: how long `Saver.save` keeps the training loop, writing in the background and blocking; and DeepSpeed's own
-  `save_checkpoint` beside it, which neither flushes to the disk nor computes a checksum.
-- *steps*: the step of stage 1 right after a save that goes on in the background, and one while nothing is written.
-- *bandwidth*: bytes a second of a blocking save until it is published (the stall has the deletion of the old one too),
-  and of a resume (verified, then loaded) whose files the page cache has and has not; against `dd` of zeros into as many
-  files at once, with the same flush. Every writer finds a file system that is done with what was deleted before.
-  Without root the page cache stays.
-- *verify*: `lbr checkpoints verify`'s reading against `sha256sum` of the same files, in turn, both from the page cache.
+- *stall*: how long `Saver.save` blocks the training loop, writing in the background and in the foreground. For
+  comparison, DeepSpeed's own `save_checkpoint`, which neither flushes to the disk nor computes a checksum.
+- *steps*: the step of stage 1 right after a save that continues in the background, and one while nothing is written.
+- *bandwidth*: bytes per second of a blocking save until it is published (the stall also includes the deletion of the
+  old one), and of a resume (verified, then loaded) with and without its files in the page cache; compared with `dd` of
+  zeros into the same number of files at once, with the same flush. The file system has finished earlier deletions
+  before each write. Dropping the page cache needs root.
+- *verify*: `lbr checkpoints verify`'s reading compared with `sha256sum` of the same files, in turn, both from the page
+  cache.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def measure(base: Path, folder: Path, turns: int) -> None:
         dist.barrier()
 
     def settle() -> None:
-        """What was deleted before is none of the next writer's work: a file system clears up when it is flushed."""
+        """Flush, so that the next write doesn't pay for earlier deletions, which a file system finishes on a flush."""
         if ranks.is_first:
             os.sync()
             time.sleep(SETTLE_SECONDS)
@@ -141,16 +142,16 @@ def measure(base: Path, folder: Path, turns: int) -> None:
             settle()
             if ranks.is_first:
                 times["dd"].append(dd(folder / f"dd-{turn}", size(), RANKS))
-                shutil.rmtree(folder / f"dd-{turn - 1}", ignore_errors=True)  # as the saves do: after the new one
+                shutil.rmtree(folder / f"dd-{turn - 1}", ignore_errors=True)  # after the new one, as the saves do
             if turn == 0:
-                times.clear()  # it warms up
+                times.clear()  # a warm-up
     print_result(ranks.rank, bytes=size(), times=times)
     engine.close()
     group.stop()
 
 
 def dd(folder: Path, size: int, files: int) -> float:
-    """Seconds that `dd` takes to write zeros into so many files at once, and flush them."""
+    """Seconds that `dd` takes to write zeros into this many files at once, and flush them."""
     folder.mkdir()
     count = size // files // 2**20
     began = time.perf_counter()
@@ -187,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("runs/base/smollm2-135m"))
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="a folder on the disk that is measured")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="a folder on the disk to measure")
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_in is not None:
@@ -200,7 +201,7 @@ def main() -> None:
         ranks = run_ranks(Path(__file__), *options, ranks=RANKS)
         ways = {way for rank in ranks for way in rank["times"]}
         of_ranks = {way: [rank["times"][way] for rank in ranks if way in rank["times"]] for way in sorted(ways)}
-        # of each turn, the rank that took longest
+        # for each turn, the time of the slowest rank
         slower = {way: [max(each) for each in zip(*times, strict=True)] for way, times in of_ranks.items()}
         found = {way: statistics.median(times) for way, times in slower.items()}
         size = ranks[0]["bytes"]

@@ -1,11 +1,11 @@
-"""Cross-entropy with the LM head: ours, one chunk of logits at a time, against the plain loss.
+"""Cross-entropy with the LM head: ours, one chunk of logits at a time, compared with the plain loss.
 
     python benchmarks/cross_entropy.py
 
 Forward and backward of 8,192 tokens over a vocabulary of 49,152, d = 576, bfloat16, two threads, loss and both
-gradients. `plain` is `F.cross_entropy(hidden @ head.T)`, in float32 as transformers computes it. Peak extra memory is
-the process's high-water mark above what it held before, each way in a process of its own. The target: at most 0.15 of
-the memory at no more than 1.1 of the time. Appends to benchmarks/results/.
+gradients. `plain` is `F.cross_entropy(hidden @ head.T)`, in float32 as in transformers. Peak extra memory is the
+process's high-water mark above the memory in use before, each method in its own process. The target: at most 0.15 of
+the memory in at most 1.1 of the time. Appends to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def ways() -> dict[str, Callable[[], None]]:
 
 
 def extra_bytes(way: str) -> int:
-    """In this process: the peak above what is held before."""
+    """In this process: the peak above the memory in use before."""
     run = ways()[way]
     before = status_bytes("VmRSS")
     run()
@@ -60,7 +60,7 @@ def main() -> None:
         memory[way] = json.loads(done.stdout.splitlines()[-1])
         print(f"{way:<7}{taken[way]:>8.2f} s{memory[way] / 2**20:>10.0f} MiB extra")
     time_ratio, memory_ratio = taken["ours"] / taken["plain"], memory["ours"] / memory["plain"]
-    print(f"ours is {time_ratio:.2f} of the time and {memory_ratio:.3f} of the extra memory")
+    print(f"ours takes {time_ratio:.2f} of the time and {memory_ratio:.3f} of the extra memory")
     row = {"tokens": TOKENS, "vocabulary": VOCABULARY, "d": DIM, "dtype": "bfloat16", "threads": THREADS}
     row |= {"chunk": CHUNK, "time_ratio": round(time_ratio, 3), "memory_ratio": round(memory_ratio, 4)}
     for way in taken:

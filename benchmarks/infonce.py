@@ -1,12 +1,12 @@
-"""InfoNCE: ours, one tile of similarities at a time, against the dense loss.
+"""InfoNCE: ours, one tile of similarities at a time, compared with the dense loss.
 
-    python benchmarks/infonce.py            # 4,096 and 16,384 pairs, both ways
-    python benchmarks/infonce.py large      # 131,072 pairs, ours alone, about ten minutes
+    python benchmarks/infonce.py            # 4,096 and 16,384 pairs, both methods
+    python benchmarks/infonce.py large      # 131,072 pairs, only ours, about ten minutes
 
-Forward and backward of as many queries as documents, d = 576, float32, two threads, loss and both gradients. `dense` is
-`F.cross_entropy(F.normalize(queries) @ F.normalize(documents).T / temperature, positives)`. Peak extra memory is the
-process's high-water mark above what it held before, the two gradients among it, each way in a process of its own. The
-targets: at most 1.1 of the dense time at 16,384, and at 131,072 less than 1 % of the 64 GiB of the dense matrix.
+Forward and backward with as many queries as documents, d = 576, float32, two threads, loss and both gradients. `dense`
+is `F.cross_entropy(F.normalize(queries) @ F.normalize(documents).T / temperature, positives)`. Peak extra memory is the
+process's high-water mark above the memory in use before, including the two gradients, each method in its own process.
+The targets: at most 1.1 of the dense time at 16,384, and at 131,072 less than 1 % of the 64 GiB of the dense matrix.
 Appends to benchmarks/results/.
 """
 
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# before torch: waiting threads that spin would take the cores from those they wait for, where others work beside them
+# before torch: on a busy machine, threads that spin while waiting take the cores from the threads they wait for
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -35,7 +35,7 @@ SIZES, LARGE, DIM, TEMPERATURE, THREADS, RUNS = (4096, 16384), 131072, 576, 0.05
 
 
 def ways(size: int) -> dict[str, Callable[[], Tensor]]:
-    """Each gives the loss, and has left the gradients behind by then."""
+    """Each returns the loss, after it has computed the gradients."""
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
     queries, documents = (torch.randn(size, DIM).requires_grad_() for _ in range(2))
@@ -67,17 +67,17 @@ def in_a_process(way: str, size: int) -> dict[str, float]:
 
 
 def one_run(way: str, size: int) -> dict[str, float]:
-    """In this process: seconds, loss, and the peak above what is held before."""
+    """In this process: seconds, loss, and the peak above the memory in use before."""
     run = ways(size)[way]
     before, began = status_bytes("VmRSS"), time.perf_counter()
     loss = float(run())
     seconds = time.perf_counter() - began
-    # not ru_maxrss, which a child takes over from its parent
+    # not ru_maxrss, which a child inherits from its parent
     return {"seconds": seconds, "extra_bytes": status_bytes("VmHWM") - before, "loss": loss}
 
 
 def show_progress(size: int) -> None:
-    """Print a line for every sixteenth of the rows of either pass."""
+    """Print a line for every sixteenth of the rows in each pass."""
     tiles, began, done = infonce_tiles._tiles, time.perf_counter(), [0]
 
     def told(problem: infonce_tiles.Problem):  # type: ignore[no-untyped-def]
@@ -116,7 +116,7 @@ def main() -> None:
                 print(f"{size:>7,} pairs  {way:<6}{taken[way]:>8.2f} s{mib:>10.0f} MiB extra, loss {found['loss']:.4f}")
                 result |= {f"{way}_seconds": round(taken[way], 3), f"{way}_extra_mib": round(mib, 1)}
                 result |= {f"{way}_loss": found["loss"]}
-            print(f"ours is {result['time_ratio']:.2f} of the time")
+            print(f"ours takes {result['time_ratio']:.2f} of the time")
             record("infonce", result)
 
 

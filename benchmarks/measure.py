@@ -1,4 +1,4 @@
-"""What the benchmarks share: ranks to run on, fair timing of several ways in one run, a results file a benchmark."""
+"""What the benchmarks share: starting ranks, fair timing of several methods in one run, a results file for each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
 
 
 def medians(ways: Mapping[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Median seconds of each way. They take turns, so that a slow moment of the machine meets all alike."""
+    """Median seconds of each method. They take turns, so that a slow moment of the machine affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for run in range(runs + 1):
         for name, way in ways.items():
@@ -44,24 +44,24 @@ def medians(ways: Mapping[str, Callable[[], object]], runs: int) -> dict[str, fl
 
 
 def status_bytes(field: str) -> int:
-    """A size of this process: `VmRSS`, what it holds of the machine's memory, or `VmHWM`, the most it has held.
+    """The memory of this process: `VmRSS`, what it uses now, or `VmHWM`, the most it has used.
 
-    Not ru_maxrss, which a child takes over from its parent.
+    Not ru_maxrss, which a child inherits from its parent.
     """
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def print_result(rank: int, **values: object) -> None:
-    """What a rank has measured, as the one line that `run_ranks` looks for."""
+    """Print what a rank has measured, as the one line that `run_ranks` looks for."""
     sys.stdout.write(json.dumps({"rank": rank, **values}) + "\n")
     sys.stdout.flush()
 
 
 def run_ranks(script: Path, *arguments: str, ranks: int) -> list[dict[str, Any]]:
-    """Run a script on ranks of one thread each, with the allocator that our launcher preloads; the result of each.
+    """Run a script on ranks of one thread each, with the allocator that our launcher preloads; returns their results.
 
-    A rank prints its result as a JSON object that begins with `rank`. Scripts can import this module.
+    A rank prints its result as a JSON object that starts with `rank`. Scripts can import this module.
     """
     library = ctypes.util.find_library("tcmalloc_minimal")
     path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))

@@ -1,12 +1,12 @@
-"""From the signal to the requeued job: how long a run on a cluster takes to make way, against its steps and its save.
+"""From the signal to the requeued job: how long a run on a cluster takes to stop, compared with its steps and its save.
 
     python benchmarks/requeue.py --config launch/configs/demo.yaml
 
-As root: a Slurm comes up on this machine (`slurm/testbed/`), and stage 1 of the config runs on two of its nodes, a rank
-each. When some steps are done, the job is sent USR2, as Slurm does ahead of a limit; the clock runs until Slurm says
-PENDING. In each turn once, then the run goes on; the bound is two of its steps and one save, as the run itself logged
-them: a step at the median, a save as the time between the last step's line and the published checkpoint.
-Beside it, the commands that a login node sees: `lbr submit --dry-run` and `lbr status`, in seconds.
+Needs root: it starts a Slurm on this machine (`slurm/testbed/`), and stage 1 of the config runs on two of its nodes,
+one rank each. After some steps, the job gets USR2, as Slurm sends it ahead of a time limit; the clock runs until Slurm
+reports PENDING. This happens once per turn, then the run continues. The bound is two of its steps and one save, as the
+run itself logged them: a step at the median, a save as the time between the last step's line and the published
+checkpoint. It also times the commands that run on a login node, `lbr submit --dry-run` and `lbr status`, in seconds.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(path: Path, run: Path, turns: int, steps: int) -> None:
     for turn in range(turns):
         first = _step(run)
         _until(lambda first=first: _step(run) >= first + steps)
-        time.sleep(0.5 * _median_step(run))  # in mid-step
+        time.sleep(0.5 * _median_step(run))  # in the middle of a step
         began = time.monotonic()
         scheduler.command("scancel", "--signal=USR2", job)
         _until(lambda: scheduler.jobs([job])[job].state == "PENDING")

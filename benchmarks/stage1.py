@@ -1,14 +1,14 @@
-"""A step of stage 1 on two real ZeRO-3 ranks: ours against `transformers.Trainer`, same sequences, order and config.
+"""A step of stage 1 on two real ZeRO-3 ranks: ours and `transformers.Trainer`, same sequences, order and config.
 
     python benchmarks/stage1.py
 
-SmolLM2-135M in bfloat16 on the medical corpus (`make demo` builds both), one thread a rank. Two comparisons: `mask` is
-stage 1 itself, which Trainer runs with a padded batch and the dense 4D mask of a data collator; `plain` is ordinary
-causal LM training on the texts alone, padded by `DataCollatorForLanguageModeling`. The same sequences make a step; what
-runs at a time is `--row-tokens` for us and `--micro-batch` for Trainer, whose larger ones are faster and take more
-memory. Trainer runs with its default order and with its batches grouped by length. The systems take turns; the figure
-is the median over all steps but the first of every turn. The target for `mask`: 2 times the real
-tokens a second, at most 0.6 of the peak memory of a rank.
+SmolLM2-135M in bfloat16 on the medical corpus (`make demo` builds both), one thread per rank. Two comparisons: `mask`
+is stage 1 itself, which Trainer runs with a padded batch and the dense 4D mask of a data collator; `plain` is ordinary
+causal LM training on the texts alone, padded by `DataCollatorForLanguageModeling`. A step has the same sequences in
+both; the amount run at a time is `--row-tokens` for us and `--micro-batch` for Trainer, where larger ones are faster
+and take more memory. Trainer runs with its default order and with its batches grouped by length. The systems take
+turns; the figure is the median over all steps but the first of every turn. The target for `mask`: 2 times the real
+tokens per second, at most 0.6 of the peak memory of a rank.
 Appends to benchmarks/results/.
 """
 
@@ -39,11 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("runs/base/smollm2-135m"))
     parser.add_argument("--corpus", type=Path, default=Path("runs/data/medical/corpus.jsonl"))
-    parser.add_argument("--batch", type=int, default=64, help="sequences of a step")
+    parser.add_argument("--batch", type=int, default=64, help="sequences per step")
     parser.add_argument("--row-tokens", type=int, default=1024, help="ours: tokens that a rank runs at a time")
     parser.add_argument("--micro-batch", type=int, default=8, help="Trainer's per-device batch")
     parser.add_argument("--forms", nargs="+", default=["mask", "plain"], choices=("mask", "plain"))
-    parser.add_argument("--steps", type=int, default=3, help="of a turn, the first of which is not counted")
+    parser.add_argument("--steps", type=int, default=3, help="steps per turn; the first is not counted")
     parser.add_argument("--turns", type=int, default=2)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lbr-bench-") as name:
@@ -76,7 +76,7 @@ def main() -> None:
                     rates[system] += [tokens / seconds for tokens, seconds in steps]
                     memory[system] = max(memory[system], *(line["peak_rss_bytes"] for line in lines))
                     rate, gib = statistics.median(rates[system]), memory[system] / 2**30
-                    print(f"{form:<7}{system:<20}{rate:>7.0f} real tokens/s {gib:>7.2f} GiB a rank", flush=True)
+                    print(f"{form:<7}{system:<20}{rate:>7.0f} real tokens/s {gib:>7.2f} GiB per rank", flush=True)
             medians = {system: statistics.median(values) for system, values in rates.items()}
             row: dict[str, Any] = {"form": form, "ranks": RANKS, "sequences": args.batch, "row_tokens": args.row_tokens}
             row["trainer_micro_batch"] = args.micro_batch

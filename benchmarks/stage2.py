@@ -1,23 +1,23 @@
-"""A step of stage 2 at a large global batch, on two real ranks: ours against two libraries that cache gradients too.
+"""A step of stage 2 at a large global batch, on two real ranks: ours and two other libraries that cache gradients.
 
-    python -m pip install --no-deps gradcache==0.0.1     # for this benchmark alone; without it, name --systems
+    python -m pip install --no-deps gradcache==0.0.1     # for this benchmark only; without it, name --systems
     python benchmarks/stage2.py
 
 SmolLM2-135M with 8 bottleneck tokens, exported once, and medical pairs (`make data` builds both): the same texts in the
 same order, the same tokens (queries cut to 24, documents to 48), no document twice in a batch, cosine similarity at
-scale 20, negatives of both ranks. One thread a rank, gloo, bfloat16 weights, a step of AdamW with clipping; ours under
-ZeRO-3 with float32 master weights in shards, the others under DDP with whole bfloat16 states. `benchmarks/peers/` has
-each system and the care it was given. Before anything is timed, each does a step in float32 on `--check-pairs` pairs:
+scale 20, negatives of both ranks. One thread per rank, gloo, bfloat16 weights, a step of AdamW with clipping. Ours runs
+under ZeRO-3 with sharded float32 master weights, the others under DDP with whole bfloat16 states. `benchmarks/peers/`
+has each system and how it is set up. Before anything is timed, each does a step in float32 on `--check-pairs` pairs:
 their losses must be the same to 1e-4, their gradient norms to a thousandth.
 
 Two comparisons. At `--pairs` pairs: ours as it plans the step, ours with a single graph kept (what a batch of any size
-needs), sentence-transformers and GradCache, each at the `--mini-batches` that are asked for; the best counts. At
-`--one-pass-pairs` pairs, which fit: ours in one pass with every graph kept, as planned, and with a single graph kept.
+needs), sentence-transformers and GradCache, each at all given `--mini-batches`; the best counts. At `--one-pass-pairs`
+pairs, which fit into memory: ours in one pass with every graph kept, as planned, and with a single graph kept.
 
-The systems take turns; the figure is the median over all steps but the first of every turn, a step as slow as its
-slower rank. The first one takes the memory that the others find there; its loss and gradient norm are shown. `cpu s` is
-the processor time of a step, which a busy machine changes less. Targets: at most 0.75 of either library's time; as
-planned at most 1.05, with a single graph at most 1.35 of the time of one pass. Appends to benchmarks/results/.
+The systems take turns; the figure is the median over all steps but the first of every turn, and a step takes as long as
+on its slower rank. The first step allocates the memory that later steps reuse; its loss and gradient norm are shown.
+`cpu s` is the processor time of a step, which a busy machine changes less. Targets: at most 0.75 of either library's
+time; as planned at most 1.05, with a single graph at most 1.35 of the time of one pass. Appends to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LOSS_TOLERANCE, NORM_TOLERANCE = 1e-4, 1e-3
 
 @dataclass
 class System:
-    """A way to do a step, and what its turns have measured."""
+    """One way to do a step, and the measurements of its turns."""
 
     script: str
     arguments: list[str]
@@ -59,7 +59,7 @@ class System:
     chunks: str = ""
 
     def start(self, shared: list[str], pairs: int, steps: int, dtype: str) -> list[dict[str, Any]]:
-        """Run a process of each rank; what they have measured."""
+        """Run a process for each rank; returns their measurements."""
         arguments = [*self.arguments, *shared, "--batch", str(pairs), "--steps", str(steps), "--dtype", dtype]
         return run_ranks(PEERS / self.script, *arguments, ranks=RANKS)
 
@@ -86,7 +86,7 @@ class System:
 
 
 def prepare(base: Path, data: Path, count: int, folder: Path) -> None:
-    """Write the model that all systems start from, `model/`, and `pairs.jsonl`, in which no text stands twice."""
+    """Write the model that all systems start from, `model/`, and `pairs.jsonl`, in which no text occurs twice."""
     from lbr_dist.config import DataConfig, ModelConfig, RunConfig
     from lbr_dist.data.records import read_corpus, read_pairs
     from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
@@ -154,7 +154,7 @@ def make_systems(args: argparse.Namespace) -> dict[str, System]:
 
 
 def check_same(systems: dict[str, System], shared: list[str], pairs: int) -> dict[str, list[float]]:
-    """Loss and gradient norm of each system in float32; raises SystemExit where they differ."""
+    """Loss and gradient norm of each system in float32; raises SystemExit if they differ."""
     found: dict[str, list[float]] = {}
     for name, system in systems.items():
         line = system.start(shared, pairs, 1, "float32")[0]
@@ -170,7 +170,7 @@ def check_same(systems: dict[str, System], shared: list[str], pairs: int) -> dic
 
 
 def compare(systems: dict[str, System]) -> dict[str, float]:
-    """Print and return the ratios of medians beside their targets."""
+    """Print the ratios of medians with their targets, and return the ratios."""
     best: dict[str, System] = {}
     for name, system in systems.items():
         kind = name.split(",")[0] if "mini-batch" in name else name
@@ -198,11 +198,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/data/medical"), help="corpus.jsonl and train.jsonl")
     parser.add_argument("--systems", nargs="+", default=list(names), choices=names)
     parser.add_argument("--pairs", type=int, default=512, help="global batch of the libraries and ours")
-    parser.add_argument("--one-pass-pairs", type=int, default=256, help="global batch that one pass has memory for")
-    parser.add_argument("--check-pairs", type=int, default=16, help="global batch of the check; 0 leaves it out")
-    parser.add_argument("--mini-batches", type=int, nargs="+", default=[32], help="of the libraries, texts a rank")
-    parser.add_argument("--chunk-tokens", type=int, default=None, help="of ours; planned where not given")
-    parser.add_argument("--steps", type=int, default=3, help="of a turn, the first of which is not counted")
+    parser.add_argument("--one-pass-pairs", type=int, default=256, help="global batch that fits in memory in one pass")
+    parser.add_argument("--check-pairs", type=int, default=16, help="global batch of the check; 0 skips it")
+    parser.add_argument("--mini-batches", type=int, nargs="+", default=[32], help="of the libraries, texts per rank")
+    parser.add_argument("--chunk-tokens", type=int, default=None, help="of ours; planned by default")
+    parser.add_argument("--steps", type=int, default=3, help="steps per turn; the first is not counted")
     parser.add_argument("--turns", type=int, default=2)
     args = parser.parse_args()
     for name in ("pairs", "one_pass_pairs", "check_pairs"):
@@ -213,14 +213,14 @@ def main() -> None:
     systems = make_systems(args)
     with tempfile.TemporaryDirectory(prefix="lbr-bench-") as name:
         folder = Path(name)
-        # in a process of its own, whose memory the ranks then have
+        # in its own process, so that its memory is free again for the ranks
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             count = args.steps * max(args.pairs, args.one_pass_pairs)
             pool.submit(prepare, args.base, args.data, count, folder).result()
         shared = ["--model", str(folder / "model"), "--pairs", str(folder / "pairs.jsonl")]
         shared += ["--scale", str(SCALE), "--lr", str(LR)]
         checked = check_same(systems, shared, args.check_pairs) if args.check_pairs else {}
-        heads = ("pairs", "median s", "cpu s", "tokens/s", "GiB a rank", "loss", "norm", "kept")
+        heads = ("pairs", "median s", "cpu s", "tokens/s", "GiB / rank", "loss", "norm", "kept")
         print(f"{'system':<36}" + "".join(f"{head:>11}" for head in heads))
         for _ in range(args.turns):
             for name, system in systems.items():

@@ -4,9 +4,9 @@ One function for both stages and every device. The backends compute the same thi
 
     flash_attn    the flash-attn package; CUDA, half precision
     torch_varlen  torch's built-in flash attention for packed rows; CUDA, half precision
-    tiles         matrix products over causal tiles; the CPU's
-    sdpa          torch's scaled_dot_product_attention, stack by stack; anything else
-    reference     the dense mask in float32, the plain truth
+    tiles         matrix products over causal tiles; CPU only
+    sdpa          torch's scaled_dot_product_attention, stack by stack; for everything else
+    reference     the dense mask in float32: slow, and what the others must match
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLASH_HEAD_DIM = 256
 def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BottleneckLayout, scale: float, window: int | None
 ) -> Tensor:
-    """The plain truth, in float32 or wider, under the dense mask that defines the layout."""
+    """Attention in float32 or wider, under the dense mask that defines the layout; what every backend must match."""
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
     k, v = (x.to(wide).repeat_interleave(groups, dim=1).transpose(0, 1) for x in (key, value))
@@ -90,8 +90,10 @@ def _torch_varlen(
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, layout: BottleneckLayout, scale: float, window: int | None
 ) -> Tensor:
-    """Keys and queries of equal length, since SDPA's causal diagonal begins at the top left; what the sink's and
-    the bottleneck's second queries give is thrown away."""
+    """SDPA stack by stack, with a query for every key, since SDPA's causal diagonal starts at the top left.
+
+    The outputs of the extra queries (the sink and the bottleneck, a second time) are dropped.
+    """
     output = torch.zeros_like(query)
     for stack in stacks(layout):
         index = stack.key_index.to(query.device)
@@ -120,7 +122,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 def why_not(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why a backend cannot do this, in words, or None where it can."""
+    """Why a backend cannot run such inputs, in words, or None if it can."""
     if backend in ("flash_attn", "torch_varlen"):
         if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
             return "the package flash-attn is not installed"
@@ -131,15 +133,15 @@ def why_not(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str
         if head_dim > FLASH_HEAD_DIM or head_dim % 8:
             return f"it needs a head_dim of up to {FLASH_HEAD_DIM} in steps of 8, found {head_dim}"
     if backend == "tiles" and device != "cpu":
-        return f"it is the CPU's, the tensors are on {device!r}"
+        return f"it runs on the CPU only, the tensors are on {device!r}"
     return None
 
 
 def choose_backend(backend: Backend, device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend to run: the one asked for, or with `auto` the fastest that can.
+    """The backend to run: the one asked for, or, with `auto`, the fastest that can run such inputs.
 
     Raises:
-        ValueError: the one asked for by name cannot do it.
+        ValueError: the backend asked for by name cannot run them.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"attention backend: found {backend!r}, expected one of {', '.join(get_args(Backend))}")
@@ -161,26 +163,26 @@ def bottleneck_attention(
     window: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Softmax attention of packed sequences ``[x b y]`` in which y sees b and y alone.
+    """Softmax attention of packed sequences ``[x b y]`` in which y sees only b and y.
 
     Args:
         q: ``[tokens, heads, head_dim]``, float32, bfloat16 or float16.
         k: ``[tokens, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
         v: the same shape as `k`.
         layout: the sequences of the row; its lengths sum to ``tokens``.
-        scale: the scores' factor; ``head_dim ** -0.5`` where not given.
+        scale: the scores' factor; ``head_dim ** -0.5`` by default.
         window: sliding window of a query in tokens, itself included; see `BottleneckLayout.mask`.
-        backend: which kernel; see the head of this module.
+        backend: which kernel; see the top of this module.
 
     Returns:
         ``[tokens, heads, head_dim]`` in the dtype of `q`.
 
     Raises:
-        ValueError: shapes or dtypes that don't fit each other or the layout, or a backend that cannot do them.
+        ValueError: shapes or dtypes don't match each other or the layout, or the backend cannot run them.
     """
     if q.ndim != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"q, k, v: found shapes {shapes}, expected [tokens, heads, head_dim] of the same tokens")
+        raise ValueError(f"q, k, v: found shapes {shapes}, expected [tokens, heads, head_dim] for the same tokens")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"q: found {q.shape[1]} heads, expected a multiple of the {k.shape[1]} key-value heads")
     if not q.dtype == k.dtype == v.dtype:

@@ -1,8 +1,8 @@
-"""Packed causal attention on a CPU: plain matrix products over tiles of queries, equal lengths side by side.
+"""Packed causal attention on a CPU: plain matrix products over tiles of queries, similar lengths stacked.
 
-Each tile of queries meets the keys up to its own end, so about half of the square is never computed, and no padding
-of one sequence meets another's. Segments of like length are stacked, since a CPU's matrix products want company.
-Backward recomputes the probabilities of long segments and keeps those of short ones.
+A tile of queries is multiplied only with the keys up to its own end, so about half of the square is never computed,
+and nothing is computed between sequences. Segments of similar length are stacked, since a CPU is faster at batched
+matrix products. Backward recomputes the probabilities of long segments and keeps those of short ones.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from lbr_dist.kernels.layout import BottleneckLayout, Segment
 
 TILE = 128
-"""Queries of a tile. 64 to 192 are alike within a tenth; longer ones compute more of the square for nothing."""
+"""Queries in a tile. From 64 to 192 the time differs by less than a tenth; longer tiles compute more that is masked."""
 
 KEPT_KEYS = 1280
-"""Probabilities of segments up to this long are kept for backward: at most a fifth of a layer's activations, for a
-quarter of its attention's time. Longer ones are computed again, so that memory stays linear in the length."""
+"""Segments with up to this many keys keep their probabilities for backward. That takes at most a fifth of a layer's
+activations and saves a quarter of its attention's time. Longer ones recompute them, so memory is linear in length."""
 
 LIKE = 0.8
-"""Segments this much shorter than the longest of their stack begin another one."""
+"""A segment shorter than this share of the longest in its stack starts a new stack."""
 
 
 class Stack:
-    """Segments of like length and the same offset, padded on the right to the longest.
+    """Segments of similar length and the same offset, padded on the right to the longest.
 
-    The padding needs no mask: padded keys come after every real query, and what padded queries give is dropped.
+    The padding needs no mask: padded keys come after every real query, and the outputs of padded queries are dropped.
     """
 
     def __init__(self, segments: list[Segment]) -> None:
@@ -46,7 +46,7 @@ class Stack:
         self.real = real.reshape(-1)
         """``[segments * queries]`` bool: false where padded."""
         self.query_index = query_index.reshape(-1)
-        """``[segments * queries]``: places in the row; padding reads its segment's first query."""
+        """``[segments * queries]``: positions in the row; padding points at its segment's first query."""
         self.key_index = torch.cat([before, query_index], 1).reshape(-1)
         self.real_keys = torch.cat([torch.ones(len(segments), self.offset, dtype=torch.bool), real], 1).reshape(-1)
 
@@ -80,7 +80,7 @@ def _tiles(stack: Stack, window: int | None) -> list[tuple[int, int, int, int]]:
 
 
 def kept_probabilities(layout: BottleneckLayout, window: int | None = None) -> int:
-    """Elements of the probabilities that backward keeps of a row, for each query head."""
+    """How many probabilities of a row are kept for backward, for each query head."""
     return sum(
         stack.segments * (last - first) * (high - low)
         for stack in stacks(layout)
@@ -90,7 +90,7 @@ def kept_probabilities(layout: BottleneckLayout, window: int | None = None) -> i
 
 
 def _hide(scores: Tensor, tile: tuple[int, int, int, int], stack: Stack, window: int | None) -> None:
-    """Put minus infinity on what a query must not see. `scores`: ``[n, groups, queries, keys]`` of the tile."""
+    """Set scores of keys that a query must not see to minus infinity. `scores`: ``[n, groups, queries, keys]``."""
     first, last, low, high = tile
     at = torch.arange(first, last)[:, None] + stack.offset - torch.arange(low, high)[None, :]  # how far back a key is
     hidden = at < 0 if window is None else (at < 0) | (at >= window)
@@ -103,7 +103,7 @@ def _hide(scores: Tensor, tile: tuple[int, int, int, int], stack: Stack, window:
 def _probabilities(
     query: Tensor, key: Tensor, tile: tuple[int, int, int, int], stack: Stack, window: int | None
 ) -> Tensor:
-    """``[n, groups * queries, keys]`` of a tile, in the dtype of the inputs. `query` is scaled already."""
+    """``[n, groups * queries, keys]`` of a tile, in the dtype of the inputs. `query` is already scaled."""
     first, last, low, high = tile
     n, groups, _, dim = query.shape
     scores = torch.bmm(query[:, :, first:last].reshape(n, -1, dim), key[:, low:high].transpose(1, 2))
@@ -154,8 +154,8 @@ class _CausalTiles(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         kv_heads = key.shape[1]
         grad_query = torch.empty_like(query)
-        # keys of the bottleneck and of the sink get a share from two segments, long segments one from every tile:
-        # in bfloat16 the later shares would be rounded away
+        # the keys of the bottleneck and the sink get gradients from two segments, long segments from every tile:
+        # if summed in bfloat16, the later ones would be rounded away
         wide = torch.promote_types(key.dtype, torch.float32)
         grad_key, grad_value = (torch.zeros(key.shape, dtype=wide) for _ in range(2))
         remaining = iter(kept)

@@ -1,8 +1,8 @@
 """Cross-entropy of a language-model head, fused with the head and one chunk of tokens at a time.
 
 The ``[tokens, vocabulary]`` logits are the largest tensor of a small model's step. Here they exist for one chunk only:
-the forward pass computes a chunk's loss and its gradients together, and the backward pass scales what is there. On
-CUDA, liger-kernel's fused form does the same where it is installed.
+the forward pass computes a chunk's loss and its gradients together, and the backward pass only scales the gradients.
+On CUDA, liger-kernel's fused loss does the same if it is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK = 512
 def reference_cross_entropy(
     hidden: Tensor, head: Tensor, labels: Tensor, groups: Tensor, weights: Tensor, z_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The plain truth in float32. Same arguments and results as `linear_cross_entropy`."""
+    """The definition, in float32, with all logits at once. Same arguments and results as `linear_cross_entropy`."""
     logits = hidden.float() @ head.float().T
     losses = F.cross_entropy(logits, labels, reduction="none")
     sums = torch.zeros(len(weights), dtype=losses.dtype).index_add(0, groups, losses)
@@ -37,7 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         z_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
-        # chunks add up in float32: in bfloat16 the later ones would be rounded away
+        # chunks are summed in float32: in bfloat16 the later ones would be rounded away
         grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if of_head else None
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
@@ -81,7 +81,7 @@ def _chunked(
 def _liger(
     hidden: Tensor, head: Tensor, labels: Tensor, groups: Tensor, weights: Tensor, z_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """liger-kernel's fused form knows no weight of a token, so each group runs by itself."""
+    """liger-kernel's fused loss has no weights for tokens, so each group runs on its own."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = hidden.sum() * 0.0
@@ -95,7 +95,7 @@ def _liger(
         fused = LigerFusedLinearCrossEntropyLoss(
             reduction="sum", lse_square_scale=scale, return_z_loss=True, accum_dtype=torch.float32
         )
-        result = fused(head, hidden[chosen], labels[chosen])  # its loss has the z part in it
+        result = fused(head, hidden[chosen], labels[chosen])  # its loss includes the z term
         loss = loss + weight * result.loss
         sums[group] = (result.loss - result.z_loss).detach()
     return loss, sums
@@ -119,14 +119,14 @@ def linear_cross_entropy(
         head: ``[vocabulary, d]``, the same dtype.
         labels: ``[tokens]`` int64, each below ``vocabulary``.
         groups: ``[tokens]`` int64, the group of each token, each below ``len(weights)``.
-        weights: ``[groups]`` float32, the weight in the sum of a token of each group.
-        z_weight: weight of the sum over tokens of the squared log-normaliser, which is added.
+        weights: ``[groups]`` float32, the weight of each group's tokens in the sum.
+        z_weight: weight of the z term that is added: the sum over tokens of the squared log-normaliser.
         chunk: tokens whose logits are in memory at a time.
-        backend: `liger` needs CUDA and the package liger-kernel; `auto` takes it where it can.
+        backend: `liger` needs CUDA and the package liger-kernel; `auto` uses it if possible.
 
     Returns:
-        The weighted sum (float32, differentiable in `hidden` and `head`), and ``[groups]`` float32: the sum of the
-        losses of each group without weight, for the log.
+        The weighted sum (float32, differentiable in `hidden` and `head`), and ``[groups]`` float32: the unweighted sum
+        of each group's losses, for the log.
     """
     if backend == "auto":
         has_liger = hidden.is_cuda and importlib.util.find_spec("liger_kernel") is not None

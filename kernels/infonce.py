@@ -1,12 +1,12 @@
 """InfoNCE of queries against all documents of the global batch, without the matrix of their similarities.
 
-Forward, one tile of ``queries x documents`` at a time: normalise both blocks, multiply, hide what is no negative, and
-fold the tile into a running maximum and a running sum of exponentials of each query (Milakov and Gimelshein 2018,
-arXiv 1805.02867). Backward computes every tile again from the log-sum-exp, turns it into probabilities in place, and
-adds its two products to the gradients. That is four matrix products for the three of the dense loss, and nothing of
-size ``queries x documents`` is ever held. False negatives are a short list of columns of each query.
+Forward, one tile of ``queries x documents`` at a time: normalise both blocks, multiply, mask what is not a negative,
+and fold the tile into each query's running maximum and running sum of exponentials (Milakov and Gimelshein 2018,
+arXiv 1805.02867). Backward recomputes every tile, turns it into probabilities in place with the log-sum-exp, and adds
+its two products to the gradients. That is four matrix products where the dense loss needs three, and nothing of size
+``queries x documents`` is ever in memory. False negatives are a short list of columns for each query.
 
-`reference_info_nce` is the dense truth. The two passes are in `infonce_tiles.py` as plain PyTorch and in
+`reference_info_nce` is the dense definition. The two passes are in `infonce_tiles.py` as plain PyTorch and in
 `infonce_triton.py` as GPU kernels; what they share is here.
 """
 
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from lbr_dist.kernels.infonce_tiles import TILE, Problem, tile_gradients, tile_statistics
 
 EPS = 1e-12
-"""Norms below are taken for this, as `F.normalize` does."""
+"""Smaller norms are clamped to this, as in `F.normalize`."""
 
 Backend = Literal["auto", "reference", "tiles", "triton"]
 
@@ -45,18 +45,18 @@ class InfoNCE(NamedTuple):
     """Scalar, int64: (query, document) entries that were masked as false negatives."""
 
 
-# ---- which columns are no negatives of a query
+# ---- which columns are not negatives of a query
 
 
 def _ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The ranges ``starts[i] .. starts[i] + counts[i]`` one after another: the owner i and the value of each place."""
+    """The ranges ``starts[i] .. starts[i] + counts[i]``, concatenated: the owner i and the value of each element."""
     owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     inside = torch.arange(len(owner), device=counts.device) - (counts.cumsum(0) - counts)[owner]
     return owner, starts[owner] + inside
 
 
 def _join(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs (i, j) with ``left[i] == right[j]``, by i."""
+    """All pairs (i, j) with ``left[i] == right[j]``, sorted by i."""
     ordered, order = right.sort()
     starts = torch.searchsorted(ordered, left)
     owner, place = _ranges(starts, torch.searchsorted(ordered, left, right=True) - starts)
@@ -64,7 +64,7 @@ def _join(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _padded(rows: Tensor, columns: Tensor, own: Tensor) -> Tensor:
-    """Pairs (row, column), by row, as a matrix of columns padded with -1, without each row's `own` column."""
+    """Pairs (row, column), sorted by row, as a matrix of columns padded with -1, without each row's `own` column."""
     others = columns != own[rows]
     rows, columns = rows[others], columns[others]
     counts = torch.bincount(rows, minlength=len(own))
@@ -81,17 +81,17 @@ def excluded_columns(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """The known positives of each query besides the one that is scored: sorted joins, nothing of size ``q x n``.
+    """Each query's known positives other than the scored one, by sorted joins; nothing of size ``q x n`` is built.
 
     Args:
-        positives: ``[q, p]`` int64 columns, -1 where there are fewer than p; column 0 is scored.
-        documents: how many there are.
-        query_ids: ``[q]`` int64; queries of the same id share their positives.
-        document_ids: ``[documents]`` int64; documents of the same id are positives together.
-        transposed: for each query's scored document, the other queries that it is a known positive of.
+        positives: ``[q, p]`` int64 columns, padded with -1; column 0 is scored.
+        documents: the number of documents.
+        query_ids: ``[q]`` int64; queries with the same id share their positives.
+        document_ids: ``[documents]`` int64; documents with the same id are positives of the same queries.
+        transposed: return, for each query's scored document, the other queries that it is a known positive of.
 
     Returns:
-        ``[q, e]`` int64 columns (rows if transposed), -1 where there are fewer than e, in no order, none twice.
+        ``[q, e]`` int64 columns (rows if transposed), padded with -1, in no particular order, without duplicates.
     """
     queries = torch.arange(len(positives), device=positives.device)
     columns = torch.arange(documents, device=positives.device)
@@ -112,7 +112,7 @@ def excluded_columns(
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """float32 is multiplied in float32, whatever else the process allows: no tf32, no bfloat16."""
+    """Multiply float32 in float32, whatever the process allows otherwise: no tf32, no bfloat16."""
     places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
     try:
@@ -124,11 +124,11 @@ def _full_precision() -> Iterator[None]:
             place.fp32_precision = precision
 
 
-# ---- the dense truth
+# ---- the dense definition
 
 
 def _known(positives: Tensor, documents: int, query_ids: Tensor | None, document_ids: Tensor | None) -> Tensor:
-    """``[q, documents]`` bool: the known positives of each query, the scored one among them."""
+    """``[q, documents]`` bool: the known positives of each query, including the scored one."""
     key = torch.arange(documents, device=positives.device) if document_ids is None else document_ids
     same = key == key[positives.clamp_min(0)][:, :, None]  # [q, p, documents]
     known = (same & (positives >= 0)[:, :, None]).any(1)
@@ -163,7 +163,7 @@ def reference_info_nce(
     symmetric: bool = False,
     prefixes: Sequence[int] | None = None,
 ) -> InfoNCE:
-    """The plain truth: dense matrices in float32 (float64 of float64). Arguments and results of `info_nce`."""
+    """The definition: dense matrices in float32 (float64 for float64). Same arguments and results as `info_nce`."""
     _checked(temperature)
     positives = positives[:, None] if positives.ndim == 1 else positives
     known, scored = _known(positives, len(documents), query_ids, document_ids), positives[:, 0]
@@ -179,7 +179,7 @@ def reference_info_nce(
     return _mean(results)
 
 
-# ---- what the backends share: norms, the positive's score, and the way back through both
+# ---- what the backends share: norms, the positive's score, and the backward pass through both
 
 
 def _inverse_norms(rows: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _inverse_norms(rows: Tensor) -> Tensor:
 
 
 def _through_norm_(gradient: Tensor, rows: Tensor, inverse: Tensor, factor: Tensor, tile: int) -> Tensor:
-    """Turn the gradient in normalised rows into ``factor`` times that in the rows, in place, a block at a time.
+    """Turn the gradient of the normalised rows into ``factor`` times that of the rows, in place, a block at a time.
 
     Returns the sum over the rows of <normalised row, its gradient>.
     """
@@ -272,7 +272,7 @@ def _passes(backend: str) -> tuple[Any, Any]:
 
 
 def _chosen(backend: str, queries: Tensor) -> str:
-    """The backend to run. A `ValueError` says why one that was asked for by name can't."""
+    """The backend to run. Raises ValueError with the reason if one that was asked for by name can't run."""
     if backend not in ("auto", "reference", "tiles", "triton"):
         raise ValueError(f"backend: found {backend!r}, expected auto, reference, tiles or triton")
     has_triton = importlib.util.find_spec("triton") is not None
@@ -297,7 +297,7 @@ def _checked(temperature: float | Tensor) -> float:
 
 
 def _widths(prefixes: Sequence[int] | None, queries: Tensor) -> Sequence[int]:
-    """The widths of the prefixes, the largest one last."""
+    """The widths of the prefixes in ascending order."""
     width = queries.shape[1]
     wrong = [m for m in prefixes or () if not 1 <= m <= width]
     if wrong:
@@ -306,7 +306,7 @@ def _widths(prefixes: Sequence[int] | None, queries: Tensor) -> Sequence[int]:
 
 
 def _mean(results: list[InfoNCE]) -> InfoNCE:
-    """The mean loss of all prefixes, and the counts of the last one."""
+    """The mean loss of all prefixes, and the counts of the last, widest one."""
     if len(results) == 1:
         return results[0]
     return results[-1]._replace(loss=torch.stack([result.loss for result in results]).mean())
@@ -328,31 +328,32 @@ def info_nce(
 ) -> InfoNCE:
     """Sum over the queries of ``-log softmax(cosine(query, documents) / temperature)[positive]``, and counts.
 
-    Masked, that is left out of query i's sum, is every document j but i's scored positive that is a further positive of
-    i, or has the document id of any positive of i, or is so to another query of i's query id, or whose similarity is
-    above that of i's positive by more than `margin`. Hard negatives are further documents.
+    A document is masked, that is left out of query i's sum, if it is another positive of i, has the document id of any
+    positive of i, is either of these for another query with i's query id, or is more similar to i than i's positive by
+    more than `margin`. Query i's scored positive is never masked. Hard negatives are additional rows of `documents`.
 
     Args:
         queries: ``[q, d]``, this rank's rows, not normalised; float32, bfloat16 or float16. Similarities, sums and the
-            gradients' sums are float32 (float64 of float64).
-        documents: ``[n, d]``, every document of the global batch, likewise.
+            gradients' sums are float32 (float64 for float64).
+        documents: ``[n, d]``, every document of the global batch, not normalised, in one of these dtypes.
         positives: ``[q]`` int64, the column of each query's positive; or ``[q, p]``, padded with -1: column 0 is
-            scored, the others are further known positives. Queries may share one.
+            scored, the others are further known positives. Queries may share a positive.
         temperature: divides the similarities; a 0-dim tensor gets a gradient.
-        query_ids: ``[q]`` int64, or none where every query is another one.
-        document_ids: ``[n]`` int64, or none where every document is another one.
-        margin: cosine above the positive's at which a document is taken for a false negative; no gradient.
-        symmetric: the mean of the loss above and that of ``documents[positives]`` against all of `queries`, in which
-            the queries that a document is a known positive of are masked. Counts are of the first direction.
+        query_ids: ``[q]`` int64, or None if all queries are different.
+        document_ids: ``[n]`` int64, or None if all documents are different.
+        margin: a document whose cosine is above the positive's by more than this is treated as a false negative; it
+            has no gradient.
+        symmetric: average this loss with that of ``documents[positives]`` against all of `queries`, in which the other
+            queries that a document is a known positive of are masked. Counts are those of the first direction.
         prefixes: Matryoshka widths (Kusupati et al. 2022, arXiv 2205.13147): the mean of the losses of ``[:, :m]``,
-            each normalised by itself. Counts are of the largest. (The gradients of 16-bit rows are rounded for each
-            width and direction before they add up.)
+            each normalised separately. Counts are those of the largest. (The gradients of 16-bit rows are rounded for
+            each width and direction before they are summed.)
         tile: queries and documents whose scores are in memory at a time (`triton` has its own).
-        backend: `triton` needs CUDA; `auto` takes it where it can, `tiles` anywhere else.
+        backend: `triton` needs CUDA; `auto` uses it if possible, and `tiles` otherwise.
 
     Raises:
-        ValueError: a temperature that isn't positive and finite, a prefix that isn't within the width, a backend that
-            can't run here.
+        ValueError: the temperature isn't positive and finite, a prefix isn't within the width, or the backend can't run
+            here.
 
     Source: van den Oord et al. 2018 (arXiv 1807.03748), equation 4.
     """

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 TILE = 2048
-"""Queries and documents of a tile: 16 MiB of scores. On an idle CPU 1,024 and 2,048 are alike and 512 costs 3 % more;
-on a busy one the threads of small tiles wait for one another."""
+"""Queries and documents in a tile: 16 MiB of scores. On an idle CPU, 1,024 is as fast as 2,048 and 512 is 3 % slower;
+on a busy one, the threads of small tiles wait for one another."""
 
 
 class Problem(NamedTuple):
@@ -26,14 +26,14 @@ class Problem(NamedTuple):
     positives: Tensor
     """``[q]`` int64: the column of each query's positive, whose score the backend leaves out."""
     excluded: Tensor
-    """``[q, e]`` int64: further columns that are left out, padded with -1."""
+    """``[q, e]`` int64: further columns to leave out, padded with -1."""
     limits: Tensor | None
-    """``[q]``: scores above are left out."""
+    """``[q]``: scores above this are left out."""
     tile: int
 
 
 def _tiles(p: Problem) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, int]]:
-    """Rows, columns, scaled queries and documents, scores without what is left out, and how many are above the limit.
+    """Rows, columns, scaled queries and documents, scores (-inf if left out), and how many are above the limit.
 
     All tiles share their buffers. Products are written with `out`, which autocast leaves in full precision.
     """
@@ -65,8 +65,8 @@ def _tiles(p: Problem) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, i
 
 
 def tile_statistics(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest score of each query and the log-sum-exp, ``[q]``, and how many were above the limit, int64."""
-    # not minus infinity, which would make nan of a tile with everything left out
+    """Each query's largest score and log-sum-exp, ``[q]``, and how many scores were above the limit, int64."""
+    # not minus infinity, which would give nan for a tile with everything left out
     top = torch.full_like(p.query_scale, torch.finfo(p.query_scale.dtype).min)
     total, above = torch.zeros_like(top), 0
     for rows, _, _, _, scores, over in _tiles(p):
@@ -81,14 +81,14 @@ def tile_statistics(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def tile_gradients(
     p: Problem, logsumexp: Tensor, pull: Tensor, of_queries: bool, of_documents: bool, temperature: float
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the summed loss in the normalised queries and documents.
+    """Gradients of the summed loss with respect to the normalised queries and documents.
 
     Args:
         p: the problem.
-        logsumexp: ``[q]``, of all scores with the positive's.
-        pull: ``[q]``, the gradient in the positive's score.
-        of_queries, of_documents: which are wanted.
-        temperature: the scores' divisor, which `query_scale` has in it.
+        logsumexp: ``[q]``, of all scores, including the positive's.
+        pull: ``[q]``, the gradient with respect to the positive's score.
+        of_queries, of_documents: which gradients to compute.
+        temperature: the scores' divisor, which `query_scale` already includes.
     """
     wide = logsumexp.dtype
     grad_queries = torch.zeros_like(p.queries, dtype=wide) if of_queries else None

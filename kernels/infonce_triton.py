@@ -2,13 +2,14 @@
 
 Forward is one kernel: a program holds the running maximum and sum of a block of queries over one share of the
 documents. Backward writes the weights (gradients of the scores) of a panel of `PANEL` queries and documents to a
-scratch matrix, and multiplies them from there into the gradients of both sides. A gradient that is wider than a
-program's registers is so never computed twice: four products in all at any d, for one trip of each weight through
-memory (at d = 4,096 two bytes for 16,384 operations in bfloat16).
+scratch matrix, and multiplies them from there into the gradients of both sides. So nothing is computed twice, even if a
+gradient is wider than a program's registers: four products in total at any d, at the cost of moving each weight through
+memory once (at d = 4,096, two bytes for 16,384 operations in bfloat16).
 
-Rows of bfloat16 and float16 enter the products as they are, with float32 accumulation, and norms are applied to what
-comes out; bfloat16's weights are bfloat16, those of float16, which has no room for small ones, are rounded to tf32.
-float32 is multiplied in float32. Excluded columns cost a comparison each for every score, next to d multiply-adds.
+bfloat16 and float16 rows enter the products as they are, with float32 accumulation, and the norms are applied to the
+products. With bfloat16 rows the weights are bfloat16; with float16 rows they are rounded to tf32, since float16 has no
+room for small ones. float32 is multiplied in float32. Each excluded column costs one comparison per score, next to d
+multiply-adds.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ PANEL = 8192
 """Queries and documents whose weights are in memory at a time: 128 MiB in bfloat16, 256 MiB in float32."""
 
 BLOCK = 128
-"""Queries and documents of a program's block."""
+"""Queries and documents in a program's block."""
 
 PROGRAMS = 512
-"""Programs that forward is cut into where it can: a few for each of a GPU's processors."""
+"""Programs that forward is split into, if possible: a few for each multiprocessor of a GPU."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -80,7 +81,7 @@ def _statistics(  # type: ignore[no-untyped-def]
     """Maximum and sum of exponentials of a block of queries over one share of the documents: ``[shares, q]``."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     begin = tl.program_id(1).to(tl.int64) * share
-    # not minus infinity, which would make nan of a block with everything left out
+    # not minus infinity, which would give nan for a block with everything left out
     top = tl.full((BLOCK_Q,), -3.0e38, dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     count = tl.zeros((BLOCK_Q,), dtype=tl.int32)
@@ -107,7 +108,7 @@ def _weights(  # type: ignore[no-untyped-def]
     num_excluded, LIMITED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A block of a panel of weights: the gradient in <query, document>, which neither norm nor temperature divides."""
+    """A block of a panel of weights: gradients of the dot products <query, document>, before norms and temperature."""
     rows = first_row + tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = first_column + tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     scores, _ = _scores(
@@ -156,7 +157,7 @@ def _accumulate(  # type: ignore[no-untyped-def]
 
 
 def _settings(dtype: torch.dtype) -> dict[str, Any]:
-    """What the kernels are compiled for with rows of this dtype."""
+    """Compile-time settings of the kernels for rows of this dtype."""
     # Triton's interpreter multiplies the bits of bfloat16 as integers
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return {
@@ -168,7 +169,7 @@ def _settings(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _depth(dtype: torch.dtype) -> int:
-    """Multiply-adds of a step of a product: 128 bytes of every row."""
+    """Depth of one step of a product: 128 bytes of every row."""
     return 128 // dtype.itemsize
 
 
@@ -177,7 +178,7 @@ def _weight_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _contiguous(p: Problem) -> Problem:
-    """Elements of a row side by side, as the kernels read them."""
+    """Make the elements of a row contiguous, as the kernels read them."""
     found = p.queries.dtype, p.documents.dtype
     if found[0] != found[1] or found[0] not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
@@ -189,7 +190,7 @@ def _contiguous(p: Problem) -> Problem:
 
 
 def _arguments(p: Problem) -> tuple[Any, ...]:
-    limits = p.query_scale if p.limits is None else p.limits  # never read without limits
+    limits = p.query_scale if p.limits is None else p.limits  # not read if there are no limits
     return p.queries, p.documents, p.query_scale, p.document_scale, p.positives, p.excluded, limits
 
 
@@ -209,7 +210,7 @@ def _sizes(p: Problem) -> dict[str, Any]:
 
 
 def triton_statistics(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """What `tile_statistics` gives."""
+    """Same results as `tile_statistics`."""
     q, n = len(p.queries), len(p.documents)
     p, settings = _contiguous(p), _settings(p.queries.dtype)
     blocks = triton.cdiv(q, BLOCK)
@@ -226,7 +227,7 @@ def triton_statistics(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def triton_gradients(
     p: Problem, logsumexp: Tensor, pull: Tensor, of_queries: bool, of_documents: bool, temperature: float
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What `tile_gradients` gives."""
+    """Same arguments and results as `tile_gradients`."""
     p, settings = _contiguous(p), _settings(p.queries.dtype)
     (q, width), n, device = p.queries.shape, len(p.documents), p.queries.device
     grad_queries = torch.zeros(q, width, dtype=torch.float32, device=device) if of_queries else None
@@ -247,7 +248,7 @@ def triton_gradients(
             panel = start, first, stop, last
             _weights[grid](*_arguments(p), logsumexp, pull, weights, *panel, **_sizes(p), **settings)
             if grad_queries is not None:
-                # query_scale has the temperature in it, which the gradient keeps
+                # query_scale includes 1 / temperature, which stays in the gradient
                 scale = p.query_scale[start:stop] * temperature
                 accumulate(grad_queries[start:stop], weights, p.documents[first:last], scale)
             if grad_documents is not None:

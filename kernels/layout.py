@@ -1,14 +1,14 @@
-"""How many sequences ``[x b y]`` stand in one packed row, and which keys each token may see.
+"""How sequences ``[x b y]`` are packed into one row, and which keys each token may see.
 
-A token sees the tokens of its own sequence at or before it, except that a target token never sees the context: what
-it knows of ``x`` it has from the bottleneck ``b`` (and from the sink, the context's first tokens, which say nothing
-about ``x``). That needs no mask, since it is two plain causal attentions:
+A token sees the tokens of its own sequence at or before it, except that a target token never sees the context: all it
+knows about ``x`` comes from the bottleneck ``b`` (and from the sink, the context's first tokens, which say nothing
+about ``x``). This needs no mask, since it is two plain causal attentions:
 
     queries  x b    keys    x b
     queries  y      keys  s b y    the causal diagonal ends at the bottom right, so every query sees s and b
 
-The queries of the two stand in the row one after the other as they are; only the keys of ``s`` and ``b`` are read
-twice. Any kernel for packed causal attention with as many or more keys than queries runs all of it in one call.
+The queries of both are already consecutive in the row; only the keys of ``s`` and ``b`` are read twice. Any kernel for
+packed causal attention with at least as many keys as queries runs all of it in one call.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ SINK, CONTEXT, BOTTLENECK, TARGET = range(4)
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One plain causal attention: `queries` consecutive tokens, over as many or more keys."""
+    """One plain causal attention: `queries` consecutive tokens, over at least as many keys."""
 
     start: int
-    """The first query's place in the row."""
+    """The first query's position in the row."""
 
     queries: int
     keys: tuple[range, ...]
-    """Places of the keys in the row; the last ``queries`` of them are the queries' own."""
+    """Positions of the keys in the row; the last ``queries`` of them are the queries' own."""
 
     @property
     def offset(self) -> int:
-        """Keys that every query sees beside those of the queries before it."""
+        """How many keys come before the queries' own; every query sees them."""
         return sum(map(len, self.keys)) - self.queries
 
 
@@ -46,7 +46,7 @@ class BottleneckLayout:
     """The sequences of one packed row. Build it with `from_lengths`."""
 
     context: tuple[int, ...]
-    """Tokens of each sequence's x, the sink among them."""
+    """Tokens of each sequence's x, including the sink."""
 
     bottleneck: int
     """k, the same for every sequence."""
@@ -58,41 +58,43 @@ class BottleneckLayout:
     """How many leading context tokens the target sees as well."""
 
     cu_queries: Tensor
-    """``[segments + 1]`` int32: where each segment's queries begin in the row, and where the last ends."""
+    """``[segments + 1]`` int32: where each segment's queries start in the row, and where the last ends."""
 
     cu_keys: Tensor
-    """``[segments + 1]`` int32: where each segment's keys begin in `key_index`, and where the last ends."""
+    """``[segments + 1]`` int32: where each segment's keys start in `key_index`, and where the last ends."""
 
     key_index: Tensor
-    """``[keys]`` int64: the place in the row of every segment's keys."""
+    """``[keys]`` int64: the positions in the row of every segment's keys."""
 
     segments: tuple[Segment, ...]
-    """The plain causal attentions that the layout is made of, in the row's order."""
+    """The plain causal attentions that make up the layout, in the row's order."""
 
     prepared: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
-    """What a backend works out once for all layers."""
+    """What a backend computes once for all layers."""
 
     @staticmethod
     def from_lengths(
         *, context: Sequence[int], bottleneck: int, target: Sequence[int], sink: int = 0
     ) -> BottleneckLayout:
-        """Lay out sequences one after another.
+        """Pack sequences one after another.
 
         Args:
             context: tokens of each sequence's x.
-            bottleneck: k. With none, y sees all of x: plain causal attention over the whole sequence.
-            target: tokens of each sequence's y; zero is plain causal attention over ``[x b]``.
+            bottleneck: k. With 0, y sees all of x: plain causal attention over the whole sequence.
+            target: tokens of each sequence's y; 0 is plain causal attention over ``[x b]``.
             sink: how many leading tokens of x the target sees as well.
 
         Raises:
-            ValueError: lengths that are negative, of different numbers, or shorter than the sink.
+            ValueError: lengths are negative, differ in number, or are shorter than the sink.
         """
         if len(context) != len(target):
-            raise ValueError(f"found {len(context)} context lengths and {len(target)} target lengths, expected as many")
+            raise ValueError(
+                f"found {len(context)} context lengths and {len(target)} target lengths, expected the same number"
+            )
         if min((*context, *target, bottleneck, sink), default=0) < 0:
             raise ValueError("found a negative length, expected zero or more tokens")
         if bottleneck and min((n for n, m in zip(context, target, strict=True) if m), default=sink) < sink:
-            raise ValueError(f"found a context shorter than the sink of {sink} tokens, which its target is to see")
+            raise ValueError(f"found a context shorter than the sink of {sink} tokens, which its target must see")
         segments: list[Segment] = []
         parts: list[tuple[int, int, tuple[range, ...]]]
         start = 0
@@ -145,8 +147,8 @@ class BottleneckLayout:
         """The definition, written out: ``[tokens, tokens]`` bool on the CPU, true where a query (row) sees a key.
 
         Args:
-            window: a query sees itself and the ``window - 1`` tokens before it, where given. To a target, the sink
-                stands directly before the bottleneck: what it doesn't see takes no room in its window.
+            window: if given, a query sees itself and the ``window - 1`` tokens before it. For a target, the sink counts
+                as directly before the bottleneck: tokens that it doesn't see take no room in its window.
         """
         seen = torch.zeros(self.tokens, self.tokens, dtype=torch.bool)
         start = 0

@@ -1,4 +1,4 @@
-"""What a stage reports while it trains: a JSON line a step, TensorBoard scalars, and progress on the screen."""
+"""What a stage reports while it trains: a JSON line per step, TensorBoard scalars, and progress on the screen."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _SHOWN = (  # key, name on the screen, format
     ("lr", "lr", ".1e"),
 )
 _HELDOUT = "heldout_target_loss"
-_HELDOUT_AGAINST = ("shuffled", "without")  # endings of the losses that it is held against
-_DEV_BESIDE = ("accuracy", "mrr")  # endings of what stage 2 measures on the dev pairs beside the loss
+_HELDOUT_AGAINST = ("shuffled", "without")  # endings of the losses that it is compared with
+_DEV_BESIDE = ("accuracy", "mrr")  # endings of stage 2's other metrics on the dev pairs
 _SIZES = (("peak_memory_bytes", "memory"), ("bytes_within_node", "from ranks"), ("bytes_between_nodes", "from nodes"))
 _RATES = (("tokens_per_second", "tok/s"), ("pairs_per_second", "pairs/s"))
 
@@ -46,17 +46,17 @@ _RATES = (("tokens_per_second", "tok/s"), ("pairs_per_second", "pairs/s"))
 class MetricsLog:
     """The one place that a stage's rank 0 reports its steps to; use it as a context manager.
 
-    Writes `metrics.jsonl` (one object a step, flushed each time, NaN and infinity as null) and, where TensorBoard is
+    Writes `metrics.jsonl` (one object per step, flushed each time, NaN and infinity as null) and, if TensorBoard is
     installed, `tensorboard/`. On a terminal it shows a live bar, elsewhere a plain line every few seconds. Held-out
-    diagnostics and skipped steps get a line of their own at once, on both.
+    diagnostics and skipped steps are shown at once on a line of their own, on both.
 
     Args:
-        stage_dir: folder of the stage, made where it is missing.
+        stage_dir: folder of the stage, created if missing.
         stage: `learn` or `represent`.
-        total_steps: the step that the stage ends with.
-        start_step: the last step already done; 0 for a stage that begins. Later lines of metrics.jsonl, written after
-            the checkpoint that the run resumes from, are dropped, so that the file has each step once.
-        quiet: show nothing; the files are written all the same.
+        total_steps: the last step of the stage.
+        start_step: the last step already done; 0 for a new stage. Later lines of metrics.jsonl, written after the
+            checkpoint that the run resumes from, are dropped, so that the file has each step once.
+        quiet: show nothing; the files are still written.
         stream: where progress goes; standard output by default.
     """
 
@@ -96,19 +96,19 @@ class MetricsLog:
         self.close()
 
     def close(self) -> None:
-        """Take the bar off the terminal's live area and close the files; a second call does nothing."""
+        """Stop the live bar and close the files; a second call does nothing."""
         if self._progress is not None:
             self._progress.stop()
-        with contextlib.suppress(OSError):  # what is not on the disk yet; said when it was written
+        with contextlib.suppress(OSError):  # from data that cannot be flushed; `log` has already warned
             if self._writer is not None:
                 self._writer.close()
             self._file.close()
 
     def log(self, step: int, **values: Any) -> None:
-        """Report one step, counted from 1, or what was measured before the first one, as step 0.
+        """Report one step, counted from 1, or, as step 0, what was measured before the first one.
 
-        A step may be reported again with diagnostics alone. Values are numbers, strings or scalar tensors; a true
-        `skipped` says that the step left the model as it was.
+        A step may be reported again with only diagnostics. Values are numbers, strings or scalar tensors; a true
+        `skipped` means that the step did not change the model.
         """
         plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
         numbers = {key: value for key, value in plain.items() if isinstance(value, int | float)}
@@ -121,14 +121,14 @@ class MetricsLog:
                     self._writer.add_scalar(f"{self.stage}/{key}", value, step)
         except OSError as error:  # a full disk costs the log, not the training
             if not self._failed:
-                self.say(f"warning: {self._file.name}: {error.strerror}. Training goes on; steps may be missing there.")
+                self.say(f"warning: {self._file.name}: {error.strerror}. Training continues; the file may lack steps.")
             self._failed = True
         now = time.monotonic()
         trained = step > self._times[-1][0]
         if trained:
             self._times.append((step, now))
         elif len(self._times) == 1:
-            # what is measured before the first step is no part of a step's time
+            # measuring before the first step is not part of a step's time
             self._times[0] = (step, now)
         left = self._time_left()
         diagnosed = _diagnosed(numbers)
@@ -144,7 +144,7 @@ class MetricsLog:
             self._progress.update(self._task, completed=step, left=left, values="  ".join(_shown(numbers)))
 
     def say(self, message: str) -> None:
-        """Print a line, above the live bar where there is one."""
+        """Print a line, above the live bar if there is one."""
         if self.quiet:
             return
         if self._progress is not None:
@@ -160,14 +160,14 @@ class MetricsLog:
 
 
 def _drop_lines_after(path: Path, start_step: int) -> None:
-    """Keep one line for each of the steps 0 to start_step, none where the stage begins again.
+    """Keep one line for each of the steps 0 to start_step, or none if the stage starts over.
 
-    What a killed run left half-written goes too.
+    A half-written line of a killed run is dropped too.
     """
     if not path.exists():
         return
     kept: dict[int, dict[str, Any]] = {}
-    # a stage that begins measures step 0 again
+    # a stage that starts over measures step 0 again
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if start_step > 0 else []
     for line in lines:
         try:
@@ -176,7 +176,7 @@ def _drop_lines_after(path: Path, start_step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
         if isinstance(step, int) and 0 <= step <= start_step:
-            # diagnostics may have come in a line of their own
+            # diagnostics may be on a line of their own
             kept[step] = {**kept.get(step, {}), **entry}
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -192,12 +192,12 @@ def _tell_once(message: str) -> None:
 
 
 def _tensorboard_writer(folder: Path, start_step: int) -> Any:
-    """A SummaryWriter, or None where TensorBoard is not installed."""
+    """A SummaryWriter, or None if TensorBoard is not installed."""
     try:
         # here and not above: the import takes seconds, and TensorBoard is optional
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        _tell_once("tensorboard is not installed: scalars go to metrics.jsonl alone")
+        _tell_once("tensorboard is not installed: scalars go to metrics.jsonl only")
         return None
     # purge_step hides the events of steps that are run again
     return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)

@@ -1,22 +1,21 @@
-"""The peers of `lbr_dist.represent`: one contrastive step with a gradient cache, as other libraries do it under DDP.
+"""What `lbr_dist.represent` is compared with: a contrastive step with a gradient cache in other libraries, under DDP.
 
-Starts once a rank, by `benchmarks/stage2.py`. `--model` is a folder that we exported, so its tokenizer appends the
-bottleneck and the pooling is that of the last token; `--pairs` is JSONL of prepared pairs, objects with the whole token
-ids of `query` and `document`. Step t takes the t-th `--batch` lines, each rank its part of them, in their
-order.
+`benchmarks/stage2.py` starts it once per rank. `--model` is a folder that we exported, so its tokenizer appends the
+bottleneck, and the pooling is that of the last token. `--pairs` is JSONL of prepared pairs, objects with all token ids
+of `query` and `document`. Step t uses the t-th `--batch` lines; each rank takes its part of them, in their order.
 
-- `sentence-transformers`: `CachedMultipleNegativesRankingLoss` with `gather_across_devices`, in a plain loop (less
-  around a step than their Trainer has, which puts DDP into the loss in the same way). Its mini-batches are cut in the
-  order of the batch and lose the padding that all their texts share; it has no sorting by length.
-- `gradcache`: luyug's `GradCache` with its `DistributedContrastiveLoss`, for queries and documents of one encoder, the
-  gradients reduced for the last chunk of each alone (`no_sync_except_last`). The package's modules import each other
-  by another name than the package has. The loss has no temperature: the queries are scaled before it. DDP's mean over
-  the ranks would leave 1/ranks of the true gradient: the loss is multiplied by the ranks. Chunks lose the padding that
-  all their texts share, by a `split_input_fn` of ours.
+- `sentence-transformers`: `CachedMultipleNegativesRankingLoss` with `gather_across_devices`, in a plain loop (with less
+  around a step than their Trainer, which puts DDP into the loss in the same way). Its mini-batches follow the order of
+  the batch and drop the padding that all their texts share; it does not sort by length.
+- `gradcache`: luyug's `GradCache` with its `DistributedContrastiveLoss`, for queries and documents of one encoder;
+  gradients are reduced only for the last chunk of each (`no_sync_except_last`). The package's modules import each other
+  under a different name than the package has. The loss has no temperature, so the queries are scaled before it. DDP's
+  mean over the ranks would leave 1/ranks of the true gradient, so the loss is multiplied by the number of ranks. Chunks
+  drop the padding that all their texts share, with a `split_input_fn` of ours.
 
-Weights, gradients and AdamW's states are of `--dtype`, whole on every rank; attention is SDPA. Prints what
-`print_result` does: `step_seconds`, `step_cpu_seconds` (of this process), `losses`, `grad_norms`,
-`real_tokens_per_step`, `peak_rss_bytes`.
+Weights, gradients and AdamW's states have `--dtype`, whole on every rank; attention is SDPA. Prints a line with
+`print_result`: `step_seconds`, `step_cpu_seconds` (of this process), `losses`, `grad_norms`, `real_tokens_per_step`,
+`peak_rss_bytes`.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def sentence_transformers_step(
 
 
 class Encoder(nn.Module):
-    """Last-token embeddings of unit length, float32."""
+    """Unit-norm last-token embeddings, float32."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         super().__init__()
@@ -139,7 +138,7 @@ def main() -> None:
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, required=True)
-    parser.add_argument("--batch", type=int, required=True, help="pairs of a step, over all ranks")
+    parser.add_argument("--batch", type=int, required=True, help="pairs per step, over all ranks")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--mini-batch", type=int, required=True, help="texts that a rank runs at a time")
     parser.add_argument("--scale", type=float, required=True, help="1 / temperature")

@@ -1,4 +1,4 @@
-"""Our stage 1 on prepared sequences, as one rank, for `benchmarks/stage1.py`: the same file that its peer reads.
+"""Our stage 1 on prepared sequences, as one rank, for `benchmarks/stage1.py`. Trainer reads the same file.
 
 The last line that each rank prints is a JSON object: `rank`, `step_seconds`, `peak_rss_bytes`, `real_tokens_per_step`
 and `losses`.
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--sequences", type=Path, required=True)
     parser.add_argument("--form", choices=("mask", "plain"), default="mask")
-    parser.add_argument("--batch", type=int, required=True, help="sequences of a step, over all ranks")
+    parser.add_argument("--batch", type=int, required=True, help="sequences per step, over all ranks")
     parser.add_argument("--row-tokens", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     args = parser.parse_args()

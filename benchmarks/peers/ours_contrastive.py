@@ -1,7 +1,7 @@
-"""Our stage 2 on prepared pairs, as one rank, for `benchmarks/stage2.py`: the same file that its peers read.
+"""Our stage 2 on prepared pairs, as one rank, for `benchmarks/stage2.py`. The other libraries read the same file.
 
-Prints what `print_result` does: `step_seconds`, `step_cpu_seconds` (of this process), `losses`, `grad_norms`,
-`real_tokens_per_step`, `peak_rss_bytes`, and the `chunks` of a step with the number of those whose graphs were kept.
+Prints a line with `print_result`: `step_seconds`, `step_cpu_seconds` (of this process), `losses`, `grad_norms`,
+`real_tokens_per_step`, `peak_rss_bytes`, the `chunks` of a step, and `kept_graphs`, how many of their graphs were kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lbr_dist.trainer import load_engine
 
 
 def read_batches(path: Path, size: int, bottleneck: int) -> list[PairBatch]:
-    """The global batches of a file of pairs, whose documents all differ within a batch."""
+    """The global batches of a file of pairs; all documents of a batch must differ."""
     pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     bare = [{side: tuple(pair[side][1:-bottleneck]) for side in ("query", "document")} for pair in pairs]
     batches = []
@@ -46,9 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, required=True)
-    parser.add_argument("--batch", type=int, required=True, help="pairs of a step, over all ranks")
+    parser.add_argument("--batch", type=int, required=True, help="pairs per step, over all ranks")
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--chunk-tokens", type=int, default=None, help="planned where not given")
+    parser.add_argument("--chunk-tokens", type=int, default=None, help="planned by default")
     parser.add_argument("--keep-graphs", default="auto", help="chunks whose graphs are kept, or `auto`")
     parser.add_argument("--scale", type=float, required=True, help="1 / temperature")
     parser.add_argument("--lr", type=float, required=True)
@@ -75,7 +75,7 @@ def main() -> None:
             chunk_tokens=args.chunk_tokens,
             keep_graphs="auto" if args.keep_graphs == "auto" else int(args.keep_graphs),
             temperature=1.0 / args.scale,
-            # as the peers': one rate for all weights
+            # one rate for all weights, as in the other libraries
             optimizer=OptimizerConfig(lr=args.lr, bottleneck_lr_factor=1.0),
         ),
     )

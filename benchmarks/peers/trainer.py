@@ -1,18 +1,19 @@
-"""The peer of `lbr_dist.learn`: stage 1 as it is written with `transformers.Trainer`, under the same DeepSpeed config.
+"""What `lbr_dist.learn` is compared with: stage 1 with `transformers.Trainer`, under the same DeepSpeed config.
 
     LD_PRELOAD=libtcmalloc_minimal.so.4 OMP_NUM_THREADS=1 python -m torch.distributed.run --nproc-per-node 2 \
         benchmarks/peers/trainer.py --model BASE --sequences SEQUENCES.jsonl --deepspeed CONFIG.json --steps 5
 
-Starts once a rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. SEQUENCES.jsonl has one object
-a line, the fields of `lbr_dist.data.packing.TrainingSequence`: lists of token ids named `context`, `target` and, if it
-differs, `target_inputs`. With `--sampling sequential`, step t takes the t-th `ranks x batch x accumulation` lines.
+Start it once per rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. SEQUENCES.jsonl has one
+object per line, the fields of `lbr_dist.data.packing.TrainingSequence`: lists of token ids named `context`, `target`
+and, if it differs, `target_inputs`. With `--sampling sequential`, step t uses the t-th `ranks x batch x accumulation`
+lines.
 
 Two forms:
 
-- `mask`: `[sink x b y]`, one sequence a row, padded to the longest of the batch; positions, labels and the dense 4D
+- `mask`: `[sink x b y]`, one sequence per row, padded to the longest of the batch; positions, labels and the dense 4D
   mask under which `y` doesn't see `x` come from a data collator. The loss is the model's own: one mean over all scored
   tokens of the global batch, where `lbr_dist.learn` adds two means.
-- `plain`: `[sink x]` alone, padded by `DataCollatorForLanguageModeling`; no bottleneck, nothing of the target.
+- `plain`: only `[sink x]`, padded by `DataCollatorForLanguageModeling`; no bottleneck and no target.
 
 The last line that each rank prints is a JSON object: `rank`, `step_seconds`, `peak_rss_bytes`, and, over all ranks,
 `real_tokens_per_step` and `padded_tokens_per_step` (input tokens without and with padding), `losses` and `grad_norms`.
@@ -32,7 +33,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# DeepSpeed and accelerate probe for accelerators unless they are told
+# DeepSpeed and accelerate probe for accelerators unless this is set
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -55,7 +56,7 @@ NO_LABEL = -100
 
 
 class Sequences(torch.utils.data.Dataset[Item]):
-    """The lines of a JSONL file; `input_ids`, in the field's usual name, is what a sampler may measure."""
+    """The lines of a JSONL file; samplers by length look at `input_ids`, the usual name."""
 
     def __init__(self, path: Path, form: str, sink_id: int, bottleneck_ids: list[int]) -> None:
         self.items: list[Item] = []
@@ -66,7 +67,7 @@ class Sequences(torch.utils.data.Dataset[Item]):
                 self.items.append({"input_ids": [sink_id, *context]})
                 continue
             inputs = fields.get("target_inputs") or target
-            # the last token of y is a label only; x_i is predicted from i = 2 on, y_1 at the last bottleneck token
+            # the last token of y is only a label; x_i is predicted from i = 2 on, y_1 at the last bottleneck token
             self.items.append(
                 {
                     "input_ids": [sink_id, *context, *bottleneck_ids, *inputs[:-1]],
@@ -115,7 +116,7 @@ class BottleneckCollator:
 
 
 class Recorder(TrainerCallback):
-    """The seconds of each optimizer step, from the end of the one before, and the gradient's norm."""
+    """The seconds of each optimizer step, from the end of the previous one, and the gradient's norm."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -152,7 +153,7 @@ class CountingTrainer(Trainer):
 
 
 def counting(collate: Any) -> Any:
-    """The collator, with the number of tokens that are no padding put beside its tensors."""
+    """The collator, with the number of tokens without padding added to its tensors."""
 
     def count(items: list[Item]) -> dict[str, Any]:
         tokens = sum(len(item["input_ids"]) for item in items)
@@ -162,7 +163,7 @@ def counting(collate: Any) -> Any:
 
 
 def load(base: Path, k: int, attention: str, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase, list[int]]:
-    """Model and tokenizer with `k` tokens added, and their ids. Sharded as it loads where `TrainingArguments` are."""
+    """Model and tokenizer with `k` tokens added, and their ids. If `TrainingArguments` exist, sharded while loading."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -183,8 +184,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--form", choices=("mask", "plain"), default="mask")
     parser.add_argument("--bottleneck", type=int, default=8, help="k, the number of bottleneck tokens")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a rank's micro-batch")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a rank's micro-batch")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--sampling", choices=("sequential", "random", "group_by_length"), default="sequential")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -195,7 +196,7 @@ def parse() -> argparse.Namespace:
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    """The settings of the run; the DeepSpeed config's own are replaced where Trainer wants to write them."""
+    """The settings of the run; fields of the DeepSpeed config that Trainer wants to fill in are set to `auto`."""
     config = json.loads(args.deepspeed.read_text(encoding="utf-8"))
     config |= {
         "bf16": {"enabled": "auto"},
@@ -206,7 +207,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     return TrainingArguments(
         output_dir=tempfile.gettempdir(),  # nothing is saved
         deepspeed=config,
-        use_cpu=True,  # without it Trainer refuses bf16 where there is no GPU
+        use_cpu=True,  # without it Trainer refuses bf16 without a GPU
         bf16=args.dtype == "bfloat16",
         per_device_train_batch_size=args.batch,
         gradient_accumulation_steps=args.accumulation,
@@ -235,12 +236,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed's shared-memory helper serves inference alone, and would be compiled at the first start
+    # DeepSpeed's shared-memory helper is only for inference, and would be compiled at the first start
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # first, since the model is sharded as it loads only while these are alive
+    # first, since the model is sharded while loading only if these exist
     arguments = training_arguments(args)
     k = args.bottleneck if args.form == "mask" else 0
-    transformers.set_seed(args.seed)  # of the new tokens' embeddings
+    transformers.set_seed(args.seed)  # for the new tokens' embeddings
     dtype = getattr(torch, args.dtype)
     model, tokenizer, bottleneck_ids = load(args.model, k, args.attention, dtype)
     first = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)

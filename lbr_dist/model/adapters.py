@@ -21,7 +21,7 @@ def add_adapters(backbone: PreTrainedModel, lora: LoraConfig, seed: int) -> None
     """Freeze the backbone and put an adapter beside every linear layer that `lora.targets` names.
 
     Raises:
-        ModelError: a target that the model has no layer for.
+        ModelError: the model has no linear layer named like a target.
     """
     import peft
 
@@ -46,12 +46,12 @@ def add_adapters(backbone: PreTrainedModel, lora: LoraConfig, seed: int) -> None
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(seed)  # every rank begins with the same adapters
+        torch.manual_seed(seed)  # every rank starts with the same adapters
         peft.inject_adapter_in_model(settings, backbone, adapter_name=ADAPTER)
 
 
 def _owners(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """The model's own parameters by the names of its files, with the module that holds each."""
+    """The model's own parameters, named as in its files, each with the module that holds it."""
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
             continue
@@ -69,7 +69,7 @@ def merged_weights(backbone: nn.Module, keep: bool) -> Iterator[tuple[str, nn.Pa
     """Each parameter of `file_parameters`, gathered, on the CPU, with its adapter folded in.
 
     Args:
-        backbone: the model, sharded or not; every rank iterates.
+        backbone: the model, sharded or not; every rank must iterate.
         keep: whether this rank wants the values; the others get None.
     """
     for name, parameter, owner in _owners(backbone):
@@ -77,12 +77,12 @@ def merged_weights(backbone: nn.Module, keep: bool) -> Iterator[tuple[str, nn.Pa
         if ADAPTER in getattr(owner, "lora_A", {}) and name.endswith(".weight"):
             parts += [owner.lora_A[ADAPTER].weight, owner.lora_B[ADAPTER].weight]  # type: ignore[index,union-attr]
             scale = owner.scaling[ADAPTER]  # type: ignore[index,assignment]
-        # no name for the value here: it would stay in memory until the next one is there
+        # the value gets no name here: it would stay in memory until the next one replaces it
         yield name, parameter, _merged(parts, scale, keep)
 
 
 def _merged(parts: list[nn.Parameter], scale: float, keep: bool) -> Tensor | None:
-    """A weight of its own, with the product of the other two parts, an adapter's, added; all ranks gather it."""
+    """A copy of the weight, with the product of its adapter's two matrices added, if any; all ranks gather it."""
     with ExitStack() as gathered:
         values = [gathered.enter_context(whole(part)).detach() for part in parts]
         if not keep:

@@ -1,6 +1,6 @@
 """The base model: any Hugging Face causal LM folder, its weights copied in tensor by tensor.
 
-Works on a bare model and on one that is being sharded; a rank never holds more than its shards and one tensor.
+Works for an ordinary model and for one that is being sharded; a rank never holds more than its shards and one tensor.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder.
 
     Raises:
-        ModelError: the file is missing or no JSON object.
+        ModelError: the file is missing or not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -71,16 +71,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
-    """A safetensors file, open.
+    """Open a safetensors file.
 
     Raises:
-        ModelError: it is damaged, or none.
+        ModelError: it is damaged, or not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ModelError(f"{path}: damaged, or no safetensors ({error}). Copy or save the model again.") from None
+        raise ModelError(f"{path}: damaged, or not safetensors ({error}). Copy or save the model again.") from None
 
 
 class WeightFiles:
@@ -96,12 +96,12 @@ class WeightFiles:
                 self.files = dict.fromkeys(tensors.keys(), WEIGHTS)
         else:
             raise ModelError(
-                f"{folder}: no {WEIGHTS} and no {WEIGHTS_INDEX} in it. Weights are read from safetensors alone; "
-                "save the model again with save_pretrained."
+                f"{folder}: found neither {WEIGHTS} nor {WEIGHTS_INDEX}. Weights are read from safetensors only. "
+                "Save the model again with save_pretrained."
             )
         missing = sorted(name for name in set(self.files.values()) if not (folder / name).exists())
         if missing:
-            raise ModelError(f"{folder / WEIGHTS_INDEX}: names {', '.join(missing)}, which the folder lacks.")
+            raise ModelError(f"{folder / WEIGHTS_INDEX}: names {', '.join(missing)}, missing in the folder.")
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -117,7 +117,7 @@ class WeightFiles:
 
 
 def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
-    """All names under which each parameter stands in the model, by its first name."""
+    """All names that each parameter has in the model, by its first name."""
     first: dict[int, str] = {}
     names: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -138,17 +138,17 @@ def _copy_weights(model: PreTrainedModel, files: WeightFiles) -> None:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
-            f"{files.folder}: the weights lack {', '.join(missing[:3])}{more}, which its config.json asks for. "
-            "The folder's config and weights are of different models, or the download is incomplete."
+            f"{files.folder}: the weights lack {', '.join(missing[:3])}{more}, which its config.json requires. "
+            "The folder's config and weights belong to different models, or the download is incomplete."
         )
     for name, source in sources.items():  # on every rank, before the first collective
         found, expected = files.shape(source), tuple(full_shape(parameters[name]))
         if found != expected:
-            raise ModelError(f"{files.folder}: {source} is of shape {found}, its config.json asks for {expected}.")
+            raise ModelError(f"{files.folder}: {source} has shape {found}, its config.json requires {expected}.")
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     for name, source in sources.items():
         with whole(parameters[name], write=True) as value:
-            # what is sharded is everyone's when the first rank has written it; any other parameter is a rank's own
+            # the first rank writes a sharded parameter for all; every rank has its own copy of any other parameter
             if is_first or not is_sharded(parameters[name]):
                 value.copy_(files.read(source))
 
@@ -158,8 +158,8 @@ def build_backbone(folder: Path, dtype: torch.dtype, inside: AbstractContextMana
 
     Args:
         folder: a Hugging Face causal LM folder; only its config is read.
-        dtype: type of the weights.
-        inside: what it is built in: a sharding context, or the meta device.
+        dtype: dtype of the weights.
+        inside: the context to build it in: for sharding, or the meta device.
 
     Raises:
         ModelError: not a causal LM.
@@ -184,11 +184,11 @@ def load_backbone(
 
     Args:
         folder: a Hugging Face causal LM folder with safetensors.
-        dtype: type of the weights in memory.
+        dtype: dtype of the weights in memory.
         sharding: `engine.sharded_init(...)`, or None for an ordinary model in this process.
 
     Raises:
-        ModelError: not a causal LM, or weights that don't fit the config.
+        ModelError: not a causal LM, or its weights don't match the config.
     """
     model = build_backbone(folder, dtype, exact_buffers(sharding) if sharding else nullcontext())
     _copy_weights(model, WeightFiles(folder))
@@ -196,7 +196,7 @@ def load_backbone(
 
 
 def embedding_table(folder: Path, model: PreTrainedModel) -> Tensor:
-    """The input embeddings as the files of `folder` have them: ``[vocabulary, d]``, in the files' dtype."""
+    """The input embeddings as stored in the files of `folder`: ``[vocabulary, d]``, in the files' dtype."""
     weight = model.get_input_embeddings().weight
     names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
     files = WeightFiles(folder)

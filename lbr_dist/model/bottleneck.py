@@ -1,6 +1,6 @@
 """The model of both stages: a causal LM, and k bottleneck tokens with embeddings of their own.
 
-The bottleneck's embeddings are a parameter beside the vocabulary, so that they have their own learning rate and
+The bottleneck's embeddings are a parameter separate from the vocabulary, so they can have their own learning rate, and
 nothing has to be resized while the vocabulary is sharded. The export writes them into the vocabulary.
 """
 
@@ -43,9 +43,9 @@ class LanguageModelLoss(nn.Module):
 
 
 class Posterior(nn.Module):
-    """A unit-variance Gaussian channel for the vectors that `reinject` feeds back: mean and log-variance of each.
+    """A Gaussian channel for the vectors that `reinject` feeds back: a mean and a log-variance for each element.
 
-    It begins as the identity with little noise. Source: Alemi et al. 2017, "Deep Variational Information Bottleneck"
+    It starts as the identity with little noise. Source: Alemi et al. 2017, "Deep Variational Information Bottleneck"
     (arXiv 1612.00410), section 3.
     """
 
@@ -55,10 +55,10 @@ class Posterior(nn.Module):
         self.bias = nn.Parameter(torch.cat([torch.zeros(dimension), torch.full((dimension,), -4.0)]))
 
     def forward(self, hidden: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """A draw ``[tokens, d]`` float32, and the sum over the tokens of its divergence from a unit normal, in nats.
+        """A sample ``[tokens, d]`` float32, and its divergence from a unit normal in nats, summed over the tokens.
 
         Args:
-            hidden: ``[tokens, d]``, of elements around one.
+            hidden: ``[tokens, d]``, with elements around one in size.
             noise: ``[tokens, d]`` float32, unit normal.
         """
         mean, log_variance = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float().chunk(2, dim=1)
@@ -68,15 +68,15 @@ class Posterior(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
-    """What one scored token of each kind weighs in the sum; the weights hold the counts of the global batch."""
+    """Weight in the loss of one scored token of each kind, already divided by the counts of the global batch."""
 
     text: float
     target: float
     z: float = 0.0
-    """Of a scored token's squared log-normaliser."""
+    """Weight of a scored token's squared log-normaliser."""
 
     kl: float = 0.0
-    """Of a bottleneck token's divergence in nats."""
+    """Weight of a bottleneck token's divergence in nats."""
 
 
 class LBRModel(nn.Module):
@@ -88,7 +88,7 @@ class LBRModel(nn.Module):
         embedding_norm: the mean norm of the LM's input embeddings; `reinject` scales its vectors to it.
         variational: whether `reinject` draws its vectors from a learned posterior.
         attention: the attention kernel.
-        temperature: what a learned temperature of stage 2 begins at; None where it is not learned.
+        temperature: initial value of stage 2's learned temperature; None if it is not learned.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class LBRModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        # a parameter without elements is trouble under ZeRO-3
+        # ZeRO-3 has trouble with a parameter without elements
         self.bottleneck = nn.Parameter(bottleneck) if len(bottleneck) else None
         self.posterior = Posterior(bottleneck.shape[1]).to(bottleneck.dtype) if variational else None
         self.embedding_norm = embedding_norm
         self.attention = attention
-        # float32 even in a bfloat16 model would need an engine of its own; its logarithm moves slowly enough
+        # keeping it in float32 in a bfloat16 model would need a separate engine; its logarithm changes slowly enough
         dtype = bottleneck.dtype
         start = None if temperature is None else torch.tensor([math.log(temperature)], dtype=dtype)
         self.log_temperature = None if start is None else nn.Parameter(start)
@@ -115,13 +115,13 @@ class LBRModel(nn.Module):
 
     @property
     def fast_parameters(self) -> list[nn.Parameter]:
-        """What learns at its own, higher rate."""
+        """The parameters that have their own, higher learning rate."""
         posterior = [] if self.posterior is None else list(self.posterior.parameters())
         alone = (self.bottleneck, self.log_temperature)
         return [*(parameter for parameter in alone if parameter is not None), *posterior]
 
     def forward(self, row: PackedRow | None, *, task: Literal["learn", "embed", "temperature"], **options: Any) -> Any:
-        """One entry for both stages, since under ZeRO-3 everything must run through the engine's hooks."""
+        """One entry point for both stages, since under ZeRO-3 everything must run through the engine's hooks."""
         if row is None:
             assert task == "temperature" and self.log_temperature is not None
             return self.log_temperature.float()[0]
@@ -132,11 +132,11 @@ class LBRModel(nn.Module):
 
         Args:
             row: a packed row.
-            injected: ``[bottleneck tokens of the row, d]``, input embeddings in the place of the trained ones.
+            injected: ``[bottleneck tokens of the row, d]``, input embeddings to use instead of the trained ones.
         """
         embed = self.backbone.get_input_embeddings()
         at_bottleneck = row.roles == BOTTLENECK
-        # a bottleneck token's id is its number, which any vocabulary has
+        # a bottleneck token's id is its index, which is valid in any vocabulary
         inputs = embed(row.input_ids)
         if self.bottleneck is not None:
             values = injected
@@ -153,7 +153,7 @@ class LBRModel(nn.Module):
         return output[0]
 
     def _score(self, row: PackedRow, hidden: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
-        """The weighted sum, and ``[4]``: sums of the text's and the target's losses, and the numbers of tokens."""
+        """The weighted sum, and ``[4]``: the sums of the text's and the target's losses, and their token counts."""
         scored = row.labels != NO_LABEL
         kinds = row.loss_kinds[scored]
         each = hidden.new_tensor([weights.text, weights.target], dtype=torch.float32)
@@ -168,12 +168,12 @@ class LBRModel(nn.Module):
         Args:
             row: packed ``[sink x b y]``.
             form: `mask`, `reinject` or `none`.
-            weights: of a token of each kind.
+            weights: the weight of a token of each kind.
             noise: ``[bottleneck tokens of the row, d]`` float32 unit normal, for a variational bottleneck.
 
         Returns:
-            The weighted sum, and (without gradient) ``[5]``: the sums of the text's and of the target's losses, the
-            numbers of their tokens, and the sum of the divergences.
+            The weighted sum, and (without gradient) ``[5]``: the sums of the text's and of the target's losses, their
+            token counts, and the sum of the divergences.
         """
         if form != "reinject":
             loss, sums = self._score(row, self.hidden(row), weights)
@@ -207,7 +207,7 @@ class LBRModel(nn.Module):
 
 
 def initial_bottleneck(table: Tensor, count: int, settings: EmbeddingSettings | None, seed: int) -> Tensor:
-    """``[count, d]`` float32: the rows of a model that has them, or the mean embedding and noise of its spread."""
+    """``[count, d]`` float32: the model's own if it has them, else the mean embedding plus noise of its spread."""
     if settings is not None and len(settings.bottleneck_ids) == count:
         return table[list(settings.bottleneck_ids)].float()
     generator = torch.Generator().manual_seed(seed)
@@ -224,24 +224,24 @@ def load_model(
     variational: bool = False,
     temperature: float | None = None,
 ) -> LBRModel:
-    """The model of a stage: the folder's causal LM, and its bottleneck or a new one.
+    """The model of a stage: the folder's causal LM, with its own bottleneck or a new one.
 
     Args:
         config: k, dtype, kernel and adapters.
         folder: the base model's folder, or the export of stage 1.
         tokenizer: the folder's tokenizer.
-        seed: of a new bottleneck and of the adapters.
+        seed: seed of a new bottleneck and of the adapters.
         sharding: see `load_backbone`.
         variational: see `LBRModel`.
         temperature: see `LBRModel`.
 
     Raises:
-        ModelError: the folder's model, tokenizer or bottleneck don't fit.
+        ModelError: the folder's model, tokenizer or bottleneck doesn't match.
     """
     settings = EmbeddingSettings.read(folder)
     if settings is not None and len(settings.bottleneck_ids) not in (0, config.bottleneck_tokens):
         raise ModelError(
-            f"{folder}: has {len(settings.bottleneck_ids)} bottleneck tokens, model.bottleneck_tokens is "
+            f"{folder}: found {len(settings.bottleneck_ids)} bottleneck tokens, expected model.bottleneck_tokens = "
             f"{config.bottleneck_tokens}."
         )
     dtype: torch.dtype = getattr(torch, config.dtype)
@@ -250,7 +250,7 @@ def load_model(
     tokenizer.check_fits(len(table), folder)
     head = backbone.get_output_embeddings()
     if head is None or head.bias is not None or getattr(backbone.config, "final_logit_softcapping", None):
-        raise ModelError(f"{folder}: its LM head has a bias or a soft cap, which stage 1's loss does not know.")
+        raise ModelError(f"{folder}: its LM head has a bias or a soft cap, which stage 1's loss doesn't support.")
     if config.lora.rank:
         add_adapters(backbone, config.lora, seed)
     if config.activation_checkpointing:

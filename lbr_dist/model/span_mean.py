@@ -1,7 +1,7 @@
 """A sentence-transformers module: the mean over the bottleneck's states, or over the text's.
 
-Copied into the folders of models that are pooled so. Nothing of lbr-dist is needed to load it, but
-`SentenceTransformer(folder, trust_remote_code=True)` is.
+Copied into the folders of models that use this pooling. Loading it needs nothing from lbr-dist, but it does need
+`SentenceTransformer(folder, trust_remote_code=True)`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class SpanMean(Module):  # type: ignore[misc]
     """Mean of the last hidden states over a span of the tokens `[sink, text, bottleneck]` of a right-padded batch.
 
     Args:
-        dimension: of the hidden states.
+        dimension: width of the hidden states.
         bottleneck_tokens: k, the number of bottleneck tokens at the end.
         span: `bottleneck` (the last k tokens) or `text` (all tokens but the sink and the last k).
     """

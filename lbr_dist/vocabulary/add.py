@@ -1,7 +1,7 @@
 """A larger vocabulary for a base model: the pieces that shorten a domain's text most become tokens of their own.
 
 `pieces.py` chooses them, `merges.py` edits the tokenizer, `tables.py` the weights. Text without the new pieces keeps
-its tokens, and a new embedding is the mean of those it stands for. The result is a base model folder like any other.
+its tokens, and a new embedding is the mean of those it replaces. The result is a base model folder like any other.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lbr_dist.vocabulary.tables import vocabulary_tables, write_grown, write_jso
 
 REPORT = "vocabulary.json"
 
-_PASSAGE = re.compile(r"\S.{0,1999}(?!\S)|\S{2000}", re.DOTALL)  # cut at white space where there is some
-_PASSAGES = (100_000, 5_000)  # to choose on, and held out
-_COUNTED = 10_000_000  # characters of those to choose on
+_PASSAGE = re.compile(r"\S.{0,1999}(?!\S)|\S{2000}", re.DOTALL)  # cut at white space if there is any
+_PASSAGES = (100_000, 5_000)  # to choose pieces on, and held out
+_COUNTED = 10_000_000  # characters of the passages to choose pieces on
 
 
 @dataclass(frozen=True, slots=True)
 class VocabularyReport:
-    """`vocabulary.json`: what the new entries bring on texts that they were not chosen on."""
+    """`vocabulary.json`: what the new entries save on held-out texts."""
 
     base: str
     corpora: list[str]
@@ -49,10 +49,10 @@ class VocabularyReport:
     passages: int
     held_out_passages: int
     lossy_passages: int
-    """Passages of both kinds that the base tokenizer does not restore exactly either."""
+    """Passages, held out or not, that the base tokenizer itself does not restore exactly."""
 
     tokens_per_word: tuple[float, float]
-    """Before and after, on the held-out passages; a word is what stands between white space."""
+    """Before and after, on the held-out passages; a word is anything between white space."""
 
     tokens_per_character: tuple[float, float]
     top: list[dict[str, Any]]
@@ -86,14 +86,14 @@ def add_vocabulary(
         base: a Hugging Face causal LM folder with safetensors and a fast BPE tokenizer.
         corpora: files or folders as `read_corpus` takes them; sampled, so they may be large.
         out: a folder that doesn't exist or is empty; it appears only when it is whole.
-        pieces: entries to add, those among them that others are glued from included.
+        pieces: entries to add, including intermediate ones that others are glued from.
         min_count: a piece that saves fewer tokens of the sample is not added; its embedding would hardly be trained.
-        say: told what is being done, in plain lines.
+        say: called with lines of progress.
 
     Raises:
-        ConfigError: `pieces`, `min_count` or `out` cannot be.
-        DataError: no text, or not enough for so many pieces.
-        ModelError: a model or tokenizer that this doesn't know how to extend.
+        ConfigError: `pieces`, `min_count` or `out` is not valid.
+        DataError: no text, or not enough for this many pieces.
+        ModelError: the model or tokenizer is of a kind that cannot be extended.
     """
     base, out = Path(base), Path(out)
     _check_settings(base, out, pieces, min_count)
@@ -108,11 +108,11 @@ def add_vocabulary(
     train, kept = _restored(base, before, sample), _restored(base, before, held_out)
     entries = choose(content, train, pieces, min_count, say)
     after = tokenizer_of(content, entries)
-    say(f"checking that all {len(train) + len(kept):,} passages come back from their tokens")
+    say(f"checking that all {len(train) + len(kept):,} passages can be restored from their tokens")
     if lost := restores(after, train + kept).count(False):
         raise ModelError(
             f"{base}/tokenizer.json: with the new pieces, it changes {lost} of {len(train) + len(kept)} texts that it "
-            "kept. Use another base model, and report this."
+            "restored before. Use another base model, and report this."
         )
 
     ids = after.get_vocab()
@@ -152,27 +152,27 @@ def add_vocabulary(
         published = publish(building, out)
     except OSError as error:
         raise ModelError(
-            f"{out}: could not be written ({error}). Nothing was left behind; free the space or name another folder."
+            f"{out}: could not be written ({error}). Nothing was left behind. Free some space or name another folder."
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if not published:
-        raise ConfigError(f"out = {out}: another job filled it meanwhile. Name another folder.")
+        raise ConfigError(f"out = {out}: another job filled it in the meantime. Name another folder.")
     return report
 
 
 def _check_settings(base: Path, out: Path, pieces: int, min_count: int) -> None:
     if not 1 <= pieces <= CANDIDATES:
         raise ConfigError(
-            f"pieces = {pieces}: expected 1 to {CANDIDATES:,}, the pieces that sentencepiece is asked to propose. "
-            "A few thousand are usual for a domain."
+            f"pieces = {pieces}: expected 1 to {CANDIDATES:,}, as many as sentencepiece is asked to propose. "
+            "A few thousand are typical for a domain."
         )
     if min_count < 1:
         raise ConfigError(f"min_count = {min_count}: expected at least 1. Leave it out for the default.")
     if out.resolve() == base.resolve():
-        raise ConfigError(f"out = {out}: is the base model's own folder, expected another. Name a new folder.")
+        raise ConfigError(f"out = {out}: is the base model's own folder, expected another one. Name a new folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out = {out}: found something there, expected a new or empty folder. Name another.")
+        raise ConfigError(f"out = {out}: found something there, expected a new or empty folder. Name another one.")
 
 
 def _described(tokenizer: Tokenizer, entry: Entry) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _described(tokenizer: Tokenizer, entry: Entry) -> dict[str, Any]:
 
 
 def _sample(corpora: Sequence[Path], say: Callable[[str], None]) -> tuple[list[str], list[str]]:
-    """Passages to choose pieces on, in random order, and some of every 20th record to measure them on."""
+    """Passages to choose pieces on, in random order, and passages of every 20th record to measure on."""
     generator = random.Random(0)
     both: tuple[list[str], list[str]] = ([], [])
     seen = [0, 0]
@@ -214,7 +214,7 @@ def _sample(corpora: Sequence[Path], say: Callable[[str], None]) -> tuple[list[s
 
 
 def _restored(base: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
-    """The texts that the tokenizer gives back; a few that Unicode normalisation changes are usual, more are not."""
+    """The texts that the tokenizer restores. It is normal if Unicode normalisation changes a few, but not most."""
     fine = restores(tokenizer, texts)
     if 2 * sum(fine) < len(texts):
         text = texts[fine.index(False)]
@@ -222,16 +222,16 @@ def _restored(base: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> list[st
         raise ModelError(
             f"{base}/tokenizer.json: does not restore {fine.count(False)} of {len(texts)} passages: {text[:60]!r} "
             f"came back as {tokenizer.decode(ids, skip_special_tokens=False)[:60]!r}. Expected a tokenizer that keeps "
-            "a text as it is; use another base model, or normalise the corpus as it does."
+            "text as it is. Use another base model, or normalise the corpus the way its tokenizer does."
         )
     return [text for text, good in zip(texts, fine, strict=True) if good]
 
 
 def _check_loads(base: Path, out: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-    """Raises ModelError where transformers makes another tokenizer of the folder than was measured."""
+    """Raises ModelError if transformers loads another tokenizer from the folder than the one that was measured."""
     if TextTokenizer(out).encode(texts) != [tuple(each.ids) for each in encoded(tokenizer, texts)]:
         raise ModelError(
-            f"{base}/tokenizer_config.json: its tokenizer class changes tokenizer.json when it is loaded, so that "
-            "the new pieces are lost; expected a class that takes the file as it is. Set tokenizer_class to "
+            f"{base}/tokenizer_config.json: its tokenizer class changes tokenizer.json when it is loaded, so "
+            "the new pieces are lost. Expected a class that uses the file as it is. Set tokenizer_class to "
             "PreTrainedTokenizerFast."
         )

@@ -1,4 +1,4 @@
-"""A BPE tokenizer with more tokens: the content of its tokenizer.json, and merges learnt on from where its own end.
+"""A BPE tokenizer with more tokens: the content of its tokenizer.json, and new merges that continue its own.
 
 Continued BPE training as in Purason et al., *Teaching Old Tokenizers New Words* (arXiv:2512.03989). The new merges come
 last, so the base tokenizer's own segmentation is always found first.
@@ -20,12 +20,12 @@ from tokenizers import Encoding, Tokenizer
 from lbr_dist.errors import ModelError
 
 Content = dict[str, Any]
-"""What stands in a tokenizer.json."""
+"""The content of a tokenizer.json."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A new token: how it is written in the tokenizer, what it stands for, and what it saved when it was chosen."""
+    """A new token: its name in the tokenizer, the base tokens it replaces, and how many tokens it saved when chosen."""
 
     token: str
     base_ids: tuple[int, ...]
@@ -35,10 +35,10 @@ class Entry:
 
 
 def bpe_content(base: Path, tokenizer: Tokenizer) -> Content:
-    """The tokenizer as transformers runs it.
+    """The content of the tokenizer as transformers runs it, without padding and truncation.
 
     Raises:
-        ModelError: it is not BPE, or its tokens are not a text written one after another.
+        ModelError: it is not BPE, or its tokens, joined, are not the text.
     """
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.no_padding()
@@ -47,21 +47,21 @@ def bpe_content(base: Path, tokenizer: Tokenizer) -> Content:
     model = content["model"]
     if model["type"] != "BPE":
         raise ModelError(
-            f"{base}/tokenizer.json: model.type is {model['type']}, expected BPE. New pieces are merges of a BPE "
-            "tokenizer; use a base model that has one, as Llama 3, Qwen, Mistral, Gemma and SmolLM have."
+            f"{base}/tokenizer.json: model.type is {model['type']}, expected BPE. New pieces are added as BPE merges. "
+            "Use a base model with a BPE tokenizer, such as Llama 3, Qwen, Mistral, Gemma or SmolLM."
         )
     for field in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model[field]:
             raise ModelError(
-                f"{base}/tokenizer.json: model.{field} is {model[field]!r}, expected none. Pieces of such a tokenizer "
-                "are not their tokens written one after another; use another base model."
+                f"{base}/tokenizer.json: model.{field} is {model[field]!r}, expected none. With it, a piece is not "
+                "its tokens joined together. Use another base model."
             )
     return content
 
 
 def extended(content: Content, entries: Sequence[Entry]) -> Content:
-    """The tokenizer with the entries, numbered on from its last token."""
-    # an added token that the BPE model does not know is numbered anew when it is loaded, after the last of the model
+    """The tokenizer with the entries, numbered after its last token."""
+    # on loading, an added token that the BPE model does not have gets a new id, after the model's last one
     vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
     vocab |= {entry.token: i for i, entry in enumerate(entries, 1 + max(vocab.values()))}
     flags = dict.fromkeys(("special", "normalized", "single_word", "lstrip", "rstrip"), False)
@@ -76,12 +76,12 @@ def tokenizer_of(content: Content, entries: Sequence[Entry] = ()) -> Tokenizer:
 
 
 def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:
-    for start in range(0, len(texts), 1000):  # encodings take a hundred times the room of their texts
+    for start in range(0, len(texts), 1000):  # encodings take a hundred times the memory of their texts
         yield from tokenizer.encode_batch(texts[start : start + 1000], add_special_tokens=False)
 
 
 def restores(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bool]:
-    """For each text, whether its tokens give it back exactly."""
+    """For each text, whether its tokens decode to exactly the same text."""
     decoded = (tokenizer.decode(each.ids, skip_special_tokens=False) for each in encoded(tokenizer, texts))
     return [one == other for one, other in zip(decoded, texts, strict=True)]
 
@@ -90,7 +90,7 @@ def restores(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bool]:
 
 
 def glued(content: Content, matched: Sequence[Entry], texts: Sequence[str], limit: int, min_count: int) -> list[Entry]:
-    """Pieces within the words of the base tokenizer, in the order in which their merges must stand."""
+    """Pieces within the words of the base tokenizer, in the order that their merges must have."""
     tokenizer = tokenizer_of(content, matched)
     apart = {token["content"] for token in content["added_tokens"]} | {entry.token for entry in matched}
     apart.add(content["model"]["unk_token"])
@@ -101,7 +101,7 @@ def glued(content: Content, matched: Sequence[Entry], texts: Sequence[str], limi
         word: list[str] = []
         last: int | None = None
         for token, number in zip(encoding.tokens, encoding.word_ids, strict=True):
-            # tokenizers of sentencepiece's kind have no words but mark where they begin
+            # tokenizers like sentencepiece's don't split text into words, but mark where they start
             if number != last or token in apart or token.startswith("▁"):
                 words[tuple(word)] += 1
                 word = []
@@ -115,9 +115,9 @@ def glued(content: Content, matched: Sequence[Entry], texts: Sequence[str], limi
 def learn_merges(
     words: Mapping[tuple[str, ...], int], ids: Mapping[str, int], limit: int, min_count: int
 ) -> list[Entry]:
-    """Joins the commonest pair of neighbours in the counted words, again and again.
+    """Joins the most frequent pair of neighbours in the counted words, again and again.
 
-    A pair that gives a token which exists is left alone: its merge would change text that has no new piece.
+    A pair that gives an existing token is skipped: its merge would change text without new pieces.
     """
     spelled, counts = list(words), list(words.values())
     totals: Counter[tuple[str, str]] = Counter()
@@ -135,12 +135,12 @@ def learn_merges(
         name = pair[0] + pair[1]
         if totals[pair] < min_count or name in parts:
             continue
-        if totals[pair] != -bound:  # totals of pairs that exist only fall
+        if totals[pair] != -bound:  # out of date: the total of an existing pair can only fall
             heapq.heappush(queue, (-totals[pair], pair))
             continue
         joined = {number: _joined(spelled[number], pair) for number in where.pop(pair)}
         saved = sum((len(spelled[number]) - len(word)) * counts[number] for number, word in joined.items())
-        if saved < min_count:  # in `a a a`, the pair stands twice and is joined once
+        if saved < min_count:  # in `a a a`, the pair occurs twice but is joined once
             continue
         fresh = set()
         for number, word in joined.items():

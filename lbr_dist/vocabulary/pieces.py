@@ -1,7 +1,7 @@
-"""The pieces of a domain's text that shorten it most as tokens of their own, chosen for a BPE tokenizer.
+"""Chooses the pieces of a domain's text that save most tokens when a BPE tokenizer gets them as new tokens.
 
 glued      within one word of the tokenizer: a merge after all of its own (merges.py).
-matched    across several (`C(=O)O`), which BPE could never reach: an added token, found in the raw text before
+matched    across several words (`C(=O)O`), which BPE could never reach: an added token, found in the raw text before
            anything else. Sentencepiece proposes these.
 """
 
@@ -30,10 +30,10 @@ _UNLIKE_A_WORD = re.compile(r"[^\w\s]|[A-Za-z]\d+[A-Za-z]|\d[A-Za-z]+\d")
 def choose(
     content: Content, texts: Sequence[str], pieces: int, min_count: int, say: Callable[[str], None]
 ) -> list[Entry]:
-    """Exactly `pieces` entries, those of both kinds that save most; merges in the order in which they must stand.
+    """Exactly `pieces` entries, those of both kinds that save most; merges in the order that they must have.
 
     Raises:
-        DataError: the texts don't give so many.
+        DataError: the texts don't give that many.
     """
     proposals = _proposals(texts, say)
     spanning = matched(content, texts, proposals, pieces, min_count, say)
@@ -42,14 +42,14 @@ def choose(
     if len(spanning) + len(joined) < pieces:
         raise DataError(
             f"pieces = {pieces}: the corpus gives at most {len(spanning) + len(joined)} that save {min_count} tokens "
-            "or more. Ask for as many, give more text, or lower min_count."
+            "or more. Ask for no more than that, give more text, or lower min_count."
         )
-    # a piece saves no less than those glued from it, and sorting is stable: what is kept has all its parts before it
+    # a piece saves at least as much as those glued from it, and sorting is stable: parts come before what uses them
     return sorted(joined + spanning, key=lambda entry: -entry.saved)[:pieces]
 
 
 def first(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """As many of the first texts as have `characters` in all."""
+    """The first texts, until they have `characters` characters in total."""
     for text in texts:
         if characters <= 0:
             return
@@ -62,10 +62,10 @@ def token_counts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
 
 
 def _proposals(texts: Sequence[str], say: Callable[[str], None]) -> list[str]:
-    """The pieces of a sentencepiece unigram model of the texts, as they are written in them."""
+    """The pieces of a sentencepiece unigram model of the texts, spelled as in the texts."""
     import sentencepiece
 
-    # nothing but white space bounds a piece: scripts, digits and brackets alternate within a SMILES string
+    # only white space ends a piece: letters, digits and brackets alternate within a SMILES string
     lines = [line for text in first(texts, _PROPOSED) for line in text.split("\n") if line.strip()]
     say(f"sentencepiece: proposing pieces from {sum(map(len, lines)):,} characters")
     model = io.BytesIO()
@@ -91,7 +91,7 @@ def _proposals(texts: Sequence[str], say: Callable[[str], None]) -> list[str]:
         )
     except RuntimeError as error:
         raise DataError(
-            f"the corpus: sentencepiece found no pieces in it ({error}), expected running text. Give more of it."
+            f"the corpus: sentencepiece found no pieces in it ({error}), expected running text. Give more text."
         ) from None
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return [processor.id_to_piece(i) for i in range(processor.get_piece_size()) if not processor.is_unknown(i)]
@@ -108,10 +108,10 @@ def matched(
     min_count: int,
     say: Callable[[str], None],
 ) -> list[Entry]:
-    """At most `limit` pieces across the words of the tokenizer, the most useful first.
+    """At most `limit` pieces that span several words of the tokenizer, the most useful first.
 
-    Those that pay on their own compete for the text, where the longest is found first. While there are too many, the
-    half that would be missed less leaves.
+    Pieces that save tokens on their own compete for the text, in which the longest match wins. As long as there are too
+    many, the less useful half is dropped.
     """
     base = tokenizer_of(content)
     parts = _candidates(content, base, proposals)
@@ -136,8 +136,8 @@ def matched(
 def _candidates(content: Content, base: Tokenizer, proposals: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The proposals that can be matched, with their base tokens.
 
-    One with white space, or of letters and digits that don't alternate as in `c1cc`, would match within ordinary words
-    and numbers; one that isn't ASCII, a byte-level decoder could take for its own bytes.
+    A piece with white space, or of letters and digits that don't alternate as in `c1cc`, would match within ordinary
+    words and numbers. A byte-level decoder could mistake a piece that isn't ASCII for its own bytes.
     """
     known = base.get_vocab()
     fixed = [token["content"] for token in content["added_tokens"]]
@@ -152,21 +152,21 @@ def _candidates(content: Content, base: Tokenizer, proposals: Iterable[str]) -> 
 
 
 def _overlap(piece: str, token: str) -> bool:
-    """Whether a text could hold a match of the piece that keeps an existing token from being found."""
+    """Whether, in some text, a match of the piece could keep an existing token from being found."""
     shorter = range(1, min(len(piece), len(token)))
     return piece in token or token in piece or any(piece.endswith(token[:n]) for n in shorter)
 
 
 def _keeps_surroundings(content: Content, piece: str) -> bool:
-    """Whether text around a matched piece stays as it is; tokenizers that put a space before each part fail here."""
+    """Whether the text around a matched piece is kept; tokenizers that put a space before each part fail this."""
     tokenizer = tokenizer_of(content, [Entry(piece, (), 0, None)])
     return all(restores(tokenizer, [f"x{piece}x", f"x {piece} x", f"x{piece}{piece}x"]))
 
 
 def _saved_alone(base: Tokenizer, pieces: Collection[str], chunks: Iterable[str]) -> dict[str, float]:
-    """Mean tokens that a piece saves where it is the only new one, for those that save in 19 of 20 places.
+    """Mean tokens that each piece saves as the only new one, for the pieces that save in at least 19 of 20 places.
 
-    One that ends in the middle of a word (`value` `:` -> `valu` `e:`) shows by saving nothing there.
+    This drops pieces that cut words (`value` `:` -> `valu` `e:`), since they save nothing there.
     """
     places: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for chunk in first(chunks, _TRIED):
@@ -190,7 +190,7 @@ def _saved_alone(base: Tokenizer, pieces: Collection[str], chunks: Iterable[str]
 
 
 def _uses(content: Content, pieces: Sequence[str], chunks: Mapping[str, int]) -> Counter[str]:
-    """How often each matched piece is found where all of them are tokens."""
+    """How often each matched piece is found if all of them are tokens."""
     tokenizer = tokenizer_of(content, [Entry(piece, (), 0, None) for piece in pieces])
     known = set(pieces)
     uses: Counter[str] = Counter()
@@ -204,7 +204,7 @@ def _uses(content: Content, pieces: Sequence[str], chunks: Mapping[str, int]) ->
 def _without(
     pieces: Collection[str], uses: Mapping[str, int], alone: Mapping[str, float]
 ) -> tuple[dict[str, float], Counter[str]]:
-    """Tokens that a use of each piece saves over the other pieces, and its uses if the longer ones with it leave."""
+    """Tokens that a use of each piece saves over other pieces, and its uses if longer pieces with it are dropped."""
     known = set(pieces)
     saved: dict[str, float] = {}
     inherited = Counter({piece: uses[piece] for piece in pieces})

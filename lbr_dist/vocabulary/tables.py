@@ -1,4 +1,4 @@
-"""A base model's folder with more rows in the tables of its vocabulary, the rest of it as it is."""
+"""A copy of a base model's folder with more rows in its vocabulary tables, and everything else unchanged."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _STALE = re.compile(
     r"(vocab\.(json|txt)|merges\.txt|added_tokens\.json|manifest\.json|lbr\.json|.*\.model"
     r"|.*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)(\.index\.json)?)$"
 )
-"""Files that tell of the old vocabulary or hold the old weights."""
+"""Files that describe the old vocabulary or hold the old weights."""
 
 
 def vocabulary_tables(base: Path) -> list[str]:
     """Names, in the weight files, of all tensors that have a row for each token.
 
     Raises:
-        ModelError: not a causal LM, or one with other tables than input embeddings and LM head.
+        ModelError: not a causal LM, or it has vocabulary tables other than input embeddings and LM head.
     """
     files = WeightFiles(base)
     read_json(base / "config.json")
@@ -62,7 +62,7 @@ def vocabulary_tables(base: Path) -> list[str]:
     if not all(names) or set(rows.values()) != {config.vocab_size}:
         raise ModelError(
             f"{base}: found the tables {rows} in its weights, expected input embeddings and LM head of vocab_size = "
-            f"{config.vocab_size} rows. The download is incomplete, or of another model."
+            f"{config.vocab_size} rows. The download is incomplete, or belongs to another model."
         )
     return list(rows)
 
@@ -70,9 +70,9 @@ def vocabulary_tables(base: Path) -> list[str]:
 def write_grown(
     base: Path, out: Path, tables: Iterable[str], rows: int, stands_for: Mapping[int, Sequence[int]]
 ) -> None:
-    """All files of `base` in `out`, save tokenizer.json, with `tables` of `rows` rows.
+    """Write the files of `base` to `out`, except tokenizer.json and stale ones, with `tables` grown to `rows` rows.
 
-    A new id's row is the mean of the rows of those that it stands for. Holds a file that has a table in memory.
+    The row of a new id is the mean of the rows of the ids it replaces. A weight file with a table is read into memory.
     """
     files = WeightFiles(base)
     added = 0

@@ -1,6 +1,6 @@
 """Every backend against the definition in float64: outputs and gradients, at odd shapes, with and without windows.
 
-Tolerance: at most twice the error of plain PyTorch attention in the same precision under the dense mask, and one unit
+Tolerance: at most twice the error of plain PyTorch attention in the same precision under the dense mask, plus one unit
 in the last place of the largest element.
 """
 
@@ -38,7 +38,7 @@ def made(layout: BottleneckLayout, heads: int, kv_heads: int, dim: int, dtype: t
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attention as everybody writes it, in the dtype of the inputs; the softmax in float32 or wider."""
+    """The usual attention, in the dtype of the inputs; the softmax in float32 or wider."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1).transpose(0, 1) for x in (k, v))
     scores = (q.transpose(0, 1) @ k.transpose(1, 2)) * q.shape[-1] ** -0.5
@@ -61,7 +61,7 @@ def check(backend: str, name: str, shape: tuple[int, int, int], dtype: torch.dty
     for ours, other, right in zip(found, usual, expected, strict=True):
         assert ours.dtype == dtype
         place = torch.finfo(dtype).eps * max(1.0, float(right.detach().abs().max()))  # the inputs' variance is one
-        # the rounding of torch's own fused kernel is torch's: some places in float32
+        # torch's own fused kernel rounds more: by several units in the last place in float32
         allowed = 2 * (other.double() - right).abs().max() + place * (32 if backend == "sdpa" else 1)
         assert (ours.double() - right).abs().max() <= allowed
 
@@ -70,7 +70,7 @@ def check(backend: str, name: str, shape: tuple[int, int, int], dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "long"])
 @pytest.mark.parametrize("backend", ["tiles", "sdpa", "reference"])
-def test_backend(backend: str, name: str, dtype: torch.dtype, window: int | None) -> None:
+def test_backends_match_the_definition(backend: str, name: str, dtype: torch.dtype, window: int | None) -> None:
     for shape in ((4, 4, 8), (9, 3, 64), (4, 1, 24)):
         check(backend, name, shape, dtype, window)
 
@@ -79,7 +79,7 @@ def test_backend(backend: str, name: str, dtype: torch.dtype, window: int | None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["tiles", "sdpa"])
 def test_long_segments(monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, window: int | None) -> None:
-    """Many tiles, and probabilities that are recomputed in backward."""
+    """Several tiles, and probabilities that are recomputed in backward."""
     monkeypatch.setattr(causal_tiles, "KEPT_KEYS", 200)
     check(backend, "long", (4, 2, 32), dtype, window)
 
@@ -87,7 +87,7 @@ def test_long_segments(monkeypatch: pytest.MonkeyPatch, backend: str, dtype: tor
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 6, 200])
 @pytest.mark.parametrize("backend", CUDA_ONLY)
-def test_flash(backend: str, window: int | None) -> None:
+def test_flash_backends_match_the_definition(backend: str, window: int | None) -> None:
     reason = why_not(backend, "cuda", torch.bfloat16, 64)
     if reason:
         pytest.skip(reason)
@@ -98,7 +98,9 @@ def test_flash(backend: str, window: int | None) -> None:
 
 @given(lengths, st.integers(0, 3), st.integers(0, 1), st.sampled_from([None, 2, 4]))
 @settings(max_examples=60, deadline=None)
-def test_any_layout(sequences: list[tuple[int, int]], bottleneck: int, sink: int, window: int | None) -> None:
+def test_any_layout_matches_the_reference(
+    sequences: list[tuple[int, int]], bottleneck: int, sink: int, window: int | None
+) -> None:
     contexts, targets = zip(*sequences, strict=True)
     layout = BottleneckLayout.from_lengths(context=contexts, bottleneck=bottleneck, target=targets, sink=sink)
     q, k, v, _ = made(layout, 2, 1, 4, torch.float64, "cpu")
@@ -110,13 +112,13 @@ def test_any_layout(sequences: list[tuple[int, int]], bottleneck: int, sink: int
 
 @given(lengths, st.integers(1, 3), st.integers(0, 1), st.sampled_from([None, 1, 3]))
 @settings(max_examples=60, deadline=None)
-def test_mask_is_its_definition(
+def test_the_mask_matches_its_definition(
     sequences: list[tuple[int, int]], bottleneck: int, sink: int, window: int | None
 ) -> None:
     contexts, targets = zip(*sequences, strict=True)
     layout = BottleneckLayout.from_lengths(context=contexts, bottleneck=bottleneck, target=targets, sink=sink)
     mask = layout.mask(window)
-    # of each token its sequence, its place, and the place it has where the text is taken out
+    # for each token: its sequence, its position, its role, and the length of the sequence's context
     tokens = [
         (i, place, "target" if place >= n + bottleneck else "bottleneck" if place >= n else "context", n)
         for i, (n, m) in enumerate(sequences)
@@ -133,8 +135,8 @@ def test_mask_is_its_definition(
             assert mask[q, key] == expected, (tokens[q], tokens[key])
 
 
-def test_nothing_leaks() -> None:
-    """Another text moves no output of the target by one bit, where the bottleneck's keys and values are held."""
+def test_the_target_sees_the_text_only_through_the_bottleneck() -> None:
+    """With the bottleneck's keys and values fixed, another text must not change the target's outputs by one bit."""
     layout = BottleneckLayout.from_lengths(context=[7, 12], bottleneck=3, target=[5, 40], sink=1)
     q, k, v, _ = (x.detach() for x in made(layout, 4, 2, 16, torch.float32, "cpu"))
     others = [x.clone() for x in (q, k, v)]
@@ -150,7 +152,7 @@ def test_nothing_leaks() -> None:
         assert not torch.equal(before[~target], after[~target])
 
 
-def test_what_is_refused() -> None:
+def test_invalid_inputs_are_refused() -> None:
     layout = BottleneckLayout.from_lengths(context=[4], bottleneck=1, target=[2])
     q, k, v, _ = made(layout, 4, 2, 8, torch.float32, "cpu")
     for message, arguments, options in (
@@ -176,8 +178,8 @@ def test_what_is_refused() -> None:
 def test_backends_say_why_not() -> None:
     assert "steps of 8, found 20" in str(why_not("torch_varlen", "cuda", torch.bfloat16, 20))
     assert "tensors are float32" in str(why_not("torch_varlen", "cuda", torch.float32, 64))
-    assert "it is the CPU's" in str(why_not("tiles", "cuda", torch.bfloat16, 64))
+    assert "it runs on the CPU only" in str(why_not("tiles", "cuda", torch.bfloat16, 64))
     assert choose_backend("auto", "cuda", torch.bfloat16, 64) in CUDA_ONLY
     assert choose_backend("auto", "cuda", torch.float32, 64) == "sdpa"
     assert choose_backend("auto", "cpu", torch.bfloat16, 64) == "tiles"
-    assert list(KERNELS)[-1] == "reference", "the slow truth is the last resort"
+    assert list(KERNELS)[-1] == "reference", "the slow reference is the last resort"

@@ -36,7 +36,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def test_each_step_is_one_flushed_line_with_null_for_what_is_not_finite(tmp_path: Path) -> None:
+def test_each_step_is_one_flushed_line_with_null_for_non_finite_values(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "learn", "learn", 3, quiet=True) as log:
         log.log(1, loss=2.5, lr=1e-4)
         assert lines(tmp_path / "learn") == [{"step": 1, "loss": 2.5, "lr": 1e-4}]
@@ -48,7 +48,7 @@ def test_each_step_is_one_flushed_line_with_null_for_what_is_not_finite(tmp_path
     ]
 
 
-def test_resuming_drops_the_steps_that_are_run_again(tmp_path: Path) -> None:
+def test_resuming_drops_the_steps_that_run_again(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, "learn", 6, quiet=True) as log:
         for step in range(1, 5):
             log.log(step, loss=float(step))
@@ -78,7 +78,7 @@ def test_resuming_keeps_step_0_and_joins_the_lines_of_a_step(tmp_path: Path) -> 
             {"step": 1, "loss": 1.0},
             {"step": 2, "loss": 2.0, "effective_rank": 9.0},
         ]
-    # a stage that begins again measures the untrained model again
+    # a stage that starts over measures the untrained model again
     with MetricsLog(tmp_path, "learn", 6, quiet=True) as log:
         log.log(0, effective_rank=4.0)
     assert lines(tmp_path) == [{"step": 0, "effective_rank": 4.0}]
@@ -115,7 +115,7 @@ def test_represent_lines_and_long_times(tmp_path: Path, monkeypatch: pytest.Monk
 HELDOUT = {"heldout_target_loss": 2.888, "heldout_target_loss_shuffled": 3.56, "heldout_target_loss_without": 4.1}
 
 
-def test_diagnostics_and_skipped_steps_are_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagnostics_and_skipped_steps_are_printed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("lbr_dist.metrics.time.monotonic", lambda: clock[0])
     stream = io.StringIO()
@@ -137,7 +137,7 @@ def test_diagnostics_and_skipped_steps_are_said_at_once(tmp_path: Path, monkeypa
     ]
 
 
-def test_what_the_dev_pairs_say_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dev_pair_metrics_are_printed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lbr_dist.metrics.time.monotonic", lambda: 0.0)
     stream = io.StringIO()
     with MetricsLog(tmp_path, "represent", 8, stream=stream) as log:
@@ -151,7 +151,7 @@ def test_what_the_dev_pairs_say_is_said_at_once(tmp_path: Path, monkeypatch: pyt
     ]
 
 
-def test_the_time_left_counts_steps_and_not_what_is_measured_before_the_first(
+def test_the_time_left_ignores_measurements_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
@@ -201,7 +201,7 @@ def test_the_file_is_complete_when_the_stage_dies(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [1]
 
 
-def test_missing_tensorboard_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_tensorboard_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics._tell_once.cache_clear()
     with caplog.at_level(logging.INFO, "lbr_dist.metrics"):
         for stage in ("learn", "represent"):
@@ -247,6 +247,6 @@ def test_a_full_disk_costs_the_log_and_not_the_training(tmp_path: Path) -> None:
         log._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
         log.log(2, loss=2.0)
         log.log(3, loss=3.0)
-    assert stream.getvalue().count("warning: /dev/full: No space left on device. Training goes on") == 1
+    assert stream.getvalue().count("warning: /dev/full: No space left on device. Training continues") == 1
     assert "3/3" in stream.getvalue()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The model: packed rows equal one sequence at a time in every family, and nothing leaks past the bottleneck."""
+"""The model: packed rows give the same as one sequence at a time in every family; nothing leaks past the bottleneck."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sequences(folder: Path) -> tuple[TextTokenizer, list[TrainingSequence]]:
     return tokenizer, [*made, *(TrainingSequence(i, 4, i, tuple(1 if t % 3 == 0 else t for t in i)) for i in ids[6:])]
 
 
-def test_embeddings_are_hugging_faces(family: tuple[Path, LBRModel]) -> None:
+def test_embeddings_match_hugging_face(family: tuple[Path, LBRModel]) -> None:
     folder, model = family
     tokenizer, _ = sequences(folder)
     texts = tokenizer.encode(list(tiny.texts().values())[:7])
@@ -52,7 +52,7 @@ def test_embeddings_are_hugging_faces(family: tuple[Path, LBRModel]) -> None:
 
 
 @pytest.mark.parametrize("form", ["mask", "reinject"])
-def test_packed_loss_is_one_at_a_time(family: tuple[Path, LBRModel], form: str) -> None:
+def test_packed_loss_matches_one_sequence_at_a_time(family: tuple[Path, LBRModel], form: str) -> None:
     folder, model = family
     tokenizer, batch = sequences(folder)
     counts = (sum(len(s.context) - 1 for s in batch), sum(len(s.target) for s in batch))
@@ -77,8 +77,10 @@ def test_packed_loss_is_one_at_a_time(family: tuple[Path, LBRModel], form: str) 
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_nothing_leaks(family: tuple[Path, LBRModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the bottleneck's keys and values held, another text must not move the target by one bit."""
+def test_the_target_sees_the_text_only_through_the_bottleneck(
+    family: tuple[Path, LBRModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bottleneck's keys and values fixed, another text must not change the target by one bit."""
     folder, model = family
     tokenizer, batch = sequences(folder)
     other = [TrainingSequence(tuple(reversed(s.context)), s.bottleneck, s.target, s.target_inputs) for s in batch]
@@ -101,12 +103,12 @@ def test_nothing_leaks(family: tuple[Path, LBRModel], monkeypatch: pytest.Monkey
             return model.hidden(row)[row.roles == TARGET]
 
     first = hidden(rows[0], "record")
-    assert len(held) == 2, "one pair of keys and values a layer"
+    assert len(held) == 2, "one pair of keys and values per layer"
     assert torch.equal(hidden(rows[1], "put back"), first)
     assert not torch.equal(hidden(rows[1], "as it is"), first), "the bottleneck carries nothing"
 
 
-def test_a_foreign_sequence_changes_nothing(family: tuple[Path, LBRModel]) -> None:
+def test_other_sequences_in_the_row_change_nothing(family: tuple[Path, LBRModel]) -> None:
     folder, model = family
     tokenizer, batch = sequences(folder)
     alone = model.hidden(pack_row(batch[1:2], tokenizer.sink_id))
@@ -129,15 +131,15 @@ def test_the_posterior_is_a_gaussian_channel() -> None:
     torch.testing.assert_close(divergence, torch.distributions.kl_divergence(posterior, prior).sum())
 
 
-def test_weights_of_another_shape(tmp_path: Path) -> None:
+def test_weights_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path / "a")
     config = (folder / "config.json").read_text().replace('"intermediate_size": 48', '"intermediate_size": 40')
     (folder / "config.json").write_text(config)
-    with pytest.raises(ModelError, match=r"is of shape \(48, 32\), its config.json asks for \(40, 32\)"):
+    with pytest.raises(ModelError, match=r"has shape \(48, 32\), its config.json requires \(40, 32\)"):
         load_model(ModelConfig(base=str(folder), dtype="float32"), folder, TextTokenizer(folder), seed=0)
 
 
-def test_weights_that_are_missing(tmp_path: Path) -> None:
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path / "a")
     config = (folder / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
     (folder / "config.json").write_text(config)

@@ -1,4 +1,4 @@
-"""Cross-entropy against its reference, values and gradients."""
+"""Cross-entropy against its reference: values and gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lbr_dist.kernels.cross_entropy import linear_cross_entropy, reference_cross
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (9, 4), (33, 512), (0, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("z_weight", [0.0, 0.02])
-def test_cross_entropy(tokens: int, chunk: int, dtype: torch.dtype, z_weight: float) -> None:
+def test_cross_entropy_matches_the_definition(tokens: int, chunk: int, dtype: torch.dtype, z_weight: float) -> None:
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(tokens, 24, generator=generator).to(dtype).requires_grad_()
     head = torch.randn(77, 24, generator=generator).to(dtype).requires_grad_()
@@ -36,7 +36,7 @@ def test_cross_entropy(tokens: int, chunk: int, dtype: torch.dtype, z_weight: fl
     found = [*graded(loss, [hidden, head]), sums]
     exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
     truth, true_sums = usual(*exact, torch.float64)
-    # the same precision by plain PyTorch: our error is at most twice its error, and rounding of the last place
+    # plain PyTorch in the same precision: our error is at most twice its error, plus rounding in the last place
     plain, plain_sums = usual(hidden, head, torch.float32)
     expected = [*graded(truth, exact), true_sums]
     for ours, same, right in zip(found, [*graded(plain, [hidden, head]), plain_sums], expected, strict=True):
@@ -68,7 +68,7 @@ def assert_close(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, d
     assert error <= 2 * allowed + 2 * place
 
 
-def test_cross_entropy_without_gradient_keeps_none() -> None:
+def test_without_gradients_none_are_kept() -> None:
     hidden, head = torch.randn(5, 8), torch.randn(11, 8)
     loss, _ = linear_cross_entropy(hidden, head, torch.arange(5), torch.zeros(5, dtype=torch.int64), torch.ones(1))
     assert not loss.requires_grad
@@ -93,7 +93,7 @@ for z_weight in (0.0, 0.02):
 
 
 def test_liger_gives_the_same() -> None:
-    """liger-kernel's Triton kernels, in Triton's interpreter, which is chosen before Triton is imported."""
+    """liger-kernel's Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", LIGER], capture_output=True, text=True, env=environment, check=False, timeout=120
