@@ -34,7 +34,7 @@ def _read_run(args: argparse.Namespace) -> RunConfig:
 
 
 def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
-    """Run the wanted stages that have steps and are not finished. Returns whether this process goes on alone."""
+    """Run the wanted stages that have steps and are not finished. Returns whether this process evaluates next."""
     from lbr_dist import preflight
     from lbr_dist.config.file import write_config
     from lbr_dist.export.checksums import is_finished
@@ -52,7 +52,7 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
         from lbr_dist.errors import CheckpointError
 
         raise CheckpointError(
-            f"{config.learn_export}: not there. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
+            f"{config.learn_export}: not found. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
         )
     place = started_as(config.cluster.ranks)
     gpus = count_gpus()
@@ -155,7 +155,7 @@ def _tokens(args: argparse.Namespace) -> None:
 
     cache, cores = Path(args.cache_dir).expanduser(), len(os.sched_getaffinity(0))
     place = here()
-    if place is None or place.world_size == 1:  # takes no torch
+    if place is None or place.world_size == 1:  # needs no torch
         tokens = build(args.corpus, args.base, cache, args.processes or cores, _say, args.longest_document)
         _say(f"{tokens.report}\nwritten to {tokens.folder}")
         return
@@ -248,7 +248,7 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
         epilog="Example: lbr run launch/configs/demo.yaml --ranks 2 --learn.steps=50",
     )
     parser.add_argument("--version", action="version", version=f"lbr-dist {__version__}")
-    # deepspeed's launcher puts it before all else; LOCAL_RANK says the same
+    # deepspeed's launcher adds it before all other arguments; LOCAL_RANK has the same value
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -258,10 +258,10 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
         return sub
 
     def add_doctor() -> None:
-        text = "What this machine and its cluster have for a run, what is missing, and what to do about it."
+        text = "Check this machine and its cluster: what is there for a run, what is missing, and how to fix it."
         doctor_command.add_arguments(command("doctor", doctor, text))
 
-    if doctor_alone:  # the others' options import packages, and one that is missing is what it is to name
+    if doctor_alone:  # the other commands' options import packages, and the doctor must run when one is missing
         add_doctor()
         return parser
     from lbr_dist.config import DataConfig
@@ -279,18 +279,18 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
         sub.add_argument(
             "config", type=Path, help="YAML config; every field can be overridden by --section.field=value"
         )
-        sub.add_argument("--ranks", type=int, help="processes to start here (default: one a GPU, or 2 on a CPU)")
+        sub.add_argument("--ranks", type=int, help="processes to start here (default: one per GPU, or 2 on a CPU)")
         sub.set_defaults(takes_overrides=True)
     sub = command("submit", submit, "Queue a run's stages on Slurm, as one chain of jobs.")
     slurm_commands.add_submit_arguments(sub)
     sub.set_defaults(takes_overrides=True)
     for name, text in (
-        ("status", "What became of a submitted run: states, steps, losses, times left, reasons."),
+        ("status", "The state of a submitted run: jobs, steps, losses, time left, reasons."),
         ("logs", "The logs of a submitted run's jobs and ranks."),
-        ("cancel", "End all jobs of a submitted run; what is saved stays."),
+        ("cancel", "Cancel all jobs of a submitted run; what it has saved is kept."),
     ):
         getattr(slurm_commands, f"add_{name}_arguments")(command(name, _slurm_command(name), text))
-    sub = command("plan", plan, "What a step of stage 2 costs on a cluster: memory, traffic, time.")
+    sub = command("plan", plan, "Estimate what a step of stage 2 costs on a cluster: memory, traffic, time.")
     planning.add_arguments(sub)
     sub.set_defaults(takes_overrides=True)
     sub = command("checkpoints", checkpoints, "List, verify, export or prune the checkpoints of a run.")
@@ -299,12 +299,12 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
     command("config", config, "Print every key of a config with its default and meaning.")
 
     def encoding(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--chunk-tokens", type=int, default=8192, help="tokens that run at a time")
+        sub.add_argument("--chunk-tokens", type=int, default=8192, help="tokens per forward pass")
 
-    sub = command("evaluate", evaluate, "Score a model folder on held-out pairs, beside BM25.")
+    sub = command("evaluate", evaluate, "Score a model folder on held-out pairs, next to BM25.")
     sub.add_argument("model", type=Path, help="a model of ours, a sentence-transformers folder, or a causal LM")
     sub.add_argument("--pairs", type=Path, required=True, help="held-out pairs")
-    sub.add_argument("--documents", type=Path, required=True, help="the collection that is searched")
+    sub.add_argument("--documents", type=Path, required=True, help="the collection to search")
     sub.add_argument("--out", type=Path, required=True, help="folder for metrics.json and the TREC files")
     sub.add_argument(
         "--beside", action="append", default=[], metavar="NAME=FOLDER", help="another model to score, e.g. the base"
@@ -313,32 +313,32 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
     sub.add_argument("--query-prompt", default="", help="for a bare causal LM")
     sub.add_argument("--bm25-tokens", choices=("words", "characters"), default="words")
     encoding(sub)
-    sub = command("encode", encode, "Vectors of a collection, as .npy or .parquet.")
+    sub = command("encode", encode, "Encode a collection as vectors, in .npy or .parquet.")
     sub.add_argument("model", type=Path, help="model folder")
     sub.add_argument("input", type=Path, help="JSONL or Parquet with id and text")
-    sub.add_argument("--out", type=Path, required=True, help="FILE.npy (with FILE.ids beside it) or FILE.parquet")
-    sub.add_argument("--kind", choices=("query", "document"), default="document", help="whose prompt is put before")
-    sub.add_argument("--part-texts", type=int, default=4096, help="texts of a part, which a killed rank loses at most")
-    sub.add_argument("--threads", type=int, help="of each rank on a CPU (default: its cores)")
+    sub.add_argument("--out", type=Path, required=True, help="FILE.npy (with FILE.ids next to it) or FILE.parquet")
+    sub.add_argument("--kind", choices=("query", "document"), default="document", help="which prompt to use")
+    sub.add_argument("--part-texts", type=int, default=4096, help="texts per part; a killed rank loses at most one")
+    sub.add_argument("--threads", type=int, help="threads per rank on a CPU (default: its cores)")
     encoding(sub)
     sub = command("data", data, "Build a domain's data, or the base model of the demo.")
     kinds = sub.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name in ("medical", "chemistry", "code"):
         kind = kinds.add_parser(name, help=f"the {name} domain: corpus, pairs and test collection")
         kind.add_argument("--out", type=Path, required=True, help="folder to write")
-    kind = kinds.add_parser("vocab", help="a base model with a domain's words in its vocabulary")
+    kind = kinds.add_parser("vocab", help="a base model with a domain's words added to its vocabulary")
     kind.add_argument("--base", type=Path, required=True, help="Hugging Face folder of the base model")
     kind.add_argument("--corpus", type=Path, required=True, nargs="+", help="domain text: records with `text`")
     kind.add_argument("--out", type=Path, required=True, help="folder of the new base model")
     kind.add_argument("--pieces", type=int, default=2000, help="entries to add to the vocabulary")
-    kind.add_argument("--min-count", type=int, default=10, help="a piece stands at least this often in the corpus")
+    kind.add_argument("--min-count", type=int, default=10, help="how often a piece must occur in the corpus")
     kind = kinds.add_parser("tokens", help="tokenise stage 1's text ahead of a run, into the cache that runs read")
     kind.add_argument("--base", type=Path, required=True, help="Hugging Face folder of the base model")
     kind.add_argument("--corpus", type=Path, required=True, help="records with `text`")
-    kind.add_argument("--cache-dir", default=DataConfig.cache_dir, help="as data.cache_dir of the run")
+    kind.add_argument("--cache-dir", default=DataConfig.cache_dir, help="data.cache_dir of the run")
     kind.add_argument("--longest-document", type=int, default=DataConfig.longest_document, help="as in the run")
-    kind.add_argument("--processes", type=int, help="of each rank; default: one a core")
-    negatives.add_arguments(kinds.add_parser("negatives", help="hard negatives for training pairs, by a model or BM25"))
+    kind.add_argument("--processes", type=int, help="processes per rank (default: one per core)")
+    negatives.add_arguments(kinds.add_parser("negatives", help="hard negatives for training pairs, by model or BM25"))
     kind = kinds.add_parser("model", help="a base model as a Hugging Face folder")
     kind.add_argument("name", choices=("smollm2",))
     kind.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -349,8 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0; 1 for a user's error; 2 for a wrong command line; 75 for a run that was told to stop and did,
-        with a checkpoint; 130 for a second Ctrl-C.
+        The exit code: 0; 1 for a user's error; 2 for a wrong command line; 75 for a run that was asked to stop and
+        saved a checkpoint; 130 for a second Ctrl-C.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(doctor_alone=given[:1] == ["doctor"])
@@ -372,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename}: {error.strerror}. Name a path that can be read and written.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the run goes on from its last checkpoint when started again", file=sys.stderr)
+        print("stopped; start the run again to resume from its last checkpoint", file=sys.stderr)
         return 130
     return code or 0
 

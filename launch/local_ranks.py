@@ -1,4 +1,4 @@
-"""Starts the ranks of a stage on this machine, and takes them all down when one of them dies."""
+"""Starts the ranks of a stage on this machine, and stops all of them when one dies."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
         try:
             process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            print(f"warning: process {process.pid} does not die: the kernel waits for a device", file=sys.stderr)
+            print(f"warning: process {process.pid} cannot be killed: the kernel waits for a device", file=sys.stderr)
 
 
 class _Stops:
-    """Passes the first signal that asks to stop on to the ranks, which save and end; a second Ctrl-C ends them now."""
+    """Passes the first stop signal on to the ranks, which save and exit; a second Ctrl-C ends them at once."""
 
     def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
         self.processes = processes
@@ -76,19 +76,19 @@ def run_stage(
     lock: int | None = None,
     worker: str = "lbr_dist.launch.worker",
 ) -> None:
-    """Run one stage on `ranks` processes; the first one has our terminal, the others a log file each.
+    """Run one stage on `ranks` processes; the first prints to our terminal, each other one to a log file.
 
     Args:
-        stage: what the worker is told to run.
+        stage: what the worker runs; its first argument.
         config_path: the resolved config.
         ranks: how many processes.
-        log_folder: for the logs of all but the first one.
-        lock: the open file of the run's lock, which the ranks then hold as well.
+        log_folder: for the logs of all ranks but the first.
+        lock: the open file of the run's lock, which the ranks then hold too.
         worker: the module that each process runs.
 
     Raises:
         LaunchError: a rank died or hung; the others have been stopped, and the message shows its last lines.
-        Interrupted: this process, or a rank, was told to stop, and all have.
+        Interrupted: this process or a rank was asked to stop, and all ranks have stopped.
     """
     make_private(log_folder.parent)
     log_folder.mkdir(exist_ok=True)
@@ -130,7 +130,7 @@ def run_stage(
                 time.sleep(0.05)
             failed = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode}
             if failed:
-                time.sleep(0.5)  # the other ranks' own words about the same fault
+                time.sleep(0.5)  # other ranks may still report the same fault
                 failed |= {rank: code for rank, process in enumerate(processes) if (code := process.poll())}
                 if any(code < 0 or code == EXIT_HUNG for code in failed.values()) and stops.name is None:
                     _ask_for_stacks(processes)
@@ -141,12 +141,12 @@ def run_stage(
     if not failed:
         return
     if stops.name is not None or EXIT_INTERRUPTED in failed.values():
-        raise Interrupted(f"{stage}: all ranks have stopped{f', as {stops.name} asked' if stops.name else ''}")
-    # the others' faults follow from that of the one that was killed, or hung
+        raise Interrupted(f"{stage}: all ranks have stopped{f' after {stops.name}' if stops.name else ''}")
+    # a rank that was killed or hung is the cause of the other ranks' failures
     rank, code = min(failed.items(), key=lambda item: (item[1] > 0, item[1] != EXIT_HUNG, item[0]))
     how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     if code == EXIT_HUNG:
-        how = "made no progress and ended itself"
+        how = "made no progress and exited"
     stacks = f"stacks are in {log_folder}/rank-*.stacks; " if code < 0 or code == EXIT_HUNG else ""
     where = "its message is above" if rank == 0 else f"the end of {log_folder / f'rank-{rank}.log'}:\n"
     tail = "" if rank == 0 else _tail(log_folder / f"rank-{rank}.log")
@@ -157,6 +157,6 @@ def _ask_for_stacks(processes: list[subprocess.Popen[bytes]]) -> None:
     living = [process for process in processes if process.poll() is None]
     for process in living:
         process.send_signal(STACKS_SIGNAL)
-        process.send_signal(signal.SIGCONT)  # one that was stopped hangs too
+        process.send_signal(signal.SIGCONT)  # a suspended process hangs too
     if living:
         time.sleep(1.0)

@@ -18,11 +18,11 @@ from lbr_dist.storage.files import make_private
 from lbr_dist.storage.lock import run_lock
 
 PEER_GONE = "by peer"
-"""In gloo's message for a connection that the other rank's end has closed."""
+"""Part of gloo's message when the other rank has closed the connection."""
 
 
 def quiet_libraries() -> None:
-    """Libraries' notes about themselves are no news to the user; their warnings about the run stay."""
+    """Hide what libraries print about themselves; their warnings about the run stay."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -32,7 +32,7 @@ def quiet_libraries() -> None:
 
 
 def run_stages(config: RunConfig, stages: tuple[Stage, ...]) -> bool:
-    """Run stages in this process, one rank of many. Returns whether this is the first rank."""
+    """Run stages in this process, as one of several ranks. Returns whether this is the first rank."""
     with large_imports():
         from lbr_dist.learn import learn
         from lbr_dist.ranks import group
@@ -95,7 +95,7 @@ def main() -> int:
     except RuntimeError as error:
         if PEER_GONE not in str(error):
             raise
-        # whose fault it was is in that rank's log, and the launcher names it
+        # the failed rank's log says what went wrong, and the launcher names that rank
         print(f"error: rank {os.environ.get('RANK', '0')}: another rank is gone", file=sys.stderr, flush=True)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""`lbr checkpoints`: list, verify and export those of a run; `prune.py` deletes them. Only `export` imports torch."""
+"""`lbr checkpoints`: list, verify and export a run's checkpoints; `prune.py` deletes. Only `export` imports torch."""
 
 from __future__ import annotations
 
@@ -35,39 +35,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lbr checkpoints`."""
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder: the run_dir of a config")
     parser.add_argument("--json", action="store_true", help="the list as JSON")
-    parser.add_argument("--stage", choices=STAGES, help="of this stage alone")
+    parser.add_argument("--stage", choices=STAGES, help="only this stage")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", help="without one, the checkpoints are listed")
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
         sub = actions.add_parser(name, help=text, description=text)
-        # without a default, so that what was said before the action stays
-        sub.add_argument("--stage", choices=STAGES, default=argparse.SUPPRESS, help="of this stage alone")
+        # without a default, so that a --stage given before the action is kept
+        sub.add_argument("--stage", choices=STAGES, default=argparse.SUPPRESS, help="only this stage")
         return sub
 
-    step = "step of a checkpoint, latest, or best: of the lowest held-out loss"
-    sub = action("verify", "Read checkpoints, and hold them against their checksums.")
+    step = "step of a checkpoint, `latest`, or `best` (lowest held-out loss)"
+    sub = action("verify", "Read checkpoints and compare them with their checksums.")
     sub.add_argument("--step", help=f"{step} (default: all)")
     sub = action("export", "Write the model of a checkpoint as a Hugging Face and sentence-transformers folder.")
     sub.add_argument("--step", required=True, help=step)
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
-    sub.add_argument("--base", type=Path, help="where the model is now that the stage began with, if it was moved")
-    sub = action("prune", "Delete checkpoints that need not stay, when the newest one is known to be whole.")
-    sub.add_argument("--keep", type=int, help="keep so many of the newest (default: as in the run's config)")
-    sub.add_argument("--keep-every", type=int, help="and those of a step that is a multiple of this")
-    sub.add_argument("--keep-best", type=int, help="and so many of the lowest held-out loss")
-    sub.add_argument("--set-aside", action="store_true", help="delete what was set aside as well")
-    sub.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    sub.add_argument("--base", type=Path, help="the model that the stage started from, if it has moved since")
+    sub = action("prune", "Delete checkpoints that no rule keeps, if the newest one to keep is whole.")
+    sub.add_argument("--keep", type=int, help="keep this many of the newest (default: as in the run's config)")
+    sub.add_argument("--keep-every", type=int, help="also keep steps that are multiples of this")
+    sub.add_argument("--keep-best", type=int, help="also keep this many with the lowest held-out loss")
+    sub.add_argument("--set-aside", action="store_true", help="also delete checkpoints that were set aside")
+    sub.add_argument("--dry-run", action="store_true", help="only print what would be deleted")
 
 
 def run(args: argparse.Namespace, say: Say) -> None:
-    """Do what the action says.
+    """Run the action.
 
     Raises:
         CheckpointError, ConfigError, LaunchError, ModelError: see the messages.
     """
     check_run(args.folder)
     if args.json and args.action:
-        raise ConfigError(f"--json: found with {args.action}, expected with the list alone. Leave it out.")
+        raise ConfigError(f"--json: found with {args.action}, expected only with the list. Leave it out.")
     stages: Sequence[Stage] = [args.stage] if args.stage else STAGES
     if args.action == "verify":
         verify(args.folder, stages, args.step, say)
@@ -86,10 +86,10 @@ def run(args: argparse.Namespace, say: Say) -> None:
 
 
 def chosen(run: Path, stages: Sequence[Stage], wanted: str | None) -> list[tuple[Stage, Checkpoints, int]]:
-    """What `--step` means in each stage that has it; all checkpoints for None.
+    """The checkpoints that `--step` selects in each stage; all of them for None.
 
     Raises:
-        CheckpointError: it means none; names those that there are.
+        CheckpointError: nothing matches; the message names those that exist.
     """
     found: list[tuple[Stage, Checkpoints, int]] = []
     for stage in stages:
@@ -103,15 +103,15 @@ def chosen(run: Path, stages: Sequence[Stage], wanted: str | None) -> list[tuple
         if wanted is None:
             raise CheckpointError(f"{has}.")
         unscored = ", none of them complete and with a held-out loss" if wanted == "best" and there else ""
-        raise CheckpointError(f"--step: found {wanted}, but {has}{unscored}. Name the step of one that is there.")
+        raise CheckpointError(f"--step: found {wanted}, but {has}{unscored}. Name an existing step.")
     return found
 
 
 def read_whole(stage: Stage, checkpoints: Checkpoints, step: int, say: Say) -> Manifest:
-    """Read a checkpoint and say so.
+    """Read a checkpoint, compare it with its checksums, and print the result.
 
     Raises:
-        CheckpointError: it is not what was written.
+        CheckpointError: it is damaged.
     """
     expected = checkpoints.read(step).num_bytes
     say(f"{name(stage, step)}: reading {size_text(expected)}")
@@ -126,10 +126,10 @@ def read_whole(stage: Stage, checkpoints: Checkpoints, step: int, say: Say) -> M
 
 
 def verify(run: Path, stages: Sequence[Stage], wanted: str | None, say: Say) -> None:
-    """Read checkpoints, all of them even where one is damaged.
+    """Read checkpoints and compare them with their checksums; a damaged one does not stop this.
 
     Raises:
-        CheckpointError: names those that are damaged; or there is none.
+        CheckpointError: some are damaged, and the message names them; or there are none.
     """
     found, damaged = chosen(run, stages, wanted), []
     for stage, checkpoints, step in found:
@@ -141,7 +141,7 @@ def verify(run: Path, stages: Sequence[Stage], wanted: str | None, say: Say) -> 
     if damaged:
         raise CheckpointError(
             f"{len(damaged)} of {len(found)} checkpoints read {'is' if len(damaged) == 1 else 'are'} damaged: "
-            f"{', '.join(damaged)}. A run that resumes takes the newest one that is whole."
+            f"{', '.join(damaged)}. A run resumes from the newest one that is whole."
         )
 
 
@@ -149,18 +149,18 @@ def verify(run: Path, stages: Sequence[Stage], wanted: str | None, say: Say) -> 
 
 
 def export(run: Path, stages: Sequence[Stage], wanted: str, out: Path, base: Path | None, say: Say) -> None:
-    """Write the model of a checkpoint, which is read as a whole before.
+    """Write the model of a checkpoint, after reading all of it and checking it.
 
     Raises:
-        CheckpointError, ConfigError, ModelError: see the messages; nothing is written then.
+        CheckpointError, ConfigError, ModelError: see the messages; nothing has been written.
     """
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         there = "a folder with files in it" if out.is_dir() else "a file"
-        raise ConfigError(f"--out: found {str(out)!r}, {there}. Name a folder that is empty or not there.")
+        raise ConfigError(f"--out: found {str(out)!r}, {there}. Name an empty folder, or a new one.")
     found = chosen(run, stages, wanted)
     if len(found) > 1:
-        raise ConfigError(f"--stage: not given, and both stages have {wanted}. Say `--stage learn` or `represent`.")
+        raise ConfigError(f"--stage: not given, and both stages have {wanted}. Add `--stage learn` or `represent`.")
     stage, checkpoints, step = found[0]
     folder = checkpoints.folder(step)
     try:
@@ -174,7 +174,7 @@ def export(run: Path, stages: Sequence[Stage], wanted: str, out: Path, base: Pat
     from lbr_dist.launch.worker import quiet_libraries
 
     quiet_libraries()
-    # a run folder that was moved is where it is now
+    # the run folder may have moved since the checkpoint was written
     config = replace(from_plain(manifest.config, folder / MANIFEST), run_dir=str(run))
     say(f"{name(stage, step)}: writing its model")
     try:
@@ -183,7 +183,7 @@ def export(run: Path, stages: Sequence[Stage], wanted: str, out: Path, base: Pat
         if folder.is_dir():
             raise
         raise CheckpointError(
-            f"{folder}: was deleted while it was read, by the job that trains there. Export a newer one, or raise "
+            f"{folder}: was deleted by the training job while it was read. Export a newer checkpoint, or raise "
             "checkpoint.keep."
         ) from None
     say(f"written to {out}")

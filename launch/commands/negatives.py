@@ -1,4 +1,4 @@
-"""`lbr data negatives`: its options, what is refused before a model is loaded, and its ranks."""
+"""`lbr data negatives`: its options, the checks before a model is loaded, and its ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARGIN_PERCENT = 0.95
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options, with their reasons in docs/negatives.md."""
+    """The options; docs/negatives.md gives the reasons for them."""
     add = parser.add_argument
     add("--pairs", type=Path, required=True, help="training pairs, in any format that a run reads")
     add("--documents", type=Path, required=True, help="the corpus that negatives are taken from")
@@ -28,25 +28,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--with", dest="miner", choices=("model", "bm25"), help="default: model, if there is --model")
     add("--model", type=Path, help="a model of ours, a sentence-transformers folder, or a causal LM")
     add("--index", choices=("exact", "ivf"), default="exact", help="ivf: faiss, faster in a large corpus, not exact")
-    add("--negatives", type=int, default=8, help="for each pair, at most")
+    add("--negatives", type=int, default=8, help="negatives per pair, at most")
     add("--first", type=int, default=1, help="rank of the first candidate that may be taken")
-    add("--last", type=int, default=100, help="rank of the last one")
-    percent = f"keep what scores at most this share of the positive (default {MARGIN_PERCENT}; BM25: no margin)"
+    add("--last", type=int, default=100, help="rank of the last candidate that may be taken")
+    percent = f"keep what scores at most this share of the positive's score (default {MARGIN_PERCENT}; BM25: no margin)"
     add("--margin-percent", type=float, help=percent)
-    add("--margin-absolute", type=float, help="keep what scores at least so much less than the positive")
-    add("--sample", choices=("top", "random"), default="top", help="which of what is kept")
-    add("--seed", type=int, default=0, help="of --sample random")
+    add("--margin-absolute", type=float, help="keep what scores at least this much less than the positive")
+    add("--sample", choices=("top", "random"), default="top", help="which of the kept candidates to take")
+    add("--seed", type=int, default=0, help="seed of --sample random")
     add("--bm25-tokens", choices=("words", "characters"), default="words")
-    add("--chunk-tokens", type=int, default=8192, help="tokens that run at a time")
-    add("--ranks", type=int, help="processes to start here (default: one a GPU, or one a core where memory allows)")
-    add("--threads", type=int, default=1, help="threads of a rank on a CPU")
+    add("--chunk-tokens", type=int, default=8192, help="tokens per forward pass")
+    add("--ranks", type=int, help="processes to start here (default: one per GPU, or one per core if memory allows)")
+    add("--threads", type=int, default=1, help="threads per rank on a CPU")
 
 
 def run(args: argparse.Namespace, say: Say) -> None:
-    """Mine: in this process, on ranks of our own, or as one rank of another launcher's.
+    """Mine: in this process, on ranks that we start, or as one rank of another launcher.
 
     Raises:
-        ConfigError, DataError, ModelError, LaunchError: before a model is loaded or a rank started, where it can be.
+        ConfigError, DataError, ModelError, LaunchError: if possible before a model is loaded or a rank starts.
     """
     from lbr_dist import preflight
     from lbr_dist.mining.candidates import Candidates
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace, say: Say) -> None:
     most = candidates.most_candidates()
     if most < settings.first:
         raise DataError(
-            f"{settings.documents}: found {most} candidates for the pair with most, beside the documents that answer "
-            f"it, expected at least {settings.first} (--first). Bring more documents."
+            f"{settings.documents}: found {most} candidates for the pair that has the most (without the documents "
+            f"that answer it), expected at least {settings.first} (--first). Add documents."
         )
     if args.ranks is None:
         # a rank without a unit of its own would only load the model
@@ -126,7 +126,7 @@ def _run_here(settings: MiningSettings, candidates: Candidates, ranks: int, say:
 
 
 def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> None:
-    """One rank of another launcher's; the first one makes the work folder and removes it."""
+    """Mine as one rank of another launcher; the first rank makes the work folder and removes it."""
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.mining.mine import mine
     from lbr_dist.mining.work import clean, prepare
@@ -144,7 +144,7 @@ def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> 
 
 
 def run_rank(settings_path: Path, say: Say) -> None:
-    """One rank of our own launcher's, whose parent has prepared the work folder and will remove it."""
+    """Mine as one rank that we started; the parent process has prepared the work folder and will remove it."""
     from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.mining.candidates import Candidates
     from lbr_dist.mining.mine import mine

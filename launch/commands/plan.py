@@ -1,4 +1,4 @@
-"""`lbr plan`: what a step of stage 2 costs on a cluster, worked out without touching a GPU."""
+"""`lbr plan`: what a step of stage 2 costs on a cluster, computed without a GPU."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ GIB = 2**30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lbr plan`."""
     parser.add_argument("config", type=Path, help="YAML config; every field can be overridden by --section.field=value")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes of the cluster")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="ranks of a node")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="the device of a rank")
-    parser.add_argument("--memory-gib", type=float, help="memory of a rank that may be used; default 90 %% of a device")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="ranks per node")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="device of each rank")
+    parser.add_argument("--memory-gib", type=float, help="usable memory per rank (default: 90 %% of the device)")
     parser.add_argument("--efficiency", type=float, help="share of the peak that matrix products reach")
     parser.add_argument("--tflops", type=float, help="dense bfloat16 peak of a device")
     parser.add_argument("--within-gbs", type=float, help="GB/s that a rank receives from its node")
     parser.add_argument("--between-gbs", type=float, help="GB/s that a rank receives from other nodes")
-    parser.add_argument("--query-tokens", type=float, help="mean tokens of a query; default: measured on the data")
+    parser.add_argument("--query-tokens", type=float, help="mean tokens per query (default: measured on the data)")
     parser.add_argument(
-        "--document-tokens", type=float, help="mean tokens of a document; default: measured on the data"
+        "--document-tokens", type=float, help="mean tokens per document (default: measured on the data)"
     )
 
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None])
     """Plan and print.
 
     Raises:
-        ConfigError, ModelError: the step fits nowhere, or the options are out of range.
+        ConfigError, ModelError: the step cannot fit, or an option is out of range.
     """
     from lbr_dist.plan.cost import StepCost
     from lbr_dist.plan.machine import Cluster
@@ -116,7 +116,7 @@ def _machine(args: argparse.Namespace) -> Machine:
 
 
 def _batch(config: RunConfig, args: argparse.Namespace) -> tuple[Batch, str]:
-    """The batch by its means, and where its lengths come from."""
+    """The batch by its mean lengths, and where these come from."""
     from lbr_dist.plan.step import Batch
 
     data, represent = config.data, config.represent
@@ -143,7 +143,7 @@ def _measured(config: RunConfig) -> tuple[tuple[float, float], str]:
     try:
         found = read_pairs(data.train, read_corpus(data.corpus))
     except (LbrError, OSError):
-        return longest, "the longest: the data is not there"
+        return longest, "the maximum: the data cannot be read"
     step = -(-len(found.pairs) // SAMPLE)
     queries = [data.query_prompt + pair.query for pair in found.pairs[::step]]
     texts = list(found.documents.values())
@@ -160,7 +160,7 @@ def _measured(config: RunConfig) -> tuple[tuple[float, float], str]:
         sum(min(len(text) / CHARACTERS_A_TOKEN, most) for text in side) / len(side)
         for side, most in zip((queries, documents), longest, strict=True)
     ]
-    return (characters[0], characters[1]), f"estimated: {CHARACTERS_A_TOKEN:g} characters a token, no tokenizer there"
+    return (characters[0], characters[1]), f"estimated: {CHARACTERS_A_TOKEN:g} characters per token, no tokenizer"
 
 
 def _trained(planner: StepPlanner) -> str:
@@ -179,7 +179,7 @@ def _shape(plan: StepPlan, config: RunConfig) -> str:
 
 
 def _scaling(planner: Callable[[int], StepPlanner], batch: Batch, nodes: int) -> str:
-    """Tables of 1 to 128 nodes: the batch growing with the nodes, and the same batch for all."""
+    """Tables for 1 to 128 nodes: with a batch that grows with the nodes, and with the same batch for all."""
     from lbr_dist.plan.cost import StepCost
 
     lines = []
@@ -210,14 +210,14 @@ def _assumptions(planner: StepPlanner, machine: Machine, args: argparse.Namespac
         f"products reach {machine.efficiency:.0%} of {machine.flops / 1e12:,.1f} TFLOP/s (--efficiency, --tflops)",
         f"a rank receives {machine.within / 1e9:g} GB/s inside its node and {machine.between / 1e9:g} GB/s from others "
         "(--within-gbs, --between-gbs), each rank its own copy over its own link",
-        "gathers run beside the products; reduction, exchange and optimizer don't",
-        "every rank has as many tokens and documents, no document stands in a batch twice, all texts are alike",
+        "gathers overlap with the products; reduction, exchange and optimizer don't",
+        "all ranks have equally many tokens and documents, no document is in a batch twice, all texts have mean length",
     ]
     if not args.memory_gib:
         lines.append(f"{HEADROOM:.0%} of a device's memory can be used (--memory-gib)")
     if not planner.resident:
         lines.append(
-            f"engine.live_elements is {live:,}, fewer than the {used:,} of a pass: every pass gathers them anew, and "
-            "up to engine.prefetch_elements and one parameter for nothing; higher, they stay whole during a step"
+            f"engine.live_elements is {live:,}, fewer than the {used:,} of a pass: every pass gathers them again, "
+            "and up to engine.prefetch_elements and one parameter for nothing; raise it, and they stay whole for a step"
         )
     return "Assumed\n" + "\n".join(f"  - {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""`lbr checkpoints RUN prune`: delete what no rule keeps, and never the only one that is good. Imports no torch."""
+"""`lbr checkpoints RUN prune`: delete what no rule keeps, but never the only good checkpoint. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ Say = Callable[[str], None]
 
 @dataclass
 class _Pruning:
-    """What goes of a stage."""
+    """What to delete from a stage."""
 
     stage: Stage
     checkpoints: Checkpoints
     newest: int | None
-    """Of those that stay; None where there is none."""
+    """The newest step that stays; None if none does."""
 
     steps: list[int]
     others: list[Path]
-    """Those that were set aside."""
+    """Checkpoints that were set aside."""
 
 
 def prune(args: argparse.Namespace, stages: Sequence[Stage], say: Say) -> None:
-    """Delete what no rule keeps, when the newest that stays in each stage was read and is whole.
+    """Delete what no rule keeps, if the newest checkpoint that stays in each stage is read and found whole.
 
     Raises:
-        CheckpointError: it is not, and nothing is deleted.
+        CheckpointError: one of these is damaged; nothing is deleted.
         ConfigError: the rule is out of range, or not known.
-        LaunchError: a job trains in the run folder.
+        LaunchError: a job is training in the run folder.
     """
     run: Path = args.folder
     settings = _settings(args)
@@ -62,7 +62,7 @@ def _settings(args: argparse.Namespace) -> CheckpointConfig:
 
         settings = read_config(path).checkpoint
     elif args.keep is None:
-        raise ConfigError(f"{path}: not there, so how many are to stay is not known. Say it with --keep.")
+        raise ConfigError(f"{path}: does not exist, so it is not known how many checkpoints to keep. Give --keep.")
     else:
         settings = CheckpointConfig()
     given = {key: getattr(args, key) for key in ("keep", "keep_every", "keep_best")}
@@ -81,15 +81,15 @@ def _refuse_without_good(pruning: _Pruning, say: Say) -> None:
     where = pruning.checkpoints.path
     if pruning.newest is None:
         raise CheckpointError(
-            f"{where}: has no complete checkpoint, so what was set aside may be all there is of {pruning.stage}. "
-            "Nothing is deleted; look at it, and delete by hand what is of no use."
+            f"{where}: has no complete checkpoint, so what was set aside may be all that is left of "
+            f"{pruning.stage}. Nothing is deleted. Look at it, and delete manually what you do not need."
         )
     try:
         read_whole(pruning.stage, pruning.checkpoints, pruning.newest, say)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{str(error).rstrip('.')}. It is the newest of {pruning.stage} that would stay, so nothing is deleted. "
-            f"Move {pruning.checkpoints.folder(pruning.newest)} out of the way, and try again."
+            f"{str(error).rstrip('.')}. It is the newest of {pruning.stage} that would be kept, so nothing is "
+            f"deleted. Move {pruning.checkpoints.folder(pruning.newest)} out of the way, and try again."
         ) from None
 
 

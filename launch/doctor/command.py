@@ -1,6 +1,6 @@
-"""`lbr doctor`: what this machine and its cluster have for a run, what is missing, and what to do about it.
+"""`lbr doctor`: what this machine and its cluster have for a run, what is missing, and how to fix it.
 
-Needs no package besides Python itself, and no torch in this process: both may be what is broken.
+This process needs only Python: a package, or torch, may be what is broken.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lbr_dist.errors import ConfigError
 from lbr_dist.launch.doctor.findings import Finding, State, ask, count, fault, within
 
 TORCH_SECONDS = 120.0
-"""For torch, NCCL and DeepSpeed to start: minutes from a network file system that is cold."""
+"""Time for torch, NCCL and DeepSpeed to start; from a cold network file system they take minutes."""
 
 MARKS: dict[State, str] = {"ok": "ok", "warning": "??", "fault": "!!"}
 _COLOURS: dict[State, int] = {"ok": 32, "warning": 33, "fault": 31}
@@ -32,24 +32,24 @@ Topics = dict[str, list[Finding]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lbr doctor`."""
     parser.add_argument("--json", action="store_true", help="as JSON; with --node, on one line")
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs that must be here")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs that this machine must have")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder that runs are written to (default: .)")
-    parser.add_argument("--min-free-gb", type=float, default=0.0, metavar="X", help="GiB that it must have free")
-    parser.add_argument("--node", action="store_true", help="only what a job needs of a node, in under a second")
+    parser.add_argument("--min-free-gb", type=float, default=0.0, metavar="X", help="GiB that DIR must have free")
+    parser.add_argument("--node", action="store_true", help="only what a job needs from a node, in under a second")
 
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
-    """Look, and print what was found.
+    """Run the checks and print the findings.
 
     Returns:
-        The exit code: 1 where there is a fault.
+        The exit code: 1 if there is a fault.
 
     Raises:
         ConfigError: an option is out of range.
     """
     for option, value in (("--gpus", args.gpus or 0), ("--min-free-gb", args.min_free_gb)):
-        if not 0 <= value < 2**32:  # neither is inf or nan
-            raise ConfigError(f"{option}: found {value}, expected 0 or more, and a number that can be.")
+        if not 0 <= value < 2**32:  # refuses inf and nan too
+            raise ConfigError(f"{option}: found {value}, expected a number from 0 up to, not including, 2^32.")
     free = int(args.min_free_gb * 2**30)
     if args.node:
         from lbr_dist.launch.doctor.node import check_node
@@ -73,12 +73,12 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 
 
 def look(run_dir: Path, gpus: int | None, min_free_bytes: int) -> Topics:
-    """Everything, by topic."""
+    """All findings, by topic."""
     from lbr_dist.launch.doctor import machine
     from lbr_dist.launch.doctor.slurm import check_slurm
 
     with ThreadPoolExecutor() as pool:
-        # what takes longest first
+        # the slowest first
         torch, slurm = pool.submit(check_torch), pool.submit(within, "Slurm", check_slurm, 60.0)
         mpi = pool.submit(within, "MPI", machine.check_mpi, 15.0)
         there = _count_gpus()
@@ -96,13 +96,13 @@ def look(run_dir: Path, gpus: int | None, min_free_bytes: int) -> Topics:
 def _count_gpus() -> int:
     try:
         from lbr_dist.ranks.hardware import count_gpus
-    except ImportError:  # said where packages are looked at
+    except ImportError:  # the check of the packages reports it
         return 0
     return count_gpus()
 
 
 def _graphics(wanted: int | None, there: int) -> list[Finding]:
-    """What the driver says, where there are GPUs or should be."""
+    """What the driver reports, if there are GPUs or should be."""
     from lbr_dist.launch.doctor.node import check_driver, check_gpus
 
     if wanted:
@@ -111,26 +111,26 @@ def _graphics(wanted: int | None, there: int) -> list[Finding]:
 
 
 def check_torch() -> list[Finding]:
-    """torch, GPUs, kernels and DeepSpeed, looked at in another process; what it says before it fails counts too."""
+    """Check torch, GPUs, kernels and DeepSpeed in another process; what it finds before it crashes counts too."""
     answer = ask(sys.executable, "-m", "lbr_dist.launch.doctor.stack", seconds=TORCH_SECONDS)
     findings = [Finding(**json.loads(line)) for line in answer.text.splitlines() if line.endswith("}")]
     if answer.failure is None:
         return findings
-    last = f" after it looked at {findings[-1].name}" if findings else " when torch was imported"
-    advice = "See the last lines of `python -m lbr_dist.launch.doctor.stack`: a driver, or a library that it loads."
+    last = f" after it checked {findings[-1].name}" if findings else " when torch was imported"
+    advice = "Run `python -m lbr_dist.launch.doctor.stack`: its last lines name the driver or library that fails."
     return [*findings, fault("torch", answer.failure.replace("python", "a process with torch", 1) + last, advice)]
 
 
-# ---- for people ----------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------------------------
 
 
 def table(topics: Topics, width: int, colours: bool = False) -> str:
-    """The findings as text, and a last line that counts them.
+    """The findings as text, with a last line that counts faults and warnings.
 
     Args:
         topics: findings by topic.
         width: columns to fill.
-        colours: with a terminal's codes for them.
+        colours: add a terminal's colour codes.
     """
     findings = [finding for several in topics.values() for finding in several]
     column = max((len(finding.name) for finding in findings), default=0)
@@ -161,5 +161,5 @@ def _number(number: int, what: str, mark: str) -> str:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    # a path or a command is copied from here, and stays whole
+    # paths and commands stay whole, so that people can copy them
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

@@ -1,4 +1,4 @@
-"""What the doctor says of one thing, and how it asks programs and file systems that may hang. Imports no torch."""
+"""The doctor's findings, and how it asks programs and file systems that may hang. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Literal
 State = Literal["ok", "warning", "fault"]
 
 SECONDS = 5.0
-"""For a program to answer."""
+"""Time for a program to answer."""
 
 HANGS_SECONDS = 10.0
-"""For what an idle node does at once, but a busy one may not: drivers, network file systems, name servers."""
+"""Time for what is instant on an idle node but slow on a busy one: drivers, network file systems, name servers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     state: State
@@ -32,22 +32,22 @@ class Finding:
 
 
 def ok(name: str, found: str) -> Finding:
-    """A finding that asks for nothing."""
+    """A check that found no problem."""
     return Finding(name, "ok", found)
 
 
 def warning(name: str, found: str, advice: str) -> Finding:
-    """A finding that a run may go on with."""
+    """A problem that a run may still work with."""
     return Finding(name, "warning", found, advice)
 
 
 def fault(name: str, found: str, advice: str) -> Finding:
-    """A finding that a run will fail of."""
+    """A problem that will make a run fail."""
     return Finding(name, "fault", found, advice)
 
 
 def count(findings: Iterable[Finding], state: State) -> int:
-    """How many findings are of a state."""
+    """How many findings have a state."""
     return sum(finding.state == state for finding in findings)
 
 
@@ -61,13 +61,13 @@ def gib(nbytes: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a program printed, and why that isn't all."""
+    """What a program printed, and why it failed, if it did."""
 
     text: str
-    """Its standard output, or as much of it as came in time."""
+    """Its standard output, or as much as came in time."""
 
     failure: str | None = None
-    """Why it gave no whole answer; None where it ended well."""
+    """Why the answer is not complete; None if the program exited with code 0."""
 
     missing: bool = False
     """There is no such program."""
@@ -78,8 +78,8 @@ def ask(*command: str, seconds: float = SECONDS, environment: Mapping[str, str] 
 
     Args:
         command: the program and its arguments.
-        seconds: it, and all it started, is killed after these.
-        environment: what is set besides this process's own.
+        seconds: after this time, the program and all processes it started are killed.
+        environment: variables to set on top of this process's own.
     """
     program = os.path.basename(command[0])
     try:
@@ -100,7 +100,7 @@ def ask(*command: str, seconds: float = SECONDS, environment: Mapping[str, str] 
     except subprocess.TimeoutExpired as late:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        # one that waits for a device cannot be killed, and is not waited for
+        # a process that waits for a device cannot be killed; don't wait for it
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=0.5)
         return Answer((late.stdout or b"").decode(errors="replace"), f"{program} gave no answer within {seconds:g} s")
@@ -115,7 +115,7 @@ def ask(*command: str, seconds: float = SECONDS, environment: Mapping[str, str] 
 
 
 def within(name: str, check: Callable[[], list[Finding]], seconds: float = HANGS_SECONDS) -> list[Finding]:
-    """What a check finds. One that hangs is left behind, one that fails is a fault of its own; both have its name."""
+    """Run a check; if it hangs or raises, return a fault named `name` instead. A check that hangs is abandoned."""
     results: list[list[Finding]] = []
 
     def work() -> None:
@@ -123,15 +123,15 @@ def within(name: str, check: Callable[[], list[Finding]], seconds: float = HANGS
             results.append(check())
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            results.append([fault(name, f"{where}{error.strerror or error}", "Mend that, or leave this machine out.")])
+            results.append([fault(name, f"{where}{error.strerror or error}", "Fix that, or do not use this machine.")])
         except Exception as error:
             found = f"cannot be checked: {type(error).__name__}: {error}"
-            results.append([fault(name, found, "Look at what it names; the other findings are not touched by it.")])
+            results.append([fault(name, found, "See what the error names; it does not affect the other findings.")])
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
     if results:
         return results[0]
-    advice = "A file system or a name server hangs: leave this machine out, and tell its administrators."
+    advice = "A file system or a name server hangs: do not use this machine, and tell its administrators."
     return [fault(name, f"no answer within {seconds:g} s", advice)]

@@ -1,4 +1,4 @@
-"""What `lbr doctor` sees of this machine: packages, cores, memory, limits, disks, MPI. Imports no torch."""
+"""The checks of this machine by `lbr doctor`: packages, cores, memory, limits, disks, MPI. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lbr_dist.launch.doctor.findings import Finding, ask, fault, gib, ok, warnin
 from lbr_dist.launch.doctor.node import LOW_BYTES, check_memory, check_room, check_shared, check_temporary
 
 OPEN_FILES = 4096
-"""A rank opens files, sockets and pipes by the number of ranks; 1,024 is what a login shell often has."""
+"""The more ranks, the more files, sockets and pipes each one opens; a login shell often allows only 1,024."""
 
 _EXTRAS = ("cuda", "mpi", "mining", "tracking", "eval")
-"""Of setup.py, without what only developers want."""
+"""The extras in setup.py, without those for developers."""
 
 
 # ---- packages ------------------------------------------------------------------------------------------------------
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """`2.10.0+cu128` as (2, 10): a floor knows neither builds nor zeros at the end."""
+    """`2.10.0+cu128` as (2, 10): minimum versions name no builds, and trailing zeros do not count."""
     found = re.match(r"\d+(\.\d+)*", version)
     numbers = [int(part) for part in found[0].split(".")] if found else []
     while numbers and numbers[-1] == 0:
@@ -37,17 +37,17 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_python() -> list[Finding]:
-    """Python and the packages against the floors that this package was installed with, which are setup.py's."""
+    """Compare Python and the packages with the minimum versions in the metadata of lbr-dist, from setup.py."""
     findings = [ok("Python", f"{platform.python_version()}, {sys.executable}")]
     try:
         about = importlib.metadata.metadata("lbr-dist")
         required = importlib.metadata.requires("lbr-dist") or []
     except importlib.metadata.PackageNotFoundError:
-        advice = "pip install -e . in the repository, so that what it needs is known and installed."
+        advice = "Run `pip install -e .` in the repository, so that its requirements are known and installed."
         return [*findings, warning("lbr-dist", "is not installed; it runs from its source", advice)]
     floor = about["Requires-Python"].removeprefix(">=") if "Requires-Python" in about else ""
     if _numbers(platform.python_version()) < _numbers(floor):
-        advice = f"Make the environment again with Python {floor} or newer."
+        advice = f"Create the environment again with Python {floor} or newer."
         findings = [fault("Python", f"{platform.python_version()}, {sys.executable}", advice)]
     good: list[str] = []
     optional: dict[str, list[str]] = {extra: [] for extra in _EXTRAS}
@@ -73,7 +73,7 @@ def check_python() -> list[Finding]:
             good.append(f"{name}=={version}")
         else:
             optional[extra].append(f"{name}=={version}")
-    findings.insert(1, ok("packages", f"{len(good)} at their floors or above: {', '.join(good)}"))
+    findings.insert(1, ok("packages", f"{len(good)} are recent enough: {', '.join(good)}"))
     extras = "; ".join(f"{extra}: {', '.join(names)}" for extra, names in optional.items() if names)
     return [*findings, ok("extras", f"{extras} (pip install 'lbr-dist[EXTRA]')")] if extras else findings
 
@@ -82,14 +82,14 @@ def check_python() -> list[Finding]:
 
 
 def check_limits(gpus: int) -> list[Finding]:
-    """Cores, memory, limits of a process, and on a CPU the allocator."""
+    """Cores, memory, process limits, and on a CPU the allocator."""
     cores, inside = len(os.sched_getaffinity(0)), os.cpu_count()
     found = [ok("cores", f"{cores}" if cores == inside else f"{cores} of {inside}: this process may use no more")]
     found += within("memory", lambda: [check_memory()])
     soft, hard = (_limit(value) for value in resource.getrlimit(resource.RLIMIT_NOFILE))
     if soft < OPEN_FILES:
-        how = "ask your administrators for more" if hard < OPEN_FILES else f"ulimit -n {min(hard, 65536):.0f}"
-        advice = f"{how[0].upper()}{how[1:]}, here and in jobs: many ranks need more than {OPEN_FILES:,} at a time."
+        how = "Ask your administrators for more" if hard < OPEN_FILES else f"Run `ulimit -n {min(hard, 65536):.0f}`"
+        advice = f"{how}, here and in jobs: many ranks need more than {OPEN_FILES:,} at a time."
         found.append(warning("open files", f"at most {soft:,.0f} (ulimit -n)", advice))
     else:
         found.append(ok("open files", f"at most {soft:,.0f} (ulimit -n)"))
@@ -98,12 +98,12 @@ def check_limits(gpus: int) -> list[Finding]:
         if locked == float("inf"):
             found.append(ok("locked memory", "unlimited (ulimit -l)"))
         else:
-            advice = "NCCL registers memory with InfiniBand: ulimit -l unlimited, or PropagateResourceLimitsExcept."
+            advice = "NCCL registers memory for InfiniBand: `ulimit -l unlimited`, or set PropagateResourceLimitsExcept"
             found.append(warning("locked memory", f"at most {gib(locked)} (ulimit -l)", advice))
         return found
     library = ctypes.util.find_library("tcmalloc_minimal")
     if library is None:
-        advice = "A step on a CPU takes about a quarter longer without: apt-get install libtcmalloc-minimal4"
+        advice = "A step on a CPU takes about a quarter longer without it. Run `apt-get install libtcmalloc-minimal4`."
         return [*found, warning("tcmalloc", "not found", advice)]
     return [*found, ok("tcmalloc", f"{library}, preloaded into ranks on a CPU")]
 
@@ -124,18 +124,18 @@ def check_disks(run_dir: Path, min_free_bytes: int) -> list[Finding]:
 
 
 def _folder(name: str, folder: Path, min_free_bytes: int) -> Finding:
-    """A folder that a run makes where it is not there."""
+    """Check a folder that a run makes if it does not exist."""
     if folder.is_dir():
         return check_room(name, folder.absolute(), min_free_bytes)
     if folder.exists():
         return fault(name, f"{folder} is not a folder", "Move it away, or name another.")
     parent = next(above for above in folder.absolute().parents if above.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
-        return fault(name, f"{folder} is not there, and {parent} cannot be written", "Name another folder.")
+        return fault(name, f"{folder} does not exist, and {parent} cannot be written", "Name another folder.")
     free = shutil.disk_usage(parent).free
-    found = f"{folder}: to be made, {gib(free)} free"
+    found = f"{folder}: does not exist yet, {gib(free)} free"
     if free < min_free_bytes:
-        return fault(name, found, f"Make room: {gib(min_free_bytes)} are asked for (--min-free-gb). Or name another.")
+        return fault(name, found, f"Make room: {gib(min_free_bytes)} are required (--min-free-gb). Or name another.")
     return warning(name, found, "Make room, or name another folder.") if free < LOW_BYTES else ok(name, found)
 
 
@@ -143,20 +143,20 @@ def _folder(name: str, folder: Path, min_free_bytes: int) -> Finding:
 
 
 def check_mpi() -> list[Finding]:
-    """mpirun and mpi4py, and whether they are of one MPI. Neither is needed to start ranks without MPI."""
+    """mpirun and mpi4py, and whether both belong to the same MPI. Ranks started without MPI need neither."""
     answer = ask("mpirun", "--version")
     lines = answer.text.strip().splitlines()
     if answer.missing:
-        findings = [ok("mpirun", "not on PATH; only ranks that are started by MPI need it")]
+        findings = [ok("mpirun", "not on PATH; only ranks started by MPI need it")]
     elif answer.failure is not None or not lines:
         advice = "Load another MPI (module load), or start ranks without it."
-        findings = [warning("mpirun", answer.failure or "mpirun does not say its version", advice)]
+        findings = [warning("mpirun", answer.failure or "mpirun printed no version", advice)]
     else:
         findings = [ok("mpirun", f"{lines[0].strip()}, {shutil.which('mpirun')}")]
     if importlib.util.find_spec("mpi4py") is None:
         install = "pip install 'lbr-dist[mpi]'"
-        return [*findings, ok("mpi4py", f"not installed; only ranks that are started by MPI need it ({install})")]
-    # the library's version is known before MPI_Init, which may hang inside a job
+        return [*findings, ok("mpi4py", f"not installed; only ranks started by MPI need it ({install})")]
+    # the version is known without MPI_Init, which may hang inside a job
     code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     library = ask(sys.executable, "-c", code)
     if library.failure is not None:
@@ -164,6 +164,6 @@ def check_mpi() -> list[Finding]:
         return [*findings, warning("mpi4py", f"does not import: {library.failure}", advice)]
     found = f"{importlib.metadata.version('mpi4py')} with {library.text.split(',')[0].splitlines()[0].strip()}"
     if lines and ("Open MPI" in answer.text) != ("Open MPI" in library.text):
-        advice = "Each rank would be alone: put the mpirun of that library first on PATH."
+        advice = "Each rank would see only itself. Put that library's mpirun first on PATH."
         return [*findings, warning("mpi4py", f"{found}, which is not mpirun's MPI", advice)]
     return [*findings, ok("mpi4py", found)]

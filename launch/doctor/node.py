@@ -1,6 +1,6 @@
-"""Whether a node can run ranks: its run folder, GPUs, packages, and the way to the first node. Imports no torch.
+"""Whether a node can run ranks: its run folder, GPUs, packages, and the first node's name. Imports no torch.
 
-A job asks each of its nodes before its ranks start, so that a broken one is left out: `lbr doctor --node --json`.
+A job runs `lbr doctor --node --json` on each of its nodes before its ranks start, to exclude broken ones.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from lbr_dist.ranks.hardware import count_gpus, memory
 from lbr_dist.ranks.rendezvous import node_name
 
 LOW_BYTES = 2**30
-"""Free memory or disk that is warned of below."""
+"""Less free memory or disk than this gives a warning."""
 
 SHARED_BYTES = 64 * 2**20
-"""Of /dev/shm, that NCCL wants: a container often has no more than this."""
+"""What NCCL wants free in /dev/shm; a container often has no more than this."""
 
 PACKAGES = ("torch", "deepspeed", "transformers")
-LEAVE_OUT = "leave this node out (sbatch --exclude), and tell its administrators"
+LEAVE_OUT = "exclude this node (sbatch --exclude), and tell its administrators"
 
 
 def check_node(run_dir: Path | None, gpus: int | None, min_free_bytes: int = 0) -> list[Finding]:
-    """Look at this node in well under a second, or some more where something hangs.
+    """Check this node in well under a second; it takes longer if something hangs.
 
     Args:
-        run_dir: the run folder, which must be there; None where there is none yet.
-        gpus: how many GPUs a job wants here; None or 0 for none.
-        min_free_bytes: that the run folder must have.
+        run_dir: the run folder, which must exist; None if there is none yet.
+        gpus: how many GPUs a job wants on this node; None or 0 for none.
+        min_free_bytes: free space that the run folder must have.
 
     Returns:
-        A finding for each thing that was looked at. Raises nothing.
+        A finding for each check. Raises nothing.
     """
     findings = within("packages", check_packages)
     if run_dir is not None:
@@ -52,11 +52,11 @@ def check_node(run_dir: Path | None, gpus: int | None, min_free_bytes: int = 0) 
 
 
 def check_packages() -> list[Finding]:
-    """The files of what a rank imports first."""
+    """Check that the packages a rank imports first are installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if not missing:
-        return [ok("packages", f"{', '.join(PACKAGES)} are there")]
-    advice = f"pip install {' '.join(missing)}; or see that this node mounts the environment the job was sent from"
+        return [ok("packages", f"{', '.join(PACKAGES)} are installed")]
+    advice = f"Run `pip install {' '.join(missing)}`, or mount the environment that the job was submitted from."
     return [fault("packages", f"{', '.join(missing)} cannot be imported", advice)]
 
 
@@ -67,7 +67,7 @@ def write_and_read(folder: Path) -> None:
     """Write a small file, read it, and delete it.
 
     Raises:
-        OSError: it can't be written, or what is read is something else.
+        OSError: it cannot be written, or reads back differently.
     """
     path, content = folder / f".lbr-doctor-{node_name()}-{os.getpid()}", os.urandom(1 << 16)
     try:
@@ -76,7 +76,7 @@ def write_and_read(folder: Path) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         if path.read_bytes() != content:
-            raise OSError(None, "what is read is not what was written", str(path))
+            raise OSError(None, "what was read back is not what was written", str(path))
         path.unlink()
     except OSError:
         with contextlib.suppress(OSError):
@@ -85,34 +85,34 @@ def write_and_read(folder: Path) -> None:
 
 
 def check_room(name: str, folder: Path, min_free_bytes: int) -> Finding:
-    """That a folder takes a file, and has room."""
+    """Check that a folder can be written and has free space."""
     try:
         write_and_read(folder)
     except OSError as error:
-        advice = "Make room, mount it writable, or give its owner's rights; or name another folder."
+        advice = "Make room, mount it writable, or change its permissions; or name another folder."
         return fault(name, f"{folder} cannot be written: {error.strerror}", advice)
     free = shutil.disk_usage(folder).free
-    found = f"{folder}: {gib(free)} free, and a file written is read back"
+    found = f"{folder}: {gib(free)} free, can be written and read"
     if free < min_free_bytes:
-        advice = f"Make room: {gib(min_free_bytes)} are asked for (--min-free-gb). Or name another folder."
+        advice = f"Make room: {gib(min_free_bytes)} are required (--min-free-gb). Or name another folder."
         return fault(name, found, advice)
     if free < LOW_BYTES:
-        return warning(name, found, f"Make room: below {gib(LOW_BYTES)}, a checkpoint soon fails.")
+        return warning(name, found, f"Make room: below {gib(LOW_BYTES)}, a checkpoint will soon fail.")
     return ok(name, found)
 
 
 def _run_folder(folder: Path, min_free_bytes: int) -> Finding:
     if not folder.is_dir():
-        found = f"{folder} is {'not a folder' if folder.exists() else 'not there'}"
-        return fault("run folder", found, f"Name a folder that all nodes share. If others see it, {LEAVE_OUT}.")
+        found = f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}"
+        return fault("run folder", found, f"Name a folder that all nodes share. If other nodes see it, {LEAVE_OUT}.")
     return check_room("run folder", folder, min_free_bytes)
 
 
 def check_temporary() -> Finding:
-    """That temporary files can be written."""
+    """Check that temporary files can be written."""
     try:
         folder = Path(tempfile.gettempdir())
-    except FileNotFoundError as error:  # it has tried to write in each of a few
+    except FileNotFoundError as error:  # none of the usual folders can be written
         return fault("temporary folder", str(error.strerror), "Set TMPDIR to a folder that can be written.")
     finding = check_room("temporary folder", folder, 0)
     if finding.state == "warning":
@@ -121,21 +121,21 @@ def check_temporary() -> Finding:
 
 
 def check_shared() -> Finding:
-    """The size of shared memory: NCCL's ranks of one node meet there."""
+    """Check the size of shared memory, through which NCCL connects the ranks of a node."""
     size = shutil.disk_usage("/dev/shm")
     found = f"{gib(size.total)}, {gib(size.free)} free"
     if size.free < SHARED_BYTES:
-        advice = f"NCCL wants {gib(SHARED_BYTES)} and more: start the container with --shm-size or --ipc=host."
+        advice = f"NCCL wants {gib(SHARED_BYTES)} or more: start the container with --shm-size or --ipc=host."
         return warning("/dev/shm", found, advice)
     return ok("/dev/shm", found)
 
 
 def check_memory() -> Finding:
-    """The memory that is left."""
+    """Check the memory that is available."""
     available, total = memory()
     found = f"{gib(available)} of {gib(total)} available"
     if available < LOW_BYTES:
-        return warning("memory", found, "A rank takes about 0.9 GiB before its model. See what else runs here.")
+        return warning("memory", found, "A rank takes about 0.9 GiB without its model. See what else runs here.")
     return ok("memory", found)
 
 
@@ -143,26 +143,26 @@ def check_memory() -> Finding:
 
 
 def visible() -> str:
-    """What CUDA_VISIBLE_DEVICES says, for messages."""
+    """The value of CUDA_VISIBLE_DEVICES, for messages."""
     devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     return "" if devices is None else f" (CUDA_VISIBLE_DEVICES={devices!r})"
 
 
 def check_gpus(wanted: int) -> Finding:
-    """That as many devices are here as are wanted."""
+    """Check that this node has as many GPUs as are wanted."""
     there = count_gpus()
     found = f"{there} in /dev{visible()}, {wanted} wanted"
     if there < wanted:
-        return fault("GPUs", found, f"Ask Slurm for as many (--gpus-per-node), or for fewer here. Or {LEAVE_OUT}.")
+        return fault("GPUs", found, f"Request {wanted} from Slurm (--gpus-per-node), or use fewer. Or {LEAVE_OUT}.")
     return ok("GPUs", found)
 
 
 def check_driver(wanted: int) -> list[Finding]:
-    """That the driver lists as many GPUs as are wanted, in time and without an error."""
+    """Check that the driver lists as many GPUs as are wanted, in time and without an error."""
     fields = "index,name,memory.total,driver_version,ecc.errors.uncorrected.volatile.total"
     answer = ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", seconds=HANGS_SECONDS)
     if answer.missing:
-        advice = "Jobs run without it, but a broken GPU is not found before they start. Put it on PATH."
+        advice = "Jobs run without nvidia-smi, but a broken GPU is not found before they start. Put it on PATH."
         return [warning("driver", str(answer.failure), advice)]
     if answer.failure is not None:
         return [fault("driver", answer.failure, f"A GPU may have fallen off the bus: {LEAVE_OUT}.")]
@@ -172,7 +172,7 @@ def check_driver(wanted: int) -> list[Finding]:
         broken = [", ".join(row) for row in rows if row not in whole]
         more = f"; and {broken[0][:120]!r}" if broken else ""
         found = f"nvidia-smi lists {len(whole)} GPUs without error, {wanted} wanted{more}"
-        return [fault("driver", found, f"A GPU is lost, or was not given to this job: {LEAVE_OUT}.")]
+        return [fault("driver", found, f"A GPU is lost, or was not allocated to this job: {LEAVE_OUT}.")]
     kinds = dict.fromkeys(f"{row[1]}, {row[2]}" for row in whole)
     listed = "; ".join(f"{sum(f'{r[1]}, {r[2]}' == kind for r in whole)} x {kind}" for kind in kinds)
     found = f"{', '.join(dict.fromkeys(row[3] for row in whole))}: {listed}"
@@ -183,11 +183,11 @@ def check_driver(wanted: int) -> list[Finding]:
     return [ok("driver", found)]
 
 
-# ---- the way to the others -----------------------------------------------------------------------------------------
+# ---- the first node ------------------------------------------------------------------------------------------------
 
 
 def _first_node() -> list[Finding]:
-    """That the name of a job's first node, where the ranks meet, resolves. Nothing outside a job."""
+    """Check that the name of a job's first node, where the ranks meet, resolves. No finding outside a job."""
     listed = os.environ.get("SLURM_JOB_NODELIST")
     if not listed:
         return []
@@ -198,5 +198,5 @@ def _first_node() -> list[Finding]:
         address = socket.getaddrinfo(names[0], None, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
         found = f"{names[0]} does not resolve: {error.strerror}"
-        return [fault("first node", found, f"Ranks meet there. Mend DNS or /etc/hosts; until then, {LEAVE_OUT}.")]
+        return [fault("first node", found, f"Ranks meet there. Fix DNS or /etc/hosts; until then, {LEAVE_OUT}.")]
     return [ok("first node", f"{names[0]} is {address}")]

@@ -1,4 +1,4 @@
-"""What `lbr doctor` sees of torch, GPUs, kernels and DeepSpeed. A process of its own, since drivers crash and hang.
+"""The checks of torch, GPUs, kernels and DeepSpeed by `lbr doctor`. Its own process, since drivers crash and hang.
 
 Prints a line of JSON for each finding as soon as it is known; whatever libraries print goes to standard error.
 """
@@ -20,13 +20,13 @@ from lbr_dist.launch.doctor.node import visible
 from lbr_dist.ranks.hardware import count_gpus
 
 HEAD_DIM = 128
-"""Of most models from one to seventy thousand million parameters."""
+"""The head dimension of most models from 1e9 to 70e9 parameters."""
 
 BUSY = 0.1
-"""Share of a GPU's memory in use that is warned of above."""
+"""A larger share of a GPU's memory in use gives a warning."""
 
 OLDEST = (8, 0)
-"""Compute capability from which bfloat16 and flash attention run."""
+"""The lowest compute capability with bfloat16 and flash attention."""
 
 
 def _torch() -> list[Finding]:
@@ -38,8 +38,8 @@ def _torch() -> list[Finding]:
         build = f"ROCm {torch.version.hip}"
     found = f"{torch.__version__}, built with {build}"
     if there and torch.version.cuda is None:
-        advice = "Install torch for CUDA, see pytorch.org: this one leaves the GPUs alone."
-        return [fault("torch", f"{found}, and {there} GPUs are in /dev", advice)]
+        advice = "Install torch for CUDA, see pytorch.org: this build does not use the GPUs."
+        return [fault("torch", f"{found}, but {there} GPUs are in /dev", advice)]
     return [ok("torch", found)]
 
 
@@ -48,9 +48,9 @@ def _gpus() -> list[Finding]:
 
     there = count_gpus()
     if not there and not torch.cuda.is_available():
-        return [ok("devices", f"none to be seen{visible()}: ranks run on the CPU")]
+        return [ok("devices", f"no GPUs{visible()}: ranks run on the CPU")]
     if torch.version.cuda is None:
-        return []  # said of torch already
+        return []  # the finding on torch reports it
     try:
         torch.cuda.init()
     except RuntimeError as error:
@@ -58,7 +58,7 @@ def _gpus() -> list[Finding]:
         return [fault("devices", f"CUDA does not start: {_first_line(error)}", advice)]
     count, findings = torch.cuda.device_count(), []
     if count != there:
-        advice = "A GPU is lost, or hidden by the container or CUDA_VISIBLE_DEVICES: ranks would find none."
+        advice = "A GPU is lost, or hidden by the container or CUDA_VISIBLE_DEVICES: ranks would have none."
         findings.append(fault("devices", f"{there} in /dev, torch sees {count}{visible()}", advice))
     listed: dict[str, list[int]] = {}
     for device in range(count):
@@ -67,17 +67,17 @@ def _gpus() -> list[Finding]:
         listed.setdefault(kind, []).append(device)
         free, total = torch.cuda.mem_get_info(device)
         if free < (1 - BUSY) * total:
-            advice = "Another process holds it: see `nvidia-smi`."
+            advice = "Another process uses it: see `nvidia-smi`."
             findings.append(warning(f"GPU {device}", f"{gib(free)} of {gib(total)} free", advice))
         if (about.major, about.minor) < OLDEST:
-            advice = "bfloat16 is slow or missing there, and flash attention too: use GPUs from the A100 on."
+            advice = "bfloat16 is slow or missing on it, and so is flash attention: use an A100 or newer."
             findings.append(warning(f"GPU {device}", kind, advice))
     kinds = "; ".join(f"{len(devices)} x {kind}" for kind, devices in listed.items())
     return [*findings, ok("devices", f"{kinds}{visible()}")] if kinds else findings
 
 
 def _group() -> list[Finding]:
-    """A process group of this process alone, and one sum in it, as a rank makes them."""
+    """Check a process group of one rank, made as a rank makes it, with one all-reduce."""
     import torch
     import torch.distributed as dist
     from torch.distributed import HashStore  # type: ignore[attr-defined]
@@ -95,12 +95,12 @@ def _group() -> list[Finding]:
         dist.destroy_process_group()
     except RuntimeError as error:
         interface = f"{backend.upper()}_SOCKET_IFNAME"
-        advice = f"See that {interface}, if set, names an interface of this machine" + (
-            ", and what NCCL_DEBUG=INFO says." if backend == "nccl" else ", and that the host's name resolves."
+        advice = f"Check that {interface}, if set, names an interface of this machine" + (
+            ", and see what NCCL_DEBUG=INFO prints." if backend == "nccl" else ", and that the host's name resolves."
         )
         return [fault(backend, f"{version}a group of one process does not work: {_first_line(error)}", advice)]
     if total != 1024:
-        return [fault(backend, f"{version}a sum of 1024 ones is {total:g}", "Do not train here: it computes wrongly.")]
+        return [fault(backend, f"{version}a sum of 1024 ones is {total:g}", "Do not train here: results are wrong.")]
     return [ok(backend, f"{version}a group of one process works")]
 
 
@@ -117,13 +117,13 @@ def _attention() -> list[Finding]:
     chosen = choose_backend("auto", *case)
     reasons = {name: why_not(name, *case) for name in get_args(Backend) if name != "auto"}
     others = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items() if reason)
-    found = f"`auto` takes {chosen} on {device} in bfloat16{f' ({others})' if others else ''}"
+    found = f"`auto` picks {chosen} on {device} in bfloat16{f' ({others})' if others else ''}"
     if chosen == "flash_attn":
         try:
             importlib.import_module("flash_attn")
         except (ImportError, OSError) as error:
             advice = "Build it against this torch: pip install --no-build-isolation --force-reinstall flash-attn"
-            return [fault("attention", f"{found}, which does not import: {_first_line(error)}", advice)]
+            return [fault("attention", f"{found}, which cannot be imported: {_first_line(error)}", advice)]
     return [ok("attention", found)]
 
 
@@ -138,13 +138,13 @@ def _losses() -> list[Finding]:
         _chosen("triton", queries)
     except ValueError as error:
         reason = f" ({str(error).split(';')[0]})"
-    findings = [ok("InfoNCE", f"`auto` takes {_chosen('auto', queries)}{reason}")]
+    findings = [ok("InfoNCE", f"`auto` picks {_chosen('auto', queries)}{reason}")]
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     if has_liger and queries.is_cuda:
-        found = "`auto` takes liger"
+        found = "`auto` picks liger"
     else:
         why = "it needs CUDA" if has_liger else "the package liger-kernel is not installed"
-        found = f"`auto` takes chunked (not liger: {why})"
+        found = f"`auto` picks chunked (not liger: {why})"
     return [*findings, ok("cross-entropy", found)]
 
 
@@ -159,11 +159,11 @@ def _deepspeed() -> list[Finding]:
 
         accelerator = get_accelerator().device_name()
     except Exception as error:
-        advice = "See what it names. `CUDA_HOME` must lead to a CUDA like torch's where kernels are compiled."
-        return [fault("DeepSpeed", f"does not import: {type(error).__name__}: {_first_line(error)}", advice)]
+        advice = "See what the error names. To compile kernels, `CUDA_HOME` must name a CUDA that matches torch's."
+        return [fault("DeepSpeed", f"cannot be imported: {type(error).__name__}: {_first_line(error)}", advice)]
     found = f"{deepspeed.__version__}, accelerator {accelerator}"
     if accelerator != ("cuda" if torch.cuda.is_available() else "cpu"):
-        advice = f"Unset DS_ACCELERATOR (it is {os.environ.get('DS_ACCELERATOR', 'not set')!r}): ranks run elsewhere."
+        advice = f"Unset DS_ACCELERATOR (it is {os.environ.get('DS_ACCELERATOR', 'not set')!r}): ranks do not use that."
         return [fault("DeepSpeed", found, advice)]
     return [ok("DeepSpeed", found)]
 
@@ -193,12 +193,12 @@ def main() -> None:
         try:
             findings = probe()
         except Exception as error:
-            found = f"cannot be looked at: {type(error).__name__}: {_first_line(error)}"
-            findings = [fault(name, found, "Mend what it names; it may be a package that is missing or broken.")]
+            found = f"cannot be checked: {type(error).__name__}: {_first_line(error)}"
+            findings = [fault(name, found, "Fix what the error names; it may be a package that is missing or broken.")]
         for finding in findings:
             print(json.dumps(asdict(finding)), file=results, flush=True)
         if "torch" not in sys.modules:
-            return  # all the others would say the same again
+            return  # all other checks would fail in the same way
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Which documents may be a pair's negatives: everything about false negatives that needs no score but the positive's.
+"""Which documents may be a pair's negatives: the rules against false negatives. Computes no scores.
 
-Documents stand in rows. The first `num_searchable` rows are the corpus, each text once (white space and case apart);
-the rows after them are positives whose text is there already or in no corpus, kept for their scores alone.
+Documents are numbered by row. The first `num_searchable` rows are the corpus, each text once, ignoring white space and
+case. The rows after them are positives whose text is already there, or not in the corpus; only their scores are used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REASONS = ("positive", "same text", "other positive", "duplicate", "margin", "wi
 
 
 def _plain(text: str) -> str:
-    """A text without what makes no other text of it: white space and case."""
+    """A text without differences in white space and case, which do not make it another text."""
     return " ".join(text.split()).casefold()
 
 
@@ -29,12 +29,12 @@ def _digest(text: str) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """How a pair's negatives are taken from its ranked candidates; NV-Retriever (arXiv 2407.15831)."""
+class MiningRules:
+    """How a pair's negatives are chosen from its ranked candidates; NV-Retriever (arXiv 2407.15831)."""
 
     negatives: int
     first: int
-    """Rank of the first candidate that may be taken, counted from 1 and without the documents that are excluded."""
+    """Rank of the first candidate that may be taken, counted from 1, without excluded documents."""
 
     last: int
     margin_percent: float | None = None
@@ -45,7 +45,7 @@ class Rules:
     def limit(self, positive_score: float) -> float:
         """The highest score that a negative may have: TopK-PercPos or TopK-MarginPos; infinity without a margin."""
         if self.margin_percent is not None:
-            # below zero, a share of the score would lie above the score itself
+            # a share of a negative score is higher than the score itself
             return min(self.margin_percent * positive_score, positive_score)
         return float("inf") if self.margin_absolute is None else positive_score - self.margin_absolute
 
@@ -61,22 +61,22 @@ class Negative:
 
 @dataclass(slots=True)
 class Candidates:
-    """Pairs, documents in rows, and what is excluded for whom."""
+    """Pairs, documents in rows, and which documents are excluded for which pair."""
 
     pairs: list[Pair]
-    """As read, their positives under the corpus's ids where the corpus has the text; without negatives."""
+    """As read, but without negatives, and with the corpus's id for each positive whose text the corpus has."""
 
     listed_positives: int
     """Negatives of the input that were positives of the same pair."""
 
     num_documents: int
-    """Documents of the corpus, before equal texts are joined."""
+    """Documents in the corpus, before equal texts are merged."""
 
     ids: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     num_searchable: int = 0
     brought: dict[str, str] = field(default_factory=dict)
-    """Positives whose texts no corpus has, by id."""
+    """Texts of the positives that are not in the corpus, by id."""
 
     _twins: dict[int, list[str]] = field(default_factory=dict)
     """Row to the ids of the other documents with its text."""
@@ -88,11 +88,11 @@ class Candidates:
     """Positive to the searchable row that has its text, if there is one."""
 
     _related: dict[str, dict[str, None]] = field(default_factory=dict)
-    """Query text to the positives of all pairs with it."""
+    """Query text to the positives of all pairs with this query."""
 
     @staticmethod
     def read(pairs: str | Path, documents: str | Path, say: Callable[[str], None] = lambda _: None) -> Candidates:
-        """Raises DataError for files that cannot be used; see `read_corpus` and `read_pairs`."""
+        """Read both files; raises DataError if one cannot be used, see `read_corpus` and `read_pairs`."""
         say(f"reading {documents} and {pairs}")
         corpus = read_corpus(documents)
         found = read_pairs(pairs, corpus)
@@ -152,18 +152,18 @@ class Candidates:
         return min(self.num_searchable, last + len(self.excluded(number)))
 
     def most_candidates(self) -> int:
-        """Candidates of the pair that has most."""
+        """The number of candidates of the pair that has the most."""
         return self.num_searchable - min(len(self.excluded(i)) for i in range(len(self.pairs)))
 
     def choose(
-        self, number: int, positive_score: float, ranked: Iterable[tuple[int, float]], rules: Rules
+        self, number: int, positive_score: float, ranked: Iterable[tuple[int, float]], rules: MiningRules
     ) -> tuple[list[Negative], Counter[str]]:
-        """A pair's negatives, best first, and how many documents were dropped for which of `REASONS`.
+        """A pair's negatives, best first, and how many documents were dropped for each of `REASONS`.
 
         Args:
             number: which pair.
             positive_score: the lowest score of its positives, since training may pair the negatives with any.
-            ranked: rows and scores, best first, at least `depth` of them where there are so many.
+            ranked: rows and scores, best first, at least `depth` of them if there are that many.
             rules: margin, window and number.
         """
         pair, excluded, limit = self.pairs[number], self.excluded(number), rules.limit(positive_score)
@@ -185,7 +185,7 @@ class Candidates:
             else:
                 kept.append(Negative(row, rank, score))
         if rules.sample == "random" and len(kept) > rules.negatives:
-            # seeded by the pair, so that no other pair and no number of ranks moves it
+            # seeded per pair: the result depends neither on other pairs nor on the number of ranks
             kept = random.Random(f"{rules.seed}/{pair.id}").sample(kept, rules.negatives)
             kept.sort(key=lambda negative: negative.rank)
         return kept[: rules.negatives], dropped

@@ -1,7 +1,7 @@
-"""Search for the mining of negatives: vectors in slices on disk, and exact, IVF or BM25 search in them.
+"""The search for negatives: vectors in files on disk, and exact, IVF or BM25 search in them.
 
-Work is cut in units whose size does not depend on the number of ranks: a text's vector and a score may differ in the
-last bit with what else is computed in the same call, and so would the result.
+Work is split into units whose size does not depend on the number of ranks. A vector or a score may differ in the last
+bit with what else is computed in the same call, so units of another size could change the result.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Float32 = npt.NDArray[np.float32]
 _BLOCK = 16384
 _RECALL_QUERIES = 200
 _TRAINING_VECTORS = 64
-"""For each list of the IVF; faiss warns below 39, and leaves out what is above 256."""
+"""Per IVF list; faiss warns below 39, and ignores those above 256."""
 
 
-class Vectors:
-    """``[count, d]`` float32 in files of `unit` rows each, which appear whole."""
+class VectorFiles:
+    """``[count, d]`` float32 in files of `unit` rows each, each written atomically."""
 
     def __init__(self, folder: Path, name: str, count: int, unit: int) -> None:
         self.folder, self.name, self.count, self.unit = folder, name, count, unit
@@ -48,7 +48,7 @@ class Vectors:
         return self.folder / f"{self.name}-{number:05d}.npy"
 
     def write(self, number: int, vectors: Tensor) -> None:
-        """Raises DataError for vectors that are not finite."""
+        """Write a unit's vectors; raises DataError if they are not finite."""
         if not bool(torch.isfinite(vectors).all()):
             raise DataError(
                 f"{self.name}: found NaN or infinity in the vectors of texts {self.rows_of(number)}, expected finite "
@@ -58,12 +58,12 @@ class Vectors:
             np.save(file, vectors.float().numpy())
 
     def read(self, number: int) -> Float32:
-        """A unit's vectors, mapped from their file."""
+        """A unit's vectors, memory-mapped from their file."""
         vectors: Float32 = np.load(self.path(number), mmap_mode="r")
         return vectors
 
     def take(self, rows: Sequence[int]) -> Float32:
-        """Some rows, in the order asked for."""
+        """The given rows, in that order."""
         units = np.asarray(rows) // self.unit
         taken = np.empty((len(rows), self.read(0).shape[1]), np.float32)
         for number in np.unique(units).tolist():
@@ -72,7 +72,7 @@ class Vectors:
         return taken
 
     def blocks(self, count: int) -> Iterator[Tensor]:
-        """The first `count` rows, in blocks of about 16,384 that do not depend on anything but `unit`."""
+        """The first `count` rows, in blocks of about 16,384 that depend only on `unit`."""
         together = max(1, _BLOCK // self.unit)
         for first in range(0, math.ceil(count / self.unit), together):
             numbers = range(first, min(self.num_units, first + together))
@@ -89,24 +89,24 @@ def _faiss(threads: int) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"--index ivf: faiss cannot be imported ({error}). Install it with `pip install 'lbr-dist[mining]'`, or "
-            "use --index exact, which needs nothing."
+            "use --index exact, which needs no package."
         ) from None
     faiss.omp_set_num_threads(threads)
     return faiss
 
 
 def ivf_lists(count: int) -> tuple[int, int]:
-    """Lists of the index and lists searched for a query, for `count` vectors.
+    """The number of lists in the index, and of lists searched per query, for `count` vectors.
 
-    4 x sqrt(n) lists, as faiss's guidelines have it, as long as each has 39 vectors to learn its centre from. An eighth
-    of them is searched: mining asks for a hundred neighbours, which lie in more lists than the first few.
+    4 x sqrt(n) lists, as in faiss's guidelines, if that leaves 39 vectors to train the centre of each; else fewer. An
+    eighth of them is searched: mining asks for a hundred neighbours, which are in more lists than the first few.
     """
     lists = max(1, min(round(4 * math.sqrt(count)), count // 39))
     return lists, min(lists, max(8, math.ceil(lists / 8)))
 
 
 class Ivf:
-    """An inverted file of flat vectors (faiss `IndexIVFFlat`, inner product), mapped from its file."""
+    """An inverted file of flat vectors (faiss `IndexIVFFlat`, inner product), memory-mapped from its file."""
 
     def __init__(self, path: Path, probed: int, threads: int) -> None:
         faiss = _faiss(threads)
@@ -114,7 +114,7 @@ class Ivf:
         self._index.nprobe = probed
 
     def search(self, queries: Float32, k: int) -> list[Ranked]:
-        """The k nearest of each query, best first and ties by row; fewer where the lists searched hold fewer."""
+        """The k nearest of each query, best first and ties by row; fewer if the searched lists hold fewer."""
         scores, rows = self._index.search(np.ascontiguousarray(queries), k)
         ranked = []
         for row_scores, row_rows in zip(scores.tolist(), rows.tolist(), strict=True):
@@ -124,9 +124,9 @@ class Ivf:
 
 
 def build_ivf(
-    path: Path, documents: Vectors, count: int, queries: Vectors, k: int, device: torch.device, threads: int
+    path: Path, documents: VectorFiles, count: int, queries: VectorFiles, k: int, device: torch.device, threads: int
 ) -> dict[str, Any]:
-    """Train and fill the index of the first `count` documents, and measure it; all vectors are in memory meanwhile.
+    """Train and fill the index of the first `count` documents, and measure it. Holds all vectors in memory.
 
     Returns:
         `nlist`, `nprobe`, and `recall`: the share of the exact search's first k (`recall_at`) that the index finds too,
@@ -159,16 +159,16 @@ def build_ivf(
     }
 
 
-# ---- what the mining calls ----------------------------------------------------------------------------------------
+# ---- searches -----------------------------------------------------------------------------------------------------
 
 Search = Callable[[range, Callable[[int], int]], Iterator[tuple[Ranked, float]]]
 """(pairs, depth of a pair) -> for each pair its ranked searchable rows, and the lowest score of its positives."""
 
 
 def model_search(
-    candidates: Candidates, documents: Vectors, queries: Vectors, ivf: Ivf | None, device: torch.device
+    candidates: Candidates, documents: VectorFiles, queries: VectorFiles, ivf: Ivf | None, device: torch.device
 ) -> Search:
-    """Inner products of the model's vectors. The pairs asked for must be a unit of `queries`."""
+    """Inner products of the model's vectors. The given pairs must be a unit of `queries`."""
 
     def search(pairs: range, depth: Callable[[int], int]) -> Iterator[tuple[Ranked, float]]:
         vectors = np.array(queries.read(pairs.start // queries.unit))
@@ -187,7 +187,7 @@ def model_search(
 
 
 def bm25_search(candidates: Candidates, tokens: Literal["words", "characters"]) -> Search:
-    """BM25; what shares no token with the query is no candidate."""
+    """BM25; a document that shares no token with the query is not a candidate."""
     index = Bm25(candidates.texts, tokens)
 
     def search(pairs: range, depth: Callable[[int], int]) -> Iterator[tuple[Ranked, float]]:

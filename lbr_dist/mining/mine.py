@@ -1,10 +1,10 @@
-"""Mining of hard negatives for training pairs, by a model of ours or BM25: positive-aware, restartable, on any ranks.
+"""Mines hard negatives for training pairs, with a model or BM25: positive-aware, restartable, on any number of ranks.
 
     score(q, d-) <= margin_percent x score(q, d+)    or    score(q, d-) <= score(q, d+) - margin_absolute
 
 NV-Retriever (arXiv 2407.15831), TopK-PercPos and TopK-MarginPos. Texts are encoded and pairs are searched in units,
-each a file of the work folder that appears whole. A rank has a contiguous share of the units; the first one joins
-what all have made. Which documents may be negatives at all is in data/candidates.py, the search in mining_index.py.
+each a file in the work folder that is written atomically. A rank has a contiguous share of the units; the first rank
+joins them all. Which documents may be negatives at all is in mining/candidates.py, the search in mining/index.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lbr_dist.console import Progress
 from lbr_dist.data.records import read_corpus, write_jsonl
 from lbr_dist.errors import DataError
 from lbr_dist.mining.candidates import REASONS, Candidates
-from lbr_dist.mining.index import Ivf, Search, Vectors, bm25_search, build_ivf, model_search
+from lbr_dist.mining.index import Ivf, Search, VectorFiles, bm25_search, build_ivf, model_search
 from lbr_dist.mining.work import MiningSettings, Say
 from lbr_dist.ranks.group import Ranks, meet, share
 from lbr_dist.storage.files import atomic_file
@@ -35,13 +35,13 @@ _LOW_RECALL = 0.9
 
 
 def mine(settings: MiningSettings, candidates: Candidates, ranks: Ranks, say: Say = print) -> dict[str, Any] | None:
-    """Mine the negatives of all pairs; the work folder must be prepared, and is left to be removed.
+    """Mine the negatives of all pairs; the caller prepares the work folder, and removes it.
 
     Args:
         settings: the same on every rank.
         candidates: pairs and documents, the same on every rank.
-        ranks: this process among its peers.
-        say: told of progress by the first rank.
+        ranks: this process's rank and the world size.
+        say: prints progress, on the first rank.
 
     Returns:
         On the first rank, the content of `OUT.summary.json`; None on the others.
@@ -83,10 +83,10 @@ def _threads(count: int) -> Iterator[None]:
 def _model_search(
     settings: MiningSettings, candidates: Candidates, ranks: Ranks, tell: Say
 ) -> tuple[Search, dict[str, Any]]:
-    """Encode what no start before has encoded, all ranks together; then the search, and what is known of its index."""
+    """Encode what is not encoded yet, on all ranks. Returns the search, and a report on its index."""
     texts, asked = candidates.texts, [pair.query for pair in candidates.pairs]
-    documents = Vectors(settings.work, "documents", len(texts), settings.document_unit(len(texts)))
-    queries = Vectors(settings.work, "queries", len(asked), settings.pair_unit(len(asked)))
+    documents = VectorFiles(settings.work, "documents", len(texts), settings.document_unit(len(texts)))
+    queries = VectorFiles(settings.work, "queries", len(asked), settings.pair_unit(len(asked)))
     _encode(settings, ranks, tell, (documents, texts), (queries, asked))
     meet(ranks)
     if settings.index == "exact":
@@ -102,7 +102,7 @@ def _model_search(
     meet(ranks)
     report = json.loads(report_path.read_text(encoding="utf-8"))
     tell(
-        f"IVF index: {report['nlist']} lists, {report['nprobe']} searched for a query; finds {report['recall']:.1%} of "
+        f"IVF index: {report['nlist']} lists, {report['nprobe']} searched per query; finds {report['recall']:.1%} of "
         f"the exact search's first {report['recall_at']} ({report['recall_queries']} queries)"
     )
     if report["recall"] < _LOW_RECALL:
@@ -112,17 +112,17 @@ def _model_search(
     ), report
 
 
-def _encode(settings: MiningSettings, ranks: Ranks, tell: Say, *work: tuple[Vectors, Sequence[str]]) -> None:
+def _encode(settings: MiningSettings, ranks: Ranks, tell: Say, *work: tuple[VectorFiles, Sequence[str]]) -> None:
     """Write this rank's units of each set of vectors: documents first, then queries."""
     todo = []
     for vectors, texts in work:
-        # queries from the last rank on: what is left over of documents and of queries goes to different ranks
+        # queries from the last rank down, so that the remainders of documents and queries go to different ranks
         rank = ranks.rank if vectors.name == "documents" else ranks.world_size - 1 - ranks.rank
         numbers = range(vectors.num_units)[share(vectors.num_units, rank, ranks.world_size)]
         todo += [(vectors, texts, number) for number in numbers if not vectors.path(number).exists()]
     if not todo:
         return
-    # here: it takes transformers and DeepSpeed along, which BM25 can do without
+    # imported here: it loads transformers and DeepSpeed, which BM25 does not need
     from lbr_dist.encode.encoder import open_encoder
 
     encoder = open_encoder(Path(str(settings.model)), None, settings.chunk_tokens)
@@ -142,7 +142,7 @@ def _part(settings: MiningSettings, number: int) -> Path:
 
 
 def _write_part(settings: MiningSettings, candidates: Candidates, number: int, pairs: range, search: Search) -> None:
-    """The lines of a unit's pairs, and their counts in a file that is there before them."""
+    """Write the lines of a unit's pairs; before them, a file with their counts."""
     rules = settings.rules
     counts: Counter[str] = Counter()
     lines = []
@@ -179,7 +179,7 @@ def _join(
     ranks: Ranks,
     tell: Say,
 ) -> dict[str, Any]:
-    """Write the result from its parts, whole or not at all, and what was done beside it."""
+    """Write the result from its parts, atomically, and a summary next to it."""
     counts: Counter[str] = Counter()
     for number in range(parts):
         counts.update(json.loads(_part(settings, number).with_suffix(".json").read_text(encoding="utf-8")))
@@ -187,7 +187,7 @@ def _join(
     if not negatives:
         raise DataError(
             f"{settings.pairs}: found no negative for any of the {pairs:,} pairs ({_dropped(counts)}), expected some. "
-            f"Widen the margin or the window, and delete {settings.work}, which is of the former ones."
+            f"Widen the margin or the window, and delete {settings.work}, which belongs to these settings."
         )
     companion = settings.beside("documents.jsonl")
     if candidates.brought:
@@ -214,18 +214,16 @@ def _join(
             with _part(settings, number).open("rb") as part:
                 shutil.copyfileobj(part, file)
     tell(
-        f"{pairs:,} pairs, {summary['negatives_per_pair']:.2f} negatives a pair at mean rank "
+        f"{pairs:,} pairs, {summary['negatives_per_pair']:.2f} negatives per pair at mean rank "
         f"{summary['mean_rank']:.1f}, {counts['short']:,} pairs with fewer than {settings.negatives}, "
         f"{summary['seconds']:.0f} s\ndropped: {_dropped(counts)}"
     )
     if candidates.listed_positives:
-        tell(
-            f"{candidates.listed_positives:,} negatives of {settings.pairs} were positives of their pair, and left out"
-        )
+        tell(f"{candidates.listed_positives:,} negatives of {settings.pairs} were positives of their pair: left out")
     if candidates.brought:
         tell(
-            f"{len(candidates.brought):,} positives are in no corpus: {companion} has them and all documents of "
-            f"{settings.documents}; name it as data.corpus when you train on {settings.out}"
+            f"{len(candidates.brought):,} positives are not in the corpus: {companion} has them and all documents of "
+            f"{settings.documents}; set data.corpus to it when you train on {settings.out}"
         )
     tell(f"written to {settings.out}")
     return summary

@@ -1,7 +1,7 @@
-"""What a mining of negatives is asked for, and the folder in which it can be interrupted and go on.
+"""The settings of mining negatives, and the work folder from which an interrupted mining resumes.
 
 The folder is named after the result. It holds the settings with a fingerprint of all files that matter, vectors and
-finished parts; it goes when the result is there. Imports no torch, so that a mistake is named at once.
+finished parts; it is deleted once the result is written. Imports no torch, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.records import write_jsonl
 from lbr_dist.errors import ConfigError
-from lbr_dist.mining.candidates import Rules
+from lbr_dist.mining.candidates import MiningRules
 from lbr_dist.storage.fingerprint import fingerprint
 
 Say = Callable[[str], None]
@@ -32,7 +32,7 @@ _OPTIONS = {"miner": "with"}
 
 @dataclass(frozen=True, slots=True)
 class MiningSettings:
-    """What to mine, from what and with what; the fields are the options of `lbr data negatives`."""
+    """What to mine, and how; the fields are the options of `lbr data negatives`."""
 
     pairs: str
     documents: str
@@ -50,11 +50,11 @@ class MiningSettings:
     bm25_tokens: Literal["words", "characters"] = "words"
     chunk_tokens: int = 8192
     threads: int = 1
-    """Threads of a rank on a CPU. Not taken from the number of ranks, since sums may depend on it."""
+    """Threads per rank on a CPU. Does not follow from the number of ranks, since sums may depend on it."""
 
     device: str = "cpu"
     unit: int = 256
-    """Texts of a file of vectors, pairs of a part: what a killed rank loses at most. Larger in large collections."""
+    """Texts per file of vectors, pairs per part: a killed rank loses at most this. Larger in large collections."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
@@ -62,23 +62,21 @@ class MiningSettings:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "one or more")
         _require(self.last >= self.first, "first", self.first, f"at most --last, which is {self.last}")
         window = self.last - self.first + 1
-        _require(self.negatives <= window, "negatives", self.negatives, f"at most the {window} of --first to --last")
+        _require(self.negatives <= window, "negatives", self.negatives, f"at most {window} (--first to --last)")
         percent, absolute = self.margin_percent, self.margin_absolute
-        _require(percent is None or absolute is None, "margin-absolute", absolute, "no --margin-percent beside it")
+        _require(percent is None or absolute is None, "margin-absolute", absolute, "no --margin-percent with it")
         _require(percent is None or 0 < percent <= 1, "margin-percent", percent, "above 0 and at most 1")
         _require(
             absolute is None or (absolute >= 0 and math.isfinite(absolute)), "margin-absolute", absolute, "0 or more"
         )
         if self.miner == "bm25":
-            _require(
-                self.index == "exact", "index", self.index, "exact with --with bm25, which has an index of its own"
-            )
+            _require(self.index == "exact", "index", self.index, "exact with --with bm25, which has its own index")
         else:
             _require(self.model is not None, "model", self.model, "a model folder, or --with bm25")
 
     @property
-    def rules(self) -> Rules:
-        return Rules(
+    def rules(self) -> MiningRules:
+        return MiningRules(
             self.negatives,
             self.first,
             self.last,
@@ -89,15 +87,15 @@ class MiningSettings:
         )
 
     def beside(self, ending: str) -> Path:
-        """A file or folder whose name is that of the result with something behind."""
+        """The path of the result with `.ending` added."""
         return Path(f"{self.out}.{ending}")
 
     def document_unit(self, count: int) -> int:
-        """Of so many documents: at most 4,096 files."""
+        """Documents per file, for this many documents: at most 4,096 files."""
         return max(self.unit, math.ceil(count / 4096))
 
     def pair_unit(self, count: int) -> int:
-        """Of so many pairs: all vectors are read once for each unit."""
+        """Pairs per part, for this many pairs: at most 512 parts, since each reads all vectors."""
         return max(self.unit, math.ceil(count / 512))
 
     @property
@@ -114,10 +112,10 @@ def _require(holds: bool, name: str, found: object, expected: str) -> None:
 
 
 def prepare(settings: MiningSettings, say: Say) -> None:
-    """Make the work folder, or find the one of an interrupted mining with the same settings and files.
+    """Make the work folder, or find that of an interrupted mining with the same settings and files.
 
     Raises:
-        ConfigError: the folder holds another mining, and names what differs.
+        ConfigError: the folder holds another mining; the message names what differs.
     """
     folder = settings.work
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,15 +144,15 @@ def prepare(settings: MiningSettings, say: Say) -> None:
     if differing:
         raise ConfigError(
             f"{folder}: found an unfinished mining that differs in {', '.join(differing)}, expected "
-            "one with the same settings and files. Give the former ones to go on, name another --out, or delete the "
-            "folder to start again."
+            "one with the same settings and files. Give the same ones to resume, name another --out, or delete the "
+            "folder to start over."
         )
     done = len(list(folder.glob("*.npy"))) + len(list(folder.glob("part-*.jsonl")))
-    say(f"{folder}: going on with an unfinished mining, {done:,} files of it are there")
+    say(f"{folder}: resuming an unfinished mining, {done:,} of its files are done")
 
 
 def read_settings(path: Path) -> MiningSettings:
-    """The settings that `prepare` has written."""
+    """The settings that `prepare` wrote."""
     return MiningSettings(**json.loads(path.read_text(encoding="utf-8"))["settings"])
 
 

@@ -1,4 +1,4 @@
-"""Mining on real ranks: the same bytes whatever their number, and after a process was killed."""
+"""Mining on real ranks: the same bytes on any number of ranks, and after a process was killed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def mine_on(ranks: Ranks, path: Path) -> Any:
 
 
 def chosen(data: Path, out: Path, model: Path, **changes: Any) -> Path:
-    """The settings of a mining whose work folder is prepared."""
+    """Prepare a work folder; returns the path of its settings."""
     settings = MiningSettings(
         str(data / "train.jsonl"), str(data / "corpus.jsonl"), str(out), str(model), margin_percent=0.95, unit=7
     )
@@ -53,7 +53,7 @@ def test_the_number_of_ranks_changes_no_byte(
     assert slices == {path.name: path.read_bytes() for path in Path(f"{together}.work").glob("*.npy")}
 
 
-def test_a_killed_mining_goes_on_with_another_number_of_ranks(
+def test_a_killed_mining_resumes_on_another_number_of_ranks(
     two_ranks: RankPool, tiny_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     alone, killed = tmp_path / "one.jsonl", tmp_path / "killed.jsonl"
@@ -83,7 +83,7 @@ def test_the_command_starts_ranks_or_is_one(
     assert cli.main([*arguments("one.jsonl"), "--ranks", "1"]) == 0
     assert cli.main([*arguments("two.jsonl"), "--ranks", "2"]) == 0
     printed = capfd.readouterr().out
-    assert printed.count("80 pairs, 8.00 negatives a pair") == 2 and f"written to {tmp_path / 'two.jsonl'}" in printed
+    assert printed.count("80 pairs, 8.00 negatives per pair") == 2 and f"written to {tmp_path / 'two.jsonl'}" in printed
     # what torchrun does, with one process
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     command = [sys.executable, "-m", "lbr_dist.launch.cli", *arguments("rank.jsonl")]

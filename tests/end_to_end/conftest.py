@@ -1,4 +1,4 @@
-"""One finished run for all tests of what comes of one."""
+"""One finished run, for all tests of its results."""
 
 from __future__ import annotations
 

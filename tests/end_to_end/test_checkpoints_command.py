@@ -69,7 +69,7 @@ def plain(two_ranks: RankPool, tiny_data: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def copied(plain: RunConfig, tmp_path: Path) -> Path:
-    """A copy of its run folder that a test may spoil."""
+    """A copy of its run folder that a test may damage."""
     return Path(shutil.copytree(plain.run_path, tmp_path / "moved"))
 
 
@@ -89,7 +89,7 @@ def command(*arguments: str | Path) -> int:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_export_is_the_stages_own(config: RunConfig, stage: Stage, tmp_path: Path) -> None:
+def test_export_equals_the_stages_own(config: RunConfig, stage: Stage, tmp_path: Path) -> None:
     own = config.learn_export if stage == "learn" else config.model_path
     out = tmp_path / "deeper" / "model"
     assert command(config.run_path, "export", "--step", "latest", "--stage", stage, "--out", out) == 0
@@ -98,7 +98,7 @@ def test_export_is_the_stages_own(config: RunConfig, stage: Stage, tmp_path: Pat
     assert found.keys() == expected.keys()
     assert not [name for name in expected if found[name] != expected[name]]
     assert [path.name for path in out.parent.iterdir()] == ["model"]
-    # and an older one is another model
+    # an older checkpoint is another model
     assert command(config.run_path, "export", "--step", "2", "--stage", stage, "--out", tmp_path / "older") == 0
     older, newer = (load_file(folder / "model.safetensors") for folder in (tmp_path / "older", out))
     assert older.keys() == newer.keys() and any(not torch.equal(older[name], newer[name]) for name in newer)
@@ -107,7 +107,7 @@ def test_export_is_the_stages_own(config: RunConfig, stage: Stage, tmp_path: Pat
 def test_export_in_files_of_a_few_tensors(
     plain: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Read in parts that fit no parameter's size, written in several files: the same tensors."""
+    """Read in parts that match no parameter's size, written to several files: the same tensors."""
     monkeypatch.setattr(folder, "SHARD_BYTES", 20_000)
     monkeypatch.setattr(from_checkpoint, "_ELEMENTS", 1000)
     assert command(plain.run_path, "export", "--step", "4", "--stage", "learn", "--out", tmp_path / "m") == 0
@@ -118,7 +118,7 @@ def test_export_in_files_of_a_few_tensors(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_stored_model_holds_nothing(config: RunConfig) -> None:
+def test_a_stored_model_holds_no_values(config: RunConfig) -> None:
     there = checkpoints(config.run_path)
     manifest = there.read(4)
     with ShardReader(there.folder(4), manifest.parameters, manifest.world_size) as reader:
@@ -132,7 +132,7 @@ def test_a_stored_model_holds_nothing(config: RunConfig) -> None:
     assert from_plain(manifest.config, there.folder(4)) == config
 
 
-def test_best(plain: RunConfig, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_the_best(plain: RunConfig, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _rescore(checkpoints(copied), {2: 1.5, 4: 2.5})
     assert command(copied, "export", "--step", "best", "--stage", "learn", "--out", tmp_path / "best") == 0
     assert "learn step-000002: ok" in capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_best(plain: RunConfig, copied: Path, tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "none").exists()
 
 
-def test_a_moved_run_begins_with_its_own_stage_1(copied: Path, plain: RunConfig, tmp_path: Path) -> None:
+def test_a_moved_run_starts_from_its_own_stage_1(copied: Path, plain: RunConfig, tmp_path: Path) -> None:
     away = plain.run_path.rename(plain.run_path.with_name("away"))
     try:
         assert command(copied, "export", "--step", "4", "--stage", "represent", "--out", tmp_path / "m") == 0
@@ -252,7 +252,7 @@ def test_prune_by_the_runs_own_rule(copied: Path, capsys: pytest.CaptureFixture[
     assert command(copied, "export", "--step", "4", "--stage", "learn", "--out", copied / "m") == 0
 
 
-def test_prune_waits_for_no_job(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_is_refused_while_a_job_trains(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(copied / "learn" / "checkpoints")
     with _training(copied):
         assert command(copied, "prune", "--keep", "1", "--dry-run") == 0

@@ -1,4 +1,4 @@
-"""Other launchers than ours: real mpirun and deepspeed, and what becomes of their ranks when one of them dies."""
+"""Launchers other than ours: real mpirun and deepspeed, and what happens to their ranks when one dies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def on_ranks(ranks: int, fault: str, *arguments: str) -> subprocess.CompletedPro
 
 
 def living(word: str) -> list[int]:
-    """Processes of this machine with a word on their command line, but this one."""
+    """Other processes on this machine that have a word on their command line."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -53,8 +53,8 @@ def assert_no_orphans(word: str) -> None:
         time.sleep(0.1)
 
 
-def test_a_fault_ends_ranks_that_wait_for_nobody(tmp_path: Path) -> None:
-    """MPI's own exit would have the faulty rank wait for the others."""
+def test_an_error_in_one_rank_ends_the_others(tmp_path: Path) -> None:
+    """With MPI's own exit, the rank that failed would wait for the others."""
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, time\n"
@@ -73,7 +73,7 @@ def test_a_fault_ends_ranks_that_wait_for_nobody(tmp_path: Path) -> None:
         place = f"Placement(rank={rank}, world_size=2, local_rank={rank}, local_world_size=2, url='tcp://127.0.0.1:"
         assert place in done.stdout
     assert_no_orphans(str(script))
-    # left over from another launch
+    # a variable left over from another launch
     done = subprocess.run(
         command,
         capture_output=True,
@@ -103,7 +103,7 @@ def test_mpirun_gives_the_same_model(
 def test_the_deepspeed_launcher_gives_the_same_model(
     finished: tuple[Path, Path, str], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Which puts `--local_rank=N` before the command's own arguments."""
+    """It puts `--local_rank=N` before the command's own arguments."""
     start = "import sys; from deepspeed.launcher.runner import main; sys.exit(main())"
     launcher = (sys.executable, "-c", start, "--num_gpus", "2", "--master_port", "29731", "--module")
     done = lbr("learn", str(config_file(tmp_path, tiny_model, tiny_data)), launcher=launcher, OMP_NUM_THREADS="1")
@@ -117,7 +117,7 @@ def test_the_deepspeed_launcher_gives_the_same_model(
 # ---- encoding -----------------------------------------------------------------------------------------------------
 
 
-def test_encode_over_mpi_goes_on_after_a_killed_rank(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_encode_over_mpi_resumes_after_a_killed_rank(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     collection = tiny_data / "corpus.jsonl"
     job = EncodeJob(tiny_model, collection, tmp_path / "one.npy", part_texts=10, threads=1)
     encode_collection(job, ALONE, lambda _: None)
@@ -140,7 +140,7 @@ def test_encode_over_mpi_goes_on_after_a_killed_rank(tiny_model: Path, tiny_data
 # ---- tokens -------------------------------------------------------------------------------------------------------
 
 
-def test_tokens_over_mpi_go_on_after_a_killed_rank(
+def test_tokens_over_mpi_resume_after_a_killed_rank(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = tmp_path / "corpus.jsonl"
@@ -165,8 +165,8 @@ def test_tokens_over_mpi_go_on_after_a_killed_rank(
     TokenCache(made).verify()
 
 
-def test_the_fault_of_one_rank_ends_mpirun_with_its_message(tiny_model: Path, tmp_path: Path) -> None:
-    """A line that is no JSON, in the part of the second rank, while the first one waits for it."""
+def test_an_error_in_one_rank_ends_mpirun_with_its_message(tiny_model: Path, tmp_path: Path) -> None:
+    """The second rank reads a line that is not JSON, while the first rank waits for it."""
     corpus = tmp_path / "corpus.jsonl"
     lines = [json.dumps({"text": text}) for text in tiny.texts().values()]
     corpus.write_text("\n".join([*lines[:50], "{", *lines[50:]]) + "\n")
@@ -177,6 +177,6 @@ def test_the_fault_of_one_rank_ends_mpirun_with_its_message(tiny_model: Path, tm
     )
     assert done.returncode == 1
     assert f"error: {corpus}:51: found a line that is not JSON" in done.stderr
-    assert time.monotonic() - began < SECONDS_TO_END, "it waited"
+    assert time.monotonic() - began < SECONDS_TO_END, "mpirun did not end at once"
     assert_no_orphans(str(cache))
     assert not list(cache.glob(".*.building"))

@@ -41,11 +41,11 @@ def test_metrics_interface(finished: tuple[Path, Path, str]) -> None:
         for name in ("ndcg@10", "recall@10", "recall@100", "mrr@10"):
             low, high = values[f"{name}_interval"]
             assert 0 <= low <= values[name] <= high <= 1
-    # every document holds its query's two words, so a search that works finds it
+    # every document contains its query's two words, so a search that works finds it
     assert metrics["systems"]["bm25"]["ndcg@10"] > 0.9
 
 
-def test_a_second_start_does_nothing_again(finished: tuple[Path, Path, str]) -> None:
+def test_a_second_start_does_nothing(finished: tuple[Path, Path, str]) -> None:
     path, run, _ = finished
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
     done = lbr("run", str(path), "--ranks", "2")
@@ -95,7 +95,7 @@ def test_encode_and_evaluate(finished: tuple[Path, Path, str], tiny_data: Path, 
 def test_a_killed_rank_takes_the_run_down_and_it_resumes(
     finished: tuple[Path, Path, str], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """A rank that is killed after a checkpoint loses the steps since, not the run, and leaves no process behind."""
+    """Killing a rank after a checkpoint loses only the steps since then, and leaves no process behind."""
     import signal
     import time
 

@@ -1,4 +1,4 @@
-"""The `lbr` command on a corpus cut in many small parts, with one rank killed after some of its own.
+"""The `lbr` command on a corpus split into many small parts, with one rank killed after it wrote some.
 
 python -m tests.end_to_end.with_fault RANK:PARTS ARGUMENTS...     # `none` for no fault
 """

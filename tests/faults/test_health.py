@@ -26,7 +26,7 @@ SLACK = 90.0  # beyond the deadline: the ranks start beside others, and the laun
 def test_a_rank_hangs(two_ranks: RankPool, whole: RunConfig, waited: Ended, seen: str) -> None:
     broken = waited.config
     assert waited.error is not None and waited.error[0] == "LaunchError"
-    assert re.search(r"rank \d made no progress and ended itself; .*\.stacks", waited.error[1])
+    assert re.search(r"rank \d made no progress and exited; .*\.stacks", waited.error[1])
     assert waited.seconds < 60 * broken.cluster.timeout_minutes + SLACK
     assert not waited.left
     stacks = [(broken.stage_path("learn") / "logs" / f"rank-{rank}.stacks").read_text() for rank in range(2)]

@@ -83,9 +83,9 @@ def test_export_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "full" / "a").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for out, options, expected in (
-        ("full", ["--stage=learn"], "full', a folder with files in it. Name a folder that is empty or not there"),
+        ("full", ["--stage=learn"], "full', a folder with files in it. Name an empty folder, or a new one"),
         ("file", ["--stage=learn"], "file', a file. Name"),
-        ("new", [], "--stage: not given, and both stages have 40. Say"),
+        ("new", [], "--stage: not given, and both stages have 40. Add"),
     ):
         assert command(run, "export", "--step=40", f"--out={tmp_path / out}", *options) == 1
         assert expected in capsys.readouterr().err

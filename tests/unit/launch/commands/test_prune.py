@@ -55,7 +55,7 @@ def test_prune_never_deletes_the_only_good_checkpoint(run: Path, capsys: pytest.
         assert command(run, "prune", *options) == 1
         said = capsys.readouterr()
         assert "rank-00001.safetensors: its checksum is" in said.err and "deleted" not in said.out
-        assert "It is the newest of learn that would stay, so nothing is deleted." in said.err
+        assert "It is the newest of learn that would be kept, so nothing is deleted." in said.err
     assert checkpoints(run).steps() == [10, 20, 30, 40]
     # the rule does not count a checkpoint with incomplete files: it is neither kept nor deleted
     cut(checkpoints(run).folder(40) / "rank-00000.safetensors")
@@ -85,7 +85,7 @@ def test_prune_what_was_set_aside(run: Path, capsys: pytest.CaptureFixture[str])
     # but not if there are no other checkpoints
     places = [there.set_aside(step, "checkpoint.resume never") for step in there.steps()]
     assert command(run, "prune", "--set-aside") == 1
-    assert "what was set aside may be all there is of learn" in capsys.readouterr().err
+    assert "what was set aside may be all that is left of learn" in capsys.readouterr().err
     assert all(place.is_dir() for place in places)
 
 
@@ -100,7 +100,8 @@ def test_prune_needs_a_rule(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     (run / "config.yaml").unlink()
     assert command(run, "prune") == 1
     assert (
-        "config.yaml: not there, so how many are to stay is not known. Say it with --keep." in capsys.readouterr().err
+        "config.yaml: does not exist, so it is not known how many checkpoints to keep. Give --keep."
+        in capsys.readouterr().err
     )
     assert checkpoints(run).steps() == [10, 20, 30, 40]
     assert command(run, "prune", "--keep=2") == 0

@@ -1,0 +1,81 @@
+"""Configs read from YAML and the command line, and the message for each mistake in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lbr_dist.config import RunConfig, file, to_dict
+from lbr_dist.launch import cli
+from tests.unit.launch.cases import message
+
+
+def test_shipped_configs_load() -> None:
+    folder = Path(cli.__file__).parent / "configs"
+    names = {path.name: file.read_config(path) for path in folder.glob("*.yaml")}
+    assert {"demo.yaml", "medical-7b.yaml"} <= set(names)
+    assert names["demo.yaml"].learn.bottleneck == "mask"
+
+
+def test_config_round_trip(run: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    path, config = run
+    assert file.read_config(path) == config
+    file.write_config(config, tmp_path / "again.yaml")
+    assert file.read_config(tmp_path / "again.yaml") == config
+    changed = file.read_config(path, ["--learn.optimizer.lr=0.5", "--data.query_prompt", "a: b"])
+    assert changed.learn.optimizer.lr == 0.5 and changed.data.query_prompt == "a: b"
+    assert changed.represent == config.represent
+
+
+KEYS = {
+    "unknown key": ("learn.stepz: 3", r"config.yaml:\d+: unknown key `learn.stepz`. Did you mean `learn.steps`\?"),
+    "wrong section": (
+        "learn.temperature: 3",
+        r"unknown key `learn.temperature`. Did you mean `represent.temperature`\?",
+    ),
+    "wrong type": ("learn.steps: many", r'config.yaml:\d+: .*"learn.steps".*many'),
+    "not a choice": ("learn.bottleneck: masc", r'config.yaml:\d+: .*"learn.bottleneck".*masc'),
+    "a prefix wider than the vectors": (
+        "represent.prefixes: [8, 999]",
+        r"represent.prefixes: found 999, the vectors of .* have 32 elements",
+    ),
+    "a plan that cannot fit": (
+        "represent.chunk_tokens: 1000000000",
+        r"represent.chunk_tokens: a step with one chunk of 1,000,000,000 tokens needs .* GiB on each of 2 ranks, "
+        r".* may be used. What would fit: represent.chunk_tokens \d+",
+    ),
+    "descending prefixes": (
+        "represent.prefixes: [16, 8]",
+        r"represent.prefixes: found \(16, 8\), expected rising widths",
+    ),
+    "out of range": ("represent.temperature: 0", r"represent.temperature: found 0.*expected a finite number above 0"),
+    "negative interval": (
+        "represent.diagnose_every: -1",
+        r"represent.diagnose_every: found -1, expected zero or more",
+    ),
+    "contradiction": (
+        "model.bottleneck_tokens: 0",
+        r"represent.pooling: found 'bottleneck_last' with model.bottleneck_tokens 0",
+    ),
+    "rows too short": ("learn.row_tokens: 20", r"learn.row_tokens: found 20, expected at least 85"),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_bad_config(name: str, run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    path, config = run
+    setting, expected = KEYS[name]
+    key, value = setting.split(": ")
+    content = to_dict(config)
+    section = content
+    *parents, last = key.split(".")
+    for parent in parents:
+        section = section[parent]
+    section[last] = yaml.safe_load(value)
+    path.write_text(yaml.safe_dump(content))
+
+    assert re.search(expected, message(capsys, "run", str(path)).replace("\n", " "))
+    assert not config.run_path.exists()
