@@ -20,11 +20,11 @@ from lbr_dist.model.sharding import extent, full_shape, import_deepspeed
 from lbr_dist.ranks.traffic import Traffic
 
 HOLDER = -1
-"""Stands among the modules that are at work with a parameter, while `Engine.accumulate` holds it."""
+"""A module number that no module has: it marks a parameter as in use while `Engine.accumulate` holds it."""
 
 
 def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> dict[str, Any]:
-    """DeepSpeed's settings for ours, every one written out that has a default of its own."""
+    """DeepSpeed's settings from ours. Every setting with a default of its own is written out."""
 
     def offload(where: str, **nvme: Any) -> dict[str, Any] | None:
         if where == "none":
@@ -51,7 +51,7 @@ def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> 
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {key: value for key, value in zero.items() if value is not None},
-        # torch's own AdamW, also for the offloaded states: DeepSpeed's would be compiled at the first start
+        # torch's AdamW, for offloaded states too: DeepSpeed's own would be compiled at the first start
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -60,7 +60,7 @@ def deepspeed_config(engine: EngineConfig, dtype: str, max_grad_norm: float) -> 
 def sharded_init(engine: EngineConfig, dtype: str) -> AbstractContextManager[None]:
     """Modules built inside are sharded as they are built, so that no rank ever holds the whole model."""
     config = deepspeed_config(engine, dtype, max_grad_norm=0.0)
-    # The type comes from the config: given as an argument it is taken for bfloat16 on machines without fp16.
+    # the dtype comes from the config: passed as an argument, it is read as bfloat16 on machines without fp16
     context: AbstractContextManager[None] = import_deepspeed().zero.Init(config_dict_or_path=config)
     return context
 
@@ -68,7 +68,7 @@ def sharded_init(engine: EngineConfig, dtype: str) -> AbstractContextManager[Non
 def parameter_groups(
     model: nn.Module, optimizer: OptimizerConfig, fast: Iterable[nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """Weight decay for the matrices alone, and the parameters of `fast` at their own rate."""
+    """Weight decay for matrices only, and the parameters of `fast` at their own rate."""
     fast_ids = {id(p) for p in fast}
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "fast": []}
     for parameter in model.parameters():
@@ -93,10 +93,10 @@ class Update:
     """What an optimizer step did; the same on every rank."""
 
     grad_norm: float
-    """The global gradient's norm before clipping; infinite where it is not finite."""
+    """The global gradient's norm before clipping; infinite if the gradient is not finite."""
 
     applied: bool
-    """False where the step was skipped: no weight and no optimizer state has changed."""
+    """False if the step was skipped: no weight and no optimizer state has changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +107,14 @@ class Slice:
     start: int
     stop: int
     tensors: dict[str, Tensor]
-    """``[stop - start]`` float32 each, by the kinds of `shards.KINDS`."""
+    """``[stop - start]`` float32 each, by kind (`shards.KINDS`)."""
 
 
 class Engine:
     """A model under ZeRO-3, and its optimizer.
 
-    Everything runs through `__call__` (never the bare module: its hooks gather the parameters), and gradients
-    of all chunks of a step are reduced once, when the `accumulate` block ends.
+    Everything runs through `__call__`, never through the bare module: the engine's hooks gather the parameters. The
+    gradients of all chunks of a step are reduced once, when the `accumulate` block ends.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Engine:
             optimizer: AdamW's settings.
             dtype: of weights and activations.
             fast: parameters that learn at `optimizer.bottleneck_lr_factor` times the rate.
-            resident: parameters that stay whole on every rank, gathered once a step.
+            resident: parameters that stay whole on every rank, gathered once per step.
             traffic: counts DeepSpeed's collectives from now on.
         """
         groups = parameter_groups(model, optimizer, fast)
@@ -146,7 +146,7 @@ class Engine:
         )
         self.world_size: int = self._engine.world_size
         self.can_save: bool = engine.offload_optimizer != "nvme"
-        """Whether `slices` and `restore` work: states that are on nvme are no tensors of this process."""
+        """Whether `slices` and `restore` work: states on nvme are not tensors of this process."""
         self._rank: int = self._engine.global_rank
         kept = self._engine.optimizer.persistent_parameters
         for parameter in resident:
@@ -155,7 +155,7 @@ class Engine:
                 kept.append(parameter)
         apart = sum(full_shape(p).numel() for p in model.parameters() if not getattr(p, "ds_persist", False))
         self.fits_whole: bool = apart <= engine.live_elements
-        """Whether all parameters may be whole at a time."""
+        """Whether all parameters may be whole at the same time."""
         self._stop_counting = traffic.watch(import_deepspeed().comm.comm.cdb) if traffic else None
 
     @property
@@ -171,11 +171,11 @@ class Engine:
 
     @contextmanager
     def accumulate(self, hold: bool = False) -> Iterator[None]:
-        """Gradients of every `backward` inside add up locally and are reduced once, at the end.
+        """The gradients of every `backward` inside add up locally and are reduced once, at the end.
 
         Args:
-            hold: parameters that are gathered inside stay whole until the end, so that a step of many passes gathers
-                them once. DeepSpeed itself lets them go after each pass, whatever `engine.live_elements` is.
+            hold: keep gathered parameters whole until the end, so that a step of many passes gathers them once.
+                DeepSpeed itself releases them after each pass, whatever `engine.live_elements` is.
         """
         with self._held() if hold else nullcontext(), self._engine.coalesce_grad_reduction():
             yield
@@ -184,7 +184,7 @@ class Engine:
     def _held(self) -> Iterator[None]:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        # DeepSpeed keeps a parameter whole while a module is at work with it; modules are numbered from 0
+        # DeepSpeed keeps a parameter whole while a module uses it; modules are numbered from 0
         parameters: list[Any] = list(self.model.parameters())
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(HOLDER)
@@ -198,15 +198,15 @@ class Engine:
                     parameter.partition()
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of this rank's share of a **global sum**: DeepSpeed's mean over the ranks is undone here."""
+        """Backward of this rank's share of a **global sum**: undoes DeepSpeed's mean over the ranks."""
         self._engine.backward(loss * self.world_size)
 
     def step(self, lr: float, largest_norm: float = math.inf) -> Update:
-        """Clip, step and clear the gradients; or only clear them, where their norm is not finite or too large.
+        """Clip the gradients, step and clear them; or only clear them, if their norm is not finite or too large.
 
         Args:
             lr: the learning rate.
-            largest_norm: a gradient of a larger norm is not applied.
+            largest_norm: a gradient with a larger norm is not applied.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -232,7 +232,7 @@ class Engine:
 
     @property
     def optimizer_steps(self) -> float:
-        """AdamW's own count, which its bias correction needs; the same for every parameter and rank."""
+        """AdamW's step count, which its bias correction needs; the same for every parameter and rank."""
         self._begin_moments()
         zero = self._engine.optimizer
         counts = {float(zero.optimizer.state[flat]["step"]) for flat in zero.fp32_partitioned_groups_flat}
@@ -240,7 +240,7 @@ class Engine:
         return counts.pop()
 
     def _begin_moments(self) -> None:
-        """What AdamW itself begins with at its first step."""
+        """Create the state that AdamW itself would create at its first step."""
         zero = self._engine.optimizer
         for flat in zero.fp32_partitioned_groups_flat:
             state = zero.optimizer.state[flat]
@@ -249,11 +249,11 @@ class Engine:
                 state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(flat, requires_grad=False) for _ in range(2))
 
     def shapes(self) -> dict[str, list[int]]:
-        """Of the trained parameters, by name."""
+        """The shapes of the trained parameters, by name."""
         return {name: list(full_shape(p)) for name, p in self.model.named_parameters() if p.requires_grad}
 
     def slices(self) -> list[Slice]:
-        """This rank's part of the state of every trained parameter: views of what the optimizer works on."""
+        """This rank's part of the state of every trained parameter: views of the optimizer's own tensors."""
         self._begin_moments()
         zero = self._engine.optimizer
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -270,11 +270,11 @@ class Engine:
         return found
 
     def restore(self, pieces: Callable[[str, str, int, int], Iterable[tuple[int, Tensor]]], steps: float) -> None:
-        """Set master weights and moments of all trained parameters, and the weights that follow from them.
+        """Set the master weights and moments of all trained parameters, and the weights that follow from them.
 
         Args:
-            pieces: of a kind of state, a parameter's name and the elements from, to, as `ShardReader.pieces`.
-            steps: `optimizer_steps` as it was.
+            pieces: takes a kind of state, a parameter's name, start and stop, as `ShardReader.pieces` does.
+            steps: `optimizer_steps` when the state was saved.
         """
         zero = self._engine.optimizer
         zero.checkpoint_event_prologue()

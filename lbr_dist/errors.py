@@ -48,4 +48,4 @@ class RefusedStep(TrainingError):
 
 
 class Interrupted(LbrError):
-    """The run was told to stop, and did, with a checkpoint; it goes on when it is started again."""
+    """The run was asked to stop and did, with a checkpoint; started again, it resumes."""

@@ -2,7 +2,7 @@
 
     L_learn = mean over target tokens of -log p(y_t | bottleneck, y_<t)
             + text_weight x mean over text tokens of -log p(x_i | x_<i)
-            + kl_weight   x mean over bottleneck tokens of their divergence from a unit normal (`reinject` alone)
+            + kl_weight   x mean over bottleneck tokens of their divergence from a unit normal (`reinject` only)
             + z_loss      x mean over scored tokens of the squared log-normaliser
 
 The means are over the tokens of the **global** batch, so that the gradient does not depend on the number of ranks.
@@ -56,7 +56,7 @@ def accumulate_step(
         learn: form, weights and row size.
         sink_id: the token that every sequence begins with.
         ranks: this process among its peers.
-        noise_key: names the noise of a variational bottleneck; another one for each step.
+        noise_key: seeds the noise of a variational bottleneck; different for each step.
 
     Returns:
         The global batch's losses and token counts, the same on every rank.
@@ -66,7 +66,7 @@ def accumulate_step(
     target_tokens = max(1, sum(len(s.target) for s in sequences))
     scored = text_tokens + (target_tokens if learn.bottleneck != "none" else 0)
     weights = LossWeights(
-        # without a bottleneck the text's loss is all there is
+        # without a bottleneck, the text's loss is the only one
         text=(1.0 if learn.bottleneck == "none" else learn.text_weight) / text_tokens,
         target=1.0 / target_tokens,
         z=learn.z_loss / scored,
@@ -95,7 +95,7 @@ class Learn(Stage[list[TrainingSequence]]):
     """Stage 1 on one rank; see `trainer.Stage`.
 
     Raises:
-        DataError: the corpus gives fewer texts than a batch.
+        DataError: the corpus has fewer texts than a batch.
     """
 
     name = "learn"

@@ -2,9 +2,9 @@
 
     L_represent = - mean over queries of log ( exp(s(q, d+) / t) / sum over d in D exp(s(q, d) / t) )
 
-`D` is every document of the global batch but the false negatives of the query. A step:
+`D` is every document of the global batch, except the query's false negatives. A step:
 
-    plan      texts to chunks of as many tokens, alike on all ranks; how many graphs are kept
+    plan      texts to evenly filled chunks, the same number on all ranks; how many graphs are kept
     pass 1    representations                                              grad_cache.py
     loss      one all-gather; each rank scores its own queries against all documents; one reduce-scatter
     pass 2    gradients of the chunks                                      grad_cache.py
@@ -36,7 +36,7 @@ class ContrastiveStep:
 
     Args:
         engine: an `LBRModel` under ZeRO-3.
-        config: the run; its `represent` section says how.
+        config: the run; its `represent` section holds the settings.
         sink_id: the token that every sequence begins with.
         ranks: this process among its peers.
     """
@@ -52,14 +52,14 @@ class ContrastiveStep:
 
         Args:
             batches: **global** batches, the same on every rank.
-            key: names what dropout draws; another one for each step.
+            key: seeds dropout; different for each step.
 
         Returns:
-            Means over the batches of the loss and of what `Contrast` measures, the same on every rank.
+            Means over the batches of the loss and of what `BatchLoss` measures, the same on every rank.
 
         Raises:
             TrainingError: the ranks have different batches.
-            RefusedStep: a representation is not finite, or of no length. Nothing may be applied.
+            RefusedStep: a representation is zero or not finite. Nothing may be applied.
         """
         check_agreement([batch.digest for batch in batches], self.ranks)
         measured = []

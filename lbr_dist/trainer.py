@@ -127,7 +127,7 @@ def run(stage: Stage[Any]) -> None:
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of a step (counted from 0): a linear rise, then `optimizer.schedule` down to a tenth of the peak."""
+    """The rate of a step (counted from 0): linear warm-up, then `optimizer.schedule` down to a tenth of the peak."""
     warmup = math.ceil(optimizer.warmup_fraction * steps)
     if step < warmup:
         return optimizer.lr * (step + 1) / warmup
@@ -139,9 +139,9 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class SpikeGuard:
-    """Decides which gradients are too large to be applied, from the norms of the last ones.
+    """Decides from the last gradient norms which gradients are too large to apply.
 
-    Every rank sees the same norms, so every rank decides the same.
+    Every rank sees the same norms, so all ranks decide alike.
     """
 
     HISTORY, ENOUGH = 64, 16
@@ -150,17 +150,17 @@ class SpikeGuard:
         self.optimizer = optimizer
         self.norms = deque(norms, maxlen=self.HISTORY)
         self.skipped = skipped
-        """Steps in a row."""
+        """Skipped steps in a row."""
 
     @property
     def largest_norm(self) -> float:
-        """The largest norm to be applied; infinite while too few are known to tell."""
+        """The largest norm to apply; infinite until enough norms are known."""
         if not self.optimizer.spike_factor or len(self.norms) < self.ENOUGH:
             return math.inf
         return self.optimizer.spike_factor * statistics.median(self.norms)
 
     def observe(self, update: Update, stage: StageName, step: int, checkpoints: Checkpoints) -> None:
-        """Take note of a step.
+        """Record what a step did.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -229,10 +229,10 @@ def train(stage: Stage[Any], engine: Engine) -> None:
                 values, update = optimizer_step(stage, engine, step, guard.largest_norm, say)
                 done = step + 1
                 stop.look_ahead(saver.seconds)
-                told, late = _agree(stop, saved, config.checkpoint.every_minutes, ranks)
+                asked, late = _agree(stop, saved, config.checkpoint.every_minutes, ranks)
                 last = done == settings.steps
-                due = last or told or late or done % config.checkpoint.every_steps == 0
-                values |= measured(done, wanted=last or (due and not told and config.checkpoint.keep_best > 0))
+                due = last or asked or late or done % config.checkpoint.every_steps == 0
+                values |= measured(done, wanted=last or (due and not asked and config.checkpoint.keep_best > 0))
                 if saver.stall:
                     values["save_stall_seconds"], saver.stall = saver.stall, 0.0
                 if log is not None:
@@ -244,9 +244,9 @@ def train(stage: Stage[Any], engine: Engine) -> None:
                     score = next((values[n] for n in SCORES if math.isfinite(values.get(n, math.nan))), None)
                     saver.save(state | {"next_batch": stage.digest(stage.batch(done))}, values, score)
                     saved = time.monotonic()
-                if last or told:
+                if last or asked:
                     saver.wait()
-                    _end(name, done, last, told, stop, saver, checkpoints)
+                    _end(name, done, last, asked, stop, saver, checkpoints)
 
 
 def optimizer_step(
@@ -278,34 +278,34 @@ def optimizer_step(
 
 
 def _agree(stop: StopRequest, saved: float, minutes: float | None, ranks: Ranks) -> tuple[bool, bool]:
-    """Whether a rank was told to stop, and whether the last save is too long ago for one: the same on every rank."""
+    """Whether any rank was asked to stop, and whether any finds the last save too old: the same on every rank."""
     late = minutes is not None and time.monotonic() - saved > 60 * minutes
-    told, overdue = largest([bool(stop), late], ranks)
-    return bool(told), bool(overdue)
+    asked, overdue = largest([bool(stop), late], ranks)
+    return bool(asked), bool(overdue)
 
 
 def _end(
-    stage: StageName, done: int, last: bool, told: bool, stop: StopRequest, saver: Saver, checkpoints: Checkpoints
+    stage: StageName, done: int, last: bool, asked: bool, stop: StopRequest, saver: Saver, checkpoints: Checkpoints
 ) -> None:
-    """The end of the loop, when the state is saved. Told to stop at the last step, a run stops before its export.
+    """The end of the loop, once the state is saved. A run that is asked to stop at its last step stops before the export.
 
     Raises:
-        CheckpointError: it is not, though this was the last step.
-        Interrupted: a rank was told to stop.
+        CheckpointError: the last step's state could not be saved.
+        Interrupted: a rank was asked to stop.
     """
     if last and saver.failure:
         raise CheckpointError(
             f"{stage}: all {done} steps are done, but the last checkpoint cannot be saved: {saver.failure}. Make room "
-            "and start again: the run goes on from its last checkpoint."
+            "and start again: the run resumes from its last checkpoint."
         )
-    if told:
+    if asked:
         by = f" by {stop.name}" if stop else ""
         found = f"but not saved: {saver.failure}" if saver.failure else f"saved in {checkpoints.folder(done)}"
-        raise Interrupted(f"{stage}: stopped{by} after step {done}, {found}. Started again, the run goes on.")
+        raise Interrupted(f"{stage}: stopped{by} after step {done}, {found}. Start it again to resume.")
 
 
 def write_summary(folder: Path, config: RunConfig, ranks: Ranks, seconds: float) -> None:
-    """Say that the stage is finished, and what it took: the last thing a stage does."""
+    """Write what the stage took: its last file, so a stage that has it is finished."""
     peak = total([peak_memory(ranks.device)], ranks)[0]
     if ranks.is_first:
         content = {

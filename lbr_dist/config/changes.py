@@ -26,7 +26,7 @@ CHANGES_NO_RESULT = (
     "represent.keep_graphs",
     "represent.separate_sides",
 )
-"""Sections and fields that may change when a run goes on: they change its results by rounding at most."""
+"""Sections and fields that may change when a run resumes: they change its results by rounding at most."""
 
 
 def forbidden_changes(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

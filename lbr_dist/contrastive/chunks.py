@@ -1,4 +1,4 @@
-"""A global batch of texts in chunks of as many tokens: which rank runs which, and what a rank runs."""
+"""A global batch of texts cut into evenly filled chunks: which rank runs which, and what a chunk holds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lbr_dist.ranks.group import Ranks
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """How the texts of a global batch are shared out: every rank knows every rank's chunks."""
+    """How a global batch is divided: every rank knows every rank's chunks."""
 
     rows: list[list[list[int]]]
-    """Rank, chunk, numbers of its texts; as many chunks on every rank, some perhaps empty."""
+    """By rank and chunk, the numbers of its texts. Every rank has the same number of chunks; some may be empty."""
 
     tokens: list[int]
-    """Tokens of each chunk on the rank where it has the most."""
+    """Tokens of each chunk, on the rank where it has the most."""
 
     def members(self, rank: int) -> list[int]:
         """The texts of a rank, in the order in which it embeds them."""
@@ -26,7 +26,7 @@ class Chunks:
 
 
 def share_out(batch: PairBatch, bottleneck: int, chunk_tokens: int, separate: bool, world_size: int) -> Chunks:
-    """Chunks of up to `chunk_tokens` tokens, evenly filled: a function of its arguments alone."""
+    """Chunks of up to `chunk_tokens` tokens, evenly filled: a function of its arguments only."""
     lengths = [sequence_tokens(len(text), bottleneck) for text in batch.texts]
     everything = range(len(lengths))
     sides = [everything[: len(batch.queries)], everything[len(batch.queries) :]] if separate else [everything]
@@ -42,11 +42,11 @@ def share_out(batch: PairBatch, bottleneck: int, chunk_tokens: int, separate: bo
 
 
 class RankChunks:
-    """One rank's chunks of a global batch; as many on every rank.
+    """One rank's chunks of a global batch; every rank has the same number.
 
     Args:
         batch: the **global** batch.
-        config: of the run.
+        config: the run.
         chunk_tokens: the most tokens of a chunk.
         sink_id: the token that every sequence begins with.
         ranks: this process among its peers.
@@ -58,7 +58,7 @@ class RankChunks:
         shared = share_out(batch, self.bottleneck, chunk_tokens, separate, world)
         self.texts, self.rows = batch.texts, shared.rows[ranks.rank]
         self.tokens = shared.tokens
-        """Tokens of each chunk on the rank where it has the most."""
+        """Tokens of each chunk, on the rank where it has the most."""
         self.members = [shared.members(rank) for rank in range(world)]
         """Each rank's texts, in the order in which it embeds them."""
 
@@ -66,7 +66,7 @@ class RankChunks:
         return len(self.rows)
 
     def row(self, number: int) -> PackedRow:
-        """The chunk of a number, laid out on this rank's device; a filler where it has no texts."""
+        """A chunk packed into a row on this rank's device; a filler row if the chunk has no texts."""
         texts = self.rows[number]
         if not texts:
             return filler(self.bottleneck, self.sink_id).to(self.device)

@@ -1,11 +1,11 @@
-"""Representations of every rank to every rank, and their gradients back: what makes each rank's texts negatives.
+"""Sends representations to every rank, and gradients back: this makes every rank's documents negatives.
 
     gather    this rank's rows -> all ranks' rows, in rank order          one all-gather
     reduce    a gradient for all rows -> the sum over ranks for its own    one reduce-scatter
 
-The two-level form sends each row between nodes once a node, not once a rank: ranks of the same place on their nodes
-exchange first, then the ranks of a node; the gradients go the other way round. The results are the same rows, and the
-same sums but for the order of the additions.
+The two-level form sends each row to a node once, not once to each of its ranks: ranks with the same local rank exchange
+first, then the ranks inside a node; gradients take the reverse path. The rows are the same, and the sums differ only in
+the order of addition.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Exchange:
     Args:
         ranks: this process among its peers.
         route: `flat` is one collective over all ranks; `two_level` one between nodes and one inside each; `auto` takes
-            two levels where there are several nodes of as many ranks each.
+            two levels if there are several nodes with equally many ranks.
 
     Raises:
         ValueError: two levels are asked for, and the ranks do not fill nodes evenly.

@@ -1,10 +1,10 @@
 """The gradient cache: a contrastive batch of any size in the memory of one chunk, exact across ranks.
 
-    pass 1   representations of every chunk, without graphs; those of the chunks whose graphs fit keep them
-    loss     on the gathered representations of all ranks; its gradient for this rank's is the cache
-    pass 2   backward of <representation, cached gradient>: of the kept graphs, then of each other chunk, run again
+    pass 1   representations of every chunk; chunks whose graphs fit into memory keep them, the others run without
+    loss     on the gathered representations of all ranks; its gradient for this rank's representations is the cache
+    pass 2   backward of <representation, cached gradient>: through the kept graphs, then chunk by chunk, run again
 
-When every graph is kept that is one ordinary pass. The parameters' gradients add up over the chunks and are reduced
+Keeping every graph makes this one ordinary pass. The parameters' gradients add up over the chunks and are reduced
 once, when the caller's `Engine.accumulate` block ends.
 
 Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
@@ -24,8 +24,8 @@ from lbr_dist.engine import Engine
 
 ChunkOf = Callable[[int], PackedRow]
 BuildCache = Callable[[Tensor], Tensor]
-"""From the representations of all chunks of this rank, ``[sequences, d]`` float32 and detached, to the gradient of
-the global loss for them. It holds the collectives."""
+"""From the representations of all of this rank's chunks, ``[sequences, d]`` float32 and detached, to the gradient of
+the global loss for them. The collectives happen in here."""
 
 
 def forward_backward(
@@ -35,12 +35,12 @@ def forward_backward(
 
     Args:
         engine: an `LBRModel` under ZeRO-3.
-        chunk: lays this rank's chunk of a number out, in both passes: all of them at once would need memory.
-        count: how many there are; the same on every rank.
-        kept: how many of them, from the first on, keep their graphs; the same on every rank.
+        chunk: packs this rank's chunk of a number, anew in each pass: all of them at once would take memory.
+        count: number of chunks; the same on every rank.
+        kept: how many chunks, from the first on, keep their graphs; the same on every rank.
         build_cache: the loss.
-        key: names what dropout draws: another one for each step and rank.
-        options: what the model's `embed` task takes beside the rows.
+        key: seeds dropout; different for each step and rank.
+        options: further arguments of the model's `embed` task.
     """
 
     def embed(number: int) -> Tensor:
@@ -58,7 +58,7 @@ def forward_backward(
     whole = torch.cat(every)
     del every, without_graph
     cache = build_cache(whole).split(sizes)
-    # in the order of the chunks, so that the sums are the same bits however many graphs are kept
+    # in chunk order, so that the sums have the same bits however many graphs are kept
     for number in range(kept):
         representations, with_graph[number] = with_graph[number], None
         assert representations is not None

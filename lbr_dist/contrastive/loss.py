@@ -106,7 +106,7 @@ class Contrast:
         batch: the **global** batch.
         members: each rank's texts by their numbers among `batch.texts`, in the order in which it embeds them.
         settings: margin, directions and prefixes.
-        exchange: brings every rank's representations to every rank.
+        exchange: sends every rank's representations to every rank.
         weight: of this batch in the step's loss.
     """
 
@@ -187,9 +187,10 @@ class Contrast:
         named = together(named, ranks)[:NAMED_TEXTS]
         count = int(total([len(unusable)], ranks)[0])
         more = f" and {count - len(named)} more" if count > len(named) else ""
+        what = "representation that is" if count == 1 else "representations that are"
         raise RefusedStep(
-            f"represent: found {count} representation{'s' if count > 1 else ''} whose length is zero or not finite, of "
-            f"{', '.join(named)}{more}; expected finite vectors. Look at these texts, or lower represent.optimizer.lr."
+            f"represent: found {count} {what} zero or not finite, of {', '.join(named)}{more}; expected finite vectors "
+            "other than zero. Look at these texts, or lower represent.optimizer.lr."
         )
 
     def _measure(self, scored: Scored) -> dict[str, float]:

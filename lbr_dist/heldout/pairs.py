@@ -25,13 +25,13 @@ from lbr_dist.engine import Engine
 from lbr_dist.ranks.group import total
 
 LAST_RANK = 10
-"""Lower ranks count for nothing."""
+"""A lower rank adds nothing to the mean reciprocal rank."""
 
 QUERY_BLOCK = 256
 
 
 def ranks_of_positives(queries: Tensor, documents: Tensor, positives: Tensor) -> Tensor:
-    """The rank of each query's document by cosine, from 1; of documents that score alike it comes last.
+    """The rank of each query's document by cosine, from 1; it comes last among documents with the same score.
 
     Args:
         queries: ``[q, d]`` float32.
@@ -39,7 +39,7 @@ def ranks_of_positives(queries: Tensor, documents: Tensor, positives: Tensor) ->
         positives: ``[q, p]`` int64 columns, padded with -1: column 0 is ranked, the others are left out.
 
     Returns:
-        ``[q]`` int64. A vector that is not finite comes after everything.
+        ``[q]`` int64. A vector that is not finite ranks last.
     """
     documents = F.normalize(documents, dim=1)
     found = []
@@ -54,14 +54,14 @@ def ranks_of_positives(queries: Tensor, documents: Tensor, positives: Tensor) ->
 
 
 class DevPairs:
-    """The held-out measurements of stage 2; false where there is nothing to measure. Building it is a collective.
+    """The held-out measurements of stage 2; false if there is nothing to measure. Building it is a collective.
 
     Args:
         engine: an `LBRModel` under ZeRO-3.
         pairs: the development pairs, or None.
-        config: the run; its `represent` section says how they are scored.
+        config: the run; its `represent` section says how pairs are scored.
         sink_id: the token that every sequence begins with.
-        exchange: brings every rank's representations to every rank.
+        exchange: sends every rank's representations to every rank.
         chunk_tokens: tokens that one rank runs at a time.
 
     Raises:
@@ -94,7 +94,7 @@ class DevPairs:
         temperature: float | Tensor = settings.temperature
         if settings.learn_temperature:
             temperature = temperature_of(self.engine(None, task="temperature"))
-        # the accuracy that training logs is of the widest prefix as well
+        # the widest prefix, as in the accuracy that training logs
         width = max(settings.prefixes, default=self.engine.dimension)
         loss = first = reciprocal = 0.0
         for batch in self.batches:

@@ -1,6 +1,6 @@
 """What stage 1 measures on held-out text while it trains: is the bottleneck used, and is the domain learned?
 
-    heldout_target_loss            of the target through its own text's bottleneck, nats a token
+    heldout_target_loss            of the target through its own text's bottleneck, nats per token
     heldout_target_loss_shuffled   through the bottleneck of another text
     heldout_target_loss_without    with no bottleneck at all
     heldout_perplexity             of the text itself
@@ -29,7 +29,7 @@ def effective_rank(vectors: Tensor) -> float:
     """``exp`` of the entropy of the singular values' shares; at most ``min(vectors.shape)``.
 
     Args:
-        vectors: ``[texts, d]``, of length one, so that long vectors don't decide; centred here.
+        vectors: ``[texts, d]``, unit-norm, so that long vectors don't dominate; centred here.
 
     Source: Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality".
     """
@@ -39,7 +39,7 @@ def effective_rank(vectors: Tensor) -> float:
 
 
 class Diagnostics:
-    """The held-out measurements of a run; false where there is nothing to measure."""
+    """The held-out measurements of stage 1; false if there is nothing to measure."""
 
     def __init__(self, engine: Engine, data: LearnData, config: RunConfig, sink_id: int, ranks: Ranks) -> None:
         self.engine, self.config, self.sink_id, self.ranks = engine, config, sink_id, ranks
@@ -83,7 +83,7 @@ class Diagnostics:
         return text / max(1.0, texts), target / max(1.0, targets)
 
     def _vectors(self) -> Tensor:
-        """``[texts, d]`` float32 of length one, in the order of the texts, on every rank."""
+        """``[texts, d]`` float32, unit-norm, in the order of the texts, on every rank."""
         pooling: Pooling = "bottleneck_mean" if self.config.model.bottleneck_tokens else "mean"
         rows, _ = rank_rows(
             self.texts, self.config.learn.row_tokens, self.sink_id, self.ranks.rank, self.ranks.world_size
