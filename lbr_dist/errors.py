@@ -16,11 +16,11 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL
 
 
 class LbrError(Exception):
-    """Base of every error that is the user can fix; the command line prints it without a traceback."""
+    """Base of every error that the user can fix; the command line prints it without a traceback."""
 
 
 class ConfigError(LbrError):
-    """A setting is unknown, of the wrong type, or at odds with another."""
+    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
 
 
 class DataError(LbrError):
@@ -32,7 +32,7 @@ class ModelError(LbrError):
 
 
 class CheckpointError(LbrError):
-    """A checkpoint is missing, incomplete or of another run."""
+    """A checkpoint is missing, damaged, or belongs to another run."""
 
 
 class LaunchError(LbrError):
@@ -40,11 +40,11 @@ class LaunchError(LbrError):
 
 
 class TrainingError(LbrError):
-    """The training itself went wrong: gradients that are not finite, or spike again and again."""
+    """The training itself fails: gradients are not finite, or spike again and again."""
 
 
 class RefusedStep(TrainingError):
-    """One step cannot be taken, on any rank: nothing of it has been applied, and the next one may be."""
+    """One step cannot be taken, on any rank: nothing of it has been applied, and training may continue."""
 
 
 class Interrupted(LbrError):

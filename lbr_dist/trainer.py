@@ -287,7 +287,7 @@ def _agree(stop: StopRequest, saved: float, minutes: float | None, ranks: Ranks)
 def _end(
     stage: StageName, done: int, last: bool, asked: bool, stop: StopRequest, saver: Saver, checkpoints: Checkpoints
 ) -> None:
-    """The end of the loop, once the state is saved. A run that is asked to stop at its last step stops before the export.
+    """The end of the loop, once the state is saved. Asked to stop at its last step, a run stops before the export.
 
     Raises:
         CheckpointError: the last step's state could not be saved.
