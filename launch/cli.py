@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr_dist import __version__
+from lbr_dist.console import silent
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LbrError
 from lbr_dist.ranks.rendezvous import here, started_as
 
@@ -147,7 +148,7 @@ def encode(args: argparse.Namespace) -> None:
     job = EncodeJob(args.model, args.input, args.out, args.kind, args.chunk_tokens, args.part_texts, args.threads)
     with joined() as ranks:
         quiet_libraries()
-        encode_collection(job, ranks, _say if ranks.is_first else lambda _: None)
+        encode_collection(job, ranks, _say if ranks.is_first else silent)
 
 
 def _tokens(args: argparse.Namespace) -> None:
@@ -162,7 +163,7 @@ def _tokens(args: argparse.Namespace) -> None:
     from lbr_dist.ranks.group import joined
 
     with joined() as ranks:
-        say = _say if ranks.is_first else lambda _: None
+        say = _say if ranks.is_first else silent
         processes = args.processes or ranks.cores
         tokens = build(args.corpus, args.base, cache, processes, say, args.longest_document, ranks)
         say(f"{tokens.report}\nwritten to {tokens.folder}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lbr_dist.console import clock
+from lbr_dist.console import clock, size_text
 from lbr_dist.storage.files import write_atomic
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _shown(numbers: dict[str, int | float]) -> list[str]:
     parts = ["skipped"] if numbers.get("skipped") else []
     parts += [f"{name} {numbers[key]:{form}}" for key, name, form in _SHOWN if key in numbers]
     parts += [f"{_rate(numbers[key])} {unit}" for key, unit in _RATES if key in numbers]
-    return parts + [f"{name} {_size(numbers[key])}" for key, name in _SIZES if numbers.get(key)]
+    return parts + [f"{name} {size_text(numbers[key])}" for key, name in _SIZES if numbers.get(key)]
 
 
 def _diagnosed(numbers: dict[str, int | float]) -> list[str]:
@@ -240,8 +240,3 @@ def _diagnosed(numbers: dict[str, int | float]) -> list[str]:
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 or not math.isfinite(value) else f"{value:.1f}"
-
-
-def _size(nbytes: float) -> str:
-    power = min(3, int(math.log(max(nbytes, 1), 1024)))
-    return f"{_rate(nbytes / 1024**power)} {('B', 'KiB', 'MiB', 'GiB')[power]}"

@@ -9,7 +9,7 @@ import ctypes.util
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import yaml
 from lbr_dist.checkpoint.manifest import STATE_BYTES, Checkpoints, free_bytes
 from lbr_dist.config import RunConfig, Stage, to_dict
 from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
+from lbr_dist.console import Say, gib
 from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
 from lbr_dist.mining.work import MiningSettings
@@ -110,7 +111,7 @@ def check_data(config: RunConfig) -> None:
         read_pairs(data.test, read_corpus(data.test_documents) if data.test_documents else corpus)
 
 
-def check_text(config: RunConfig, say: Callable[[str], None]) -> None:
+def check_text(config: RunConfig, say: Say) -> None:
     """Tokenise stage 1's text, by all cores, where no run has done it yet, and hold the batch against it.
 
     Raises:
@@ -186,7 +187,7 @@ def check_run_folder(config: RunConfig) -> None:
         )
 
 
-def check_disk(config: RunConfig, stages: Sequence[Stage], say: Callable[[str], None]) -> None:
+def check_disk(config: RunConfig, stages: Sequence[Stage], say: Say) -> None:
     """Refuse a run folder without room for one checkpoint, and say where there is not room for all that are to stay.
 
     Raises:
@@ -199,7 +200,7 @@ def check_disk(config: RunConfig, stages: Sequence[Stage], say: Callable[[str], 
     there = sum(len(folder.complete()) for folder in folders)
     wanted = len(stages) * config.checkpoint.keep + 1 - there
     free = free_bytes(config.run_path)
-    room = f"{config.run_path}: has {free / 2**30:.1f} GiB free; a checkpoint takes {one / 2**30:.1f} GiB"
+    room = f"{config.run_path}: has {gib(free)} free; a checkpoint takes {gib(one)}"
     if free < one:
         raise LaunchError(f"{room}. Make room, or name a run_dir elsewhere.")
     if free < one * wanted:
@@ -227,8 +228,8 @@ def check_ranks(config: RunConfig, gpus: int) -> int:
     available = hardware.memory()[0]
     if needed > available:
         raise LaunchError(
-            f"--ranks: {ranks} ranks of this model need about {needed / 2**30:.1f} GiB, this machine has "
-            f"{available / 2**30:.1f} GiB free. Give fewer ranks, or a smaller model."
+            f"--ranks: {ranks} ranks of this model need about {gib(needed)}, this machine has "
+            f"{gib(available)} free. Give fewer ranks, or a smaller model."
         )
     return ranks
 

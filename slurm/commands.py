@@ -6,16 +6,16 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from lbr_dist.console import Say
 from lbr_dist.errors import ConfigError
 from lbr_dist.slurm import journal, scheduler
 from lbr_dist.slurm.journal import STAGES, JobStage
 from lbr_dist.slurm.status import rows, table, to_json
 
-Say = Callable[[str], None]
 _LIVING = ("running", "queued", "waiting", "requeued")
 
 

@@ -9,9 +9,10 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lbr_dist.console import Say
 from lbr_dist.errors import LbrError
 from lbr_dist.slurm import scheduler
 from lbr_dist.slurm.journal import Try
@@ -19,8 +20,6 @@ from lbr_dist.slurm.scheduler import patiently
 
 CHECK_SECONDS = 90.0
 """Time limit of the node check. A node that has not answered by then counts as broken."""
-
-Say = Callable[[str], None]
 
 
 def faults(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from lbr_dist.console import Say
 from lbr_dist.errors import LaunchError
 
 SECONDS = 20.0
@@ -87,7 +88,7 @@ def command(*words: str, seconds: float = SECONDS, environment: Mapping[str, str
     return done.stdout
 
 
-def patiently(ask: Callable[[], T], say: Callable[[str], None]) -> T:
+def patiently(ask: Callable[[], T], say: Say) -> T:
     """The answer of `ask`, even if the controller is down for some minutes; `say` gets a note for each retry.
 
     Raises:

@@ -9,13 +9,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lbr_dist
 from lbr_dist import preflight
 from lbr_dist.config import RunConfig, SlurmConfig, Stage
 from lbr_dist.config.file import read_config, write_config
+from lbr_dist.console import Say, gib, silent
 from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import ConfigError, LaunchError, LbrError
 from lbr_dist.plan.machine import MACHINES
@@ -32,8 +33,6 @@ from lbr_dist.slurm.journal import (
 from lbr_dist.slurm.scheduler import SlurmError
 from lbr_dist.slurm.script import script
 from lbr_dist.storage.headers import num_elements
-
-Say = Callable[[str], None]
 
 LITTLE_TEXT = 16 * 2**20
 """Bytes that a login node tokenises in seconds."""
@@ -52,7 +51,9 @@ def run(args: argparse.Namespace, say: Say) -> None:
     _check_not_queued(root)
     for label, config in points:
         try:
-            check(config, args.first, say if label == points[0][0] else _silent)
+            check(
+                config, args.first, say if label == points[0][0] else silent
+            )  # many similar runs: the first one's notes are enough
         except LbrError as error:
             raise type(error)(f"{label}: {error}" if label else str(error)) from None
     stages = [s for s in STAGES if any(s in left(config, args.first) for _, config in points)]
@@ -80,10 +81,6 @@ def run(args: argparse.Namespace, say: Say) -> None:
     for stage, job in jobs.items():
         say(f"{stage:<10} job {job}   {submission.folder / f'{stage}.sh'}")
     say(f"queued; `lbr status {whole.run_dir}` shows its progress")
-
-
-def _silent(message: str) -> None:
-    """For all runs of a sweep but the first, whose notes they would repeat."""
 
 
 # ---- what is checked -----------------------------------------------------------------------------------------------
@@ -131,7 +128,7 @@ def check_states(config: RunConfig, say: Say) -> None:
     Raises:
         ConfigError: names the bytes, and how many nodes are enough.
     """
-    slurm, gib = config.slurm, 2**30
+    slurm = config.slurm
     memory = MACHINES[slurm.gpu_kind].memory if slurm.gpu_kind else _node_bytes(slurm)
     if config.model.lora.rank or memory is None:
         say(f"memory     not checked: {'slurm.gpu_kind is not set' if memory is None else 'adapters need little'}")
@@ -142,13 +139,13 @@ def check_states(config: RunConfig, say: Say) -> None:
     where = slurm.gpu_kind or "node memory per rank"
     say(
         f"memory     {elements / 1e9:.2f}e9 parameters on {slurm.world_size} ranks: weights, gradients and "
-        f"optimizer take {needed / gib:.2f} of each rank's {memory / gib:.1f} GiB ({where})"
+        f"optimizer take {gib(needed)} of each rank's {gib(memory)} ({where})"
     )
     if needed > 0.9 * memory:
         ranks = int(elements * (preflight.OPTIMIZER_BYTES - offloaded) / (0.9 * memory)) + 1
         raise ConfigError(
-            f"slurm.nodes: found {slurm.nodes}: weights, gradients and optimizer take {needed / gib:.1f} GiB of each "
-            f"rank's {memory / gib:.1f} GiB. Use at least {-(-ranks // slurm.ranks_per_node)} nodes, or "
+            f"slurm.nodes: found {slurm.nodes}: weights, gradients and optimizer take {gib(needed)} of each "
+            f"rank's {gib(memory)}. Use at least {-(-ranks // slurm.ranks_per_node)} nodes, or "
             "set engine.offload_optimizer."
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,17 +18,15 @@ from lbr_dist.checkpoint.inventory import (
     inventory,
     latest_step,
     name,
-    size_text,
     table,
 )
 from lbr_dist.checkpoint.manifest import MANIFEST, Checkpoints, tag
 from lbr_dist.config import Stage
+from lbr_dist.console import Say, size_text
 from lbr_dist.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from lbr_dist.checkpoint.manifest import Manifest
-
-Say = Callable[[str], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lbr_dist.console import Say, silent
 from lbr_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from lbr_dist.mining.candidates import Candidates
     from lbr_dist.mining.work import MiningSettings
-
-Say = Callable[[str], None]
 
 MARGIN_PERCENT = 0.95
 
@@ -84,7 +82,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
     preflight.check_mining(settings)
     ranks = 0 if place else preflight.check_mining_ranks(settings, args.ranks, gpus)
     is_first = place is None or place.rank == 0
-    candidates = Candidates.read(settings.pairs, settings.documents, say if is_first else lambda _: None)
+    candidates = Candidates.read(settings.pairs, settings.documents, say if is_first else silent)
     most = candidates.most_candidates()
     if most < settings.first:
         raise DataError(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lbr_dist.console import Say
 from lbr_dist.errors import ConfigError, LbrError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, config: RunConfig, say: Callable[[str], None]) -> None:
+def run(args: argparse.Namespace, config: RunConfig, say: Say) -> None:
     """Plan and print.
 
     Raises:

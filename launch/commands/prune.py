@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lbr_dist.checkpoint.inventory import checkpoints_of, name, num_bytes, set_aside, size_text
+from lbr_dist.checkpoint.inventory import checkpoints_of, name, num_bytes, set_aside
 from lbr_dist.checkpoint.manifest import Checkpoints, superfluous
 from lbr_dist.config import CheckpointConfig, Stage
+from lbr_dist.console import Say, size_text
 from lbr_dist.errors import CheckpointError, ConfigError
 from lbr_dist.launch.commands.checkpoints import read_whole
 from lbr_dist.storage.lock import run_lock
-
-Say = Callable[[str], None]
 
 
 @dataclass

@@ -11,11 +11,11 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from lbr_dist.console import Say
 from lbr_dist.errors import ConfigError
 from lbr_dist.launch.doctor.findings import Finding, State, ask, count, fault, within
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node", action="store_true", help="only what a job needs from a node, in under a second")
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+def run(args: argparse.Namespace, say: Say) -> int:
     """Run the checks and print the findings.
 
     Returns:

@@ -51,11 +51,6 @@ def count(findings: Iterable[Finding], state: State) -> int:
     return sum(finding.state == state for finding in findings)
 
 
-def gib(nbytes: float) -> str:
-    """Bytes for people."""
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"
-
-
 # ---- asking --------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from lbr_dist.config import DataConfig
-from lbr_dist.launch.doctor.findings import Finding, ask, fault, gib, ok, warning, within
+from lbr_dist.console import size_text
+from lbr_dist.launch.doctor.findings import Finding, ask, fault, ok, warning, within
 from lbr_dist.launch.doctor.node import LOW_BYTES, check_memory, check_room, check_shared, check_temporary
 
 OPEN_FILES = 4096
@@ -99,7 +100,7 @@ def check_limits(gpus: int) -> list[Finding]:
             found.append(ok("locked memory", "unlimited (ulimit -l)"))
         else:
             advice = "NCCL registers memory for InfiniBand: `ulimit -l unlimited`, or set PropagateResourceLimitsExcept"
-            found.append(warning("locked memory", f"at most {gib(locked)} (ulimit -l)", advice))
+            found.append(warning("locked memory", f"at most {size_text(locked)} (ulimit -l)", advice))
         return found
     library = ctypes.util.find_library("tcmalloc_minimal")
     if library is None:
@@ -133,9 +134,11 @@ def _folder(name: str, folder: Path, min_free_bytes: int) -> Finding:
     if not os.access(parent, os.W_OK | os.X_OK):
         return fault(name, f"{folder} does not exist, and {parent} cannot be written", "Name another folder.")
     free = shutil.disk_usage(parent).free
-    found = f"{folder}: does not exist yet, {gib(free)} free"
+    found = f"{folder}: does not exist yet, {size_text(free)} free"
     if free < min_free_bytes:
-        return fault(name, found, f"Make room: {gib(min_free_bytes)} are required (--min-free-gb). Or name another.")
+        return fault(
+            name, found, f"Make room: {size_text(min_free_bytes)} are required (--min-free-gb). Or name another."
+        )
     return warning(name, found, "Make room, or name another folder.") if free < LOW_BYTES else ok(name, found)
 
 

@@ -14,7 +14,8 @@ import socket
 import tempfile
 from pathlib import Path
 
-from lbr_dist.launch.doctor.findings import HANGS_SECONDS, Finding, ask, fault, gib, ok, warning, within
+from lbr_dist.console import size_text
+from lbr_dist.launch.doctor.findings import HANGS_SECONDS, Finding, ask, fault, ok, warning, within
 from lbr_dist.ranks.hardware import count_gpus, memory
 from lbr_dist.ranks.rendezvous import node_name
 
@@ -92,12 +93,12 @@ def check_room(name: str, folder: Path, min_free_bytes: int) -> Finding:
         advice = "Make room, mount it writable, or change its permissions; or name another folder."
         return fault(name, f"{folder} cannot be written: {error.strerror}", advice)
     free = shutil.disk_usage(folder).free
-    found = f"{folder}: {gib(free)} free, can be written and read"
+    found = f"{folder}: {size_text(free)} free, can be written and read"
     if free < min_free_bytes:
-        advice = f"Make room: {gib(min_free_bytes)} are required (--min-free-gb). Or name another folder."
+        advice = f"Make room: {size_text(min_free_bytes)} are required (--min-free-gb). Or name another folder."
         return fault(name, found, advice)
     if free < LOW_BYTES:
-        return warning(name, found, f"Make room: below {gib(LOW_BYTES)}, a checkpoint will soon fail.")
+        return warning(name, found, f"Make room: below {size_text(LOW_BYTES)}, a checkpoint will soon fail.")
     return ok(name, found)
 
 
@@ -123,9 +124,9 @@ def check_temporary() -> Finding:
 def check_shared() -> Finding:
     """Check the size of shared memory, through which NCCL connects the ranks of a node."""
     size = shutil.disk_usage("/dev/shm")
-    found = f"{gib(size.total)}, {gib(size.free)} free"
+    found = f"{size_text(size.total)}, {size_text(size.free)} free"
     if size.free < SHARED_BYTES:
-        advice = f"NCCL wants {gib(SHARED_BYTES)} or more: start the container with --shm-size or --ipc=host."
+        advice = f"NCCL wants {size_text(SHARED_BYTES)} or more: start the container with --shm-size or --ipc=host."
         return warning("/dev/shm", found, advice)
     return ok("/dev/shm", found)
 
@@ -133,7 +134,7 @@ def check_shared() -> Finding:
 def check_memory() -> Finding:
     """Check the memory that is available."""
     available, total = memory()
-    found = f"{gib(available)} of {gib(total)} available"
+    found = f"{size_text(available)} of {size_text(total)} available"
     if available < LOW_BYTES:
         return warning("memory", found, "A rank takes about 0.9 GiB without its model. See what else runs here.")
     return ok("memory", found)

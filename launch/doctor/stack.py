@@ -15,7 +15,8 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import get_args
 
-from lbr_dist.launch.doctor.findings import Finding, fault, gib, ok, warning
+from lbr_dist.console import size_text
+from lbr_dist.launch.doctor.findings import Finding, fault, ok, warning
 from lbr_dist.launch.doctor.node import visible
 from lbr_dist.ranks.hardware import count_gpus
 
@@ -63,12 +64,12 @@ def _gpus() -> list[Finding]:
     listed: dict[str, list[int]] = {}
     for device in range(count):
         about = torch.cuda.get_device_properties(device)
-        kind = f"{about.name}, {gib(about.total_memory)}, compute capability {about.major}.{about.minor}"
+        kind = f"{about.name}, {size_text(about.total_memory)}, compute capability {about.major}.{about.minor}"
         listed.setdefault(kind, []).append(device)
         free, total = torch.cuda.mem_get_info(device)
         if free < (1 - BUSY) * total:
             advice = "Another process uses it: see `nvidia-smi`."
-            findings.append(warning(f"GPU {device}", f"{gib(free)} of {gib(total)} free", advice))
+            findings.append(warning(f"GPU {device}", f"{size_text(free)} of {size_text(total)} free", advice))
         if (about.major, about.minor) < OLDEST:
             advice = "bfloat16 is slow or missing on it, and so is flash attention: use an A100 or newer."
             findings.append(warning(f"GPU {device}", kind, advice))

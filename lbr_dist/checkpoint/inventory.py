@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lbr_dist.checkpoint.manifest import MANIFEST, REASON, SET_ASIDE, Checkpoints, Manifest, tag
 from lbr_dist.config import Stage
+from lbr_dist.console import size_text
 from lbr_dist.errors import CheckpointError
 
 STAGES: tuple[Stage, ...] = ("learn", "represent")
@@ -217,16 +218,6 @@ def table(rows: Sequence[CheckpointRow]) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else "-"
-
-
-def size_text(count: int) -> str:
-    """A number of bytes in a readable unit."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def _age_text(seconds: float | None) -> str:

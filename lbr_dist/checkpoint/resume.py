@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from lbr_dist.checkpoint.manifest import Checkpoints, Manifest, tag
 from lbr_dist.checkpoint.saver import restore_random_state, versions
 from lbr_dist.config import RunConfig, to_dict
 from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
+from lbr_dist.console import Say, say_aside, silent
 from lbr_dist.engine import Engine
 from lbr_dist.errors import CheckpointError
 from lbr_dist.ranks.group import Ranks, from_first, together
@@ -31,7 +31,7 @@ def resume(
         CheckpointError: if no such checkpoint exists or is intact, if other users can write to the folder, or if the
             checkpoint does not fit this run.
     """
-    say = _say if ranks.is_first else (lambda message: None)
+    say = say_aside if ranks.is_first else silent
     wanted = config.checkpoint.resume
     left, steps = on_first(lambda: (checkpoints.clean(), checkpoints.steps()), ranks)
     for name in left:
@@ -86,10 +86,6 @@ def resume(
     )
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _list(steps: list[int]) -> str:
     return ", ".join(tag(step) for step in steps) or "no checkpoint"
 
@@ -136,9 +132,7 @@ def _verify(checkpoints: Checkpoints, step: int, ranks: Ranks) -> tuple[Manifest
     return (None, "; ".join(problems)) if problems else (manifest, "")
 
 
-def _set_damaged_aside(
-    checkpoints: Checkpoints, step: int, problem: str, ranks: Ranks, say: Callable[[str], None]
-) -> None:
+def _set_damaged_aside(checkpoints: Checkpoints, step: int, problem: str, ranks: Ranks, say: Say) -> None:
     """Warn about a damaged checkpoint, and set it aside."""
     place = ""
     if ranks.is_first:

@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -34,14 +34,13 @@ from lbr_dist import __version__
 from lbr_dist.checkpoint import manifest, shards
 from lbr_dist.checkpoint.manifest import Checkpoints, Manifest
 from lbr_dist.config import RunConfig, to_dict
+from lbr_dist.console import Say, size_text
 from lbr_dist.engine import Engine
 from lbr_dist.ranks.group import Ranks, from_all
 from lbr_dist.storage.files import checksum, sync, text_checksum
 
 _SPARE = 1.02  # for the manifest and the file system's overhead
 _PATIENCE = timedelta(days=1)  # how long the background thread waits for the slowest disk; the watchdog catches hangs
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +219,7 @@ class Saver:
         reports = self._gather(SaveReport(problem, num_bytes, free))
         needed, free = int(sum(report.num_bytes for report in reports) * _SPARE), reports[0].free_bytes
         if not reports[0].problem and needed > free:
-            return f"{self.checkpoints.path}: needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+            return f"{self.checkpoints.path}: needs {size_text(needed)}, {size_text(free)} are free"
         return reports[0].problem
 
     def _write(self, blank: Manifest, tensors: dict[str, Tensor], notes: dict[str, str], began: float) -> None:

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lbr_dist.console import Progress
+from lbr_dist.console import Progress, Say
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.records import documents
 from lbr_dist.encode.encoder import Kind, open_encoder
@@ -36,8 +36,6 @@ from lbr_dist.ranks.group import Ranks, from_all, from_first
 from lbr_dist.storage.files import atomic_file, sync, write_atomic
 from lbr_dist.storage.fingerprint import fingerprint, signature
 from lbr_dist.storage.whole_folder import is_at, try_lock
-
-Say = Callable[[str], None]
 
 MANIFEST = "parts.json"
 IDS = "ids"

@@ -8,12 +8,13 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lbr_dist.config import EvaluateConfig, RunConfig
+from lbr_dist.console import Say
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
 from lbr_dist.data.tokenizer import EmbeddingSettings
 from lbr_dist.evaluation.retrieval import (
@@ -32,7 +33,6 @@ from lbr_dist.export.checksums import SUMMARY
 from lbr_dist.storage.files import write_atomic
 
 DEPTH = 100
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

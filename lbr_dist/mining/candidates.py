@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from lbr_dist.console import Say, silent
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
 
 REASONS = ("positive", "same text", "other positive", "duplicate", "margin", "window")
@@ -91,7 +92,7 @@ class Candidates:
     """Query text to the positives of all pairs with this query."""
 
     @staticmethod
-    def read(pairs: str | Path, documents: str | Path, say: Callable[[str], None] = lambda _: None) -> Candidates:
+    def read(pairs: str | Path, documents: str | Path, say: Say = silent) -> Candidates:
         """Read both files; raises DataError if one cannot be used, see `read_corpus` and `read_pairs`."""
         say(f"reading {documents} and {pairs}")
         corpus = read_corpus(documents)

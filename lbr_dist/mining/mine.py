@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 import torch
 
-from lbr_dist.console import Progress
+from lbr_dist.console import Progress, Say, silent
 from lbr_dist.data.records import read_corpus, write_jsonl
 from lbr_dist.errors import DataError
 from lbr_dist.mining.candidates import REASONS, Candidates
 from lbr_dist.mining.index import Ivf, Search, VectorFiles, bm25_search, build_ivf, model_search
-from lbr_dist.mining.work import MiningSettings, Say
+from lbr_dist.mining.work import MiningSettings
 from lbr_dist.ranks.group import Ranks, meet, share
 from lbr_dist.storage.files import atomic_file
 
@@ -47,7 +47,7 @@ def mine(settings: MiningSettings, candidates: Candidates, ranks: Ranks, say: Sa
         On the first rank, the content of `OUT.summary.json`; None on the others.
     """
     began = time.perf_counter()
-    tell: Say = say if ranks.is_first else lambda _: None
+    tell: Say = say if ranks.is_first else silent
     with _threads(settings.threads):
         index: dict[str, Any] = {}
         if settings.miner == "bm25":

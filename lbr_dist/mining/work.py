@@ -10,19 +10,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from lbr_dist.console import Say
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.records import write_jsonl
 from lbr_dist.errors import ConfigError
 from lbr_dist.mining.candidates import MiningRules
 from lbr_dist.storage.fingerprint import fingerprint
-
-Say = Callable[[str], None]
 
 SETTINGS = "settings.json"
 _SCHEMA = "negatives 1"

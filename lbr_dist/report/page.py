@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lbr_dist.console import gib
 from lbr_dist.evaluation.systems import LABELS, SHORT_LABELS
 from lbr_dist.report.charts import score_bars, system_variable
 from lbr_dist.report.style import STYLE, as_text, dot
@@ -229,4 +230,4 @@ def _duration(seconds: float | None) -> str | None:
 
 
 def _gibibytes(size: float | None) -> str | None:
-    return None if size is None else f"{size / 2**30:.1f} GiB"
+    return None if size is None else gib(size)

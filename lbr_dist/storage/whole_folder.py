@@ -15,10 +15,11 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from lbr_dist.console import Say
 from lbr_dist.storage.files import sync
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -74,7 +75,7 @@ def discard(building: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
+def locked(path: Path, say: Say) -> Iterator[bool]:
     """Hold a lock that is released even if the process dies; reports waiting. Gives False if there are no locks."""
     began, said = time.monotonic(), float("-inf")
     while True:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from lbr_dist.console import Say, silent
 from lbr_dist.data.record_files import records
 from lbr_dist.data.records import titled_text
 from lbr_dist.data.tokenizer import TextTokenizer
@@ -77,7 +78,7 @@ def add_vocabulary(
     out: Path,
     pieces: int,
     min_count: int = 10,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
 ) -> VocabularyReport:
     """Writes `out`: the base model with `pieces` more tokens, chosen to shorten the texts of `corpora` most.
 
@@ -181,7 +182,7 @@ def _described(tokenizer: Tokenizer, entry: Entry) -> dict[str, Any]:
 # ---- text ---------------------------------------------------------------------------------------------------------
 
 
-def _sample(corpora: Sequence[Path], say: Callable[[str], None]) -> tuple[list[str], list[str]]:
+def _sample(corpora: Sequence[Path], say: Say) -> tuple[list[str], list[str]]:
     """Passages to choose pieces on, in random order, and passages of every 20th record to measure on."""
     generator = random.Random(0)
     both: tuple[list[str], list[str]] = ([], [])

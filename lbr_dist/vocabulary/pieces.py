@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from tokenizers import Tokenizer
 
+from lbr_dist.console import Say
 from lbr_dist.errors import DataError
 from lbr_dist.vocabulary.merges import Content, Entry, encoded, glued, restores, tokenizer_of
 
@@ -27,9 +28,7 @@ _PRINTABLE = re.compile(r"[!-~]+")
 _UNLIKE_A_WORD = re.compile(r"[^\w\s]|[A-Za-z]\d+[A-Za-z]|\d[A-Za-z]+\d")
 
 
-def choose(
-    content: Content, texts: Sequence[str], pieces: int, min_count: int, say: Callable[[str], None]
-) -> list[Entry]:
+def choose(content: Content, texts: Sequence[str], pieces: int, min_count: int, say: Say) -> list[Entry]:
     """Exactly `pieces` entries, those of both kinds that save most; merges in the order that they must have.
 
     Raises:
@@ -61,7 +60,7 @@ def token_counts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
     return [len(each.ids) for each in encoded(tokenizer, texts)]
 
 
-def _proposals(texts: Sequence[str], say: Callable[[str], None]) -> list[str]:
+def _proposals(texts: Sequence[str], say: Say) -> list[str]:
     """The pieces of a sentencepiece unigram model of the texts, spelled as in the texts."""
     import sentencepiece
 
@@ -106,7 +105,7 @@ def matched(
     proposals: Iterable[str],
     limit: int,
     min_count: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> list[Entry]:
     """At most `limit` pieces that span several words of the tokenizer, the most useful first.
 

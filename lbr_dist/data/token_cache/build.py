@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr_dist.config import RunConfig
+from lbr_dist.console import Say, size_text
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.token_cache.cache import MANIFEST, SCHEMA, TokenCache
 from lbr_dist.data.token_cache.part import DONE, TOKENIZER_FILE, Part, TokenRules, Unit, units, write_part
@@ -37,8 +38,6 @@ from lbr_dist.storage.whole_folder import discard, locked, publish, remove_stale
 
 if TYPE_CHECKING:
     from lbr_dist.ranks.group import Ranks
-
-Say = Callable[[str], None]
 
 # the files that determine how transformers sets up a fast tokenizer
 _TOKENIZER_FILES = (
@@ -222,7 +221,7 @@ class _Build:
             free = shutil.disk_usage(self.folder.parent).free
             raise DataError(
                 f"{self.folder.parent}: no room for the token cache of {self.corpus} ({error.strerror}): found "
-                f"{_megabytes(free)} free, expected about {_megabytes(self.expected)}. Free some space, raise the "
+                f"{size_text(free)} free, expected about {size_text(self.expected)}. Free some space, raise the "
                 "quota, or put the cache in another folder. The unfinished cache has been removed."
             ) from error
         except (DataError, ModelError):
@@ -241,9 +240,9 @@ class _Build:
         self.expected = total // 2  # tables are compressed on disk
         before = sum(weights[number] for number in finished_numbers(self.building))
         ranks = f" on {self.ranks.world_size} ranks" if self.ranks is not None else ""
-        there = f"; {_megabytes(before)} already done by an earlier build" if before else ""
+        there = f"; {size_text(before)} already done by an earlier build" if before else ""
         how = f"with {processes} process(es){ranks}{there}"
-        self.say(f"{self.corpus}: tokenising {_megabytes(total)} in {len(work)} parts {how}")
+        self.say(f"{self.corpus}: tokenising {size_text(total)} in {len(work)} parts {how}")
         began = said = time.monotonic()
         for unit, part in zip(mine, _run(mine, self.building, rules, processes), strict=True):
             yield part
@@ -255,7 +254,7 @@ class _Build:
                 said = now
                 done = sum(weights[number] for number in finished_numbers(self.building))
                 left = (now - began) * (total - done) / max(1, done - before)
-                self.say(f"{self.corpus}: tokenised {_megabytes(done)} of {_megabytes(total)}, {left:.0f} s to go")
+                self.say(f"{self.corpus}: tokenised {size_text(done)} of {size_text(total)}, {left:.0f} s to go")
 
     def _publish(self, parts: list[Part], rules: TokenRules) -> None:
         skipped: dict[str, tuple[int, str]] = {}
@@ -366,10 +365,6 @@ def _named_errors(cache_dir: Path) -> Iterator[None]:
             f"{error.filename or cache_dir}: cannot be read or written ({error.strerror or error}) while making a "
             f"token cache in {cache_dir}. Fix this, or put the cache in another folder."
         ) from error
-
-
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:,.1f} MB"
 
 
 def token_cache(config: RunConfig, processes: int, say: Say) -> TokenCache:
