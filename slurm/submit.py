@@ -51,9 +51,8 @@ def run(args: argparse.Namespace, say: Say) -> None:
     _check_not_queued(root)
     for label, config in points:
         try:
-            check(
-                config, args.first, say if label == points[0][0] else silent
-            )  # many similar runs: the first one's notes are enough
+            # the runs of a sweep are alike: the first one's notes are enough
+            check(config, args.first, say if label == points[0][0] else silent)
         except LbrError as error:
             raise type(error)(f"{label}: {error}" if label else str(error)) from None
     stages = [s for s in STAGES if any(s in left(config, args.first) for _, config in points)]
