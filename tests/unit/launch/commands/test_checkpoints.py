@@ -65,12 +65,12 @@ def test_verify_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert command(run, "verify", *options) == 0
         said = capsys.readouterr().out.splitlines()
         assert [line.split(":")[0] for line in said if ": ok" in line] == expected
-    assert command(run, "--stage", "represent", "verify") == 0  # said before the action
+    assert command(run, "--stage", "represent", "verify") == 0  # given before the action
     assert "learn" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step", ["50", "0", "-1", "newest", "010", "10.5", ""])
-def test_a_step_that_is_not_there(run: Path, step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_that_does_not_exist(run: Path, step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for action in (["verify"], ["export", f"--out={tmp_path / 'out'}"]):
         assert command(run, *action, f"--step={step}") == 1
         said = capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_prune_never_deletes_the_only_good_one(run: Path, capsys: pytest.Capture
         assert "rank-00001.safetensors: its checksum is" in said.err and "deleted" not in said.out
         assert "It is the newest of learn that would be kept, so nothing is deleted." in said.err
     assert checkpoints(run).steps() == [10, 20, 30, 40]
-    # whose files are not even there is no checkpoint to the rule: neither kept nor deleted
+    # without its files, it is no checkpoint to the rule: neither kept nor deleted
     cut(checkpoints(run).folder(40) / "rank-00000.safetensors")
     assert command(run, "prune", "--keep=1") == 0
     assert checkpoints(run).steps() == [30, 40]
@@ -82,7 +82,7 @@ def test_prune_what_was_set_aside(run: Path, capsys: pytest.CaptureFixture[str])
     assert command(run, "prune", "--keep=9", "--set-aside") == 0
     assert "learn set-aside/step-000010-1: deleted" in capsys.readouterr().out
     assert not aside.exists() and stranger.is_dir() and there.steps() == [20, 30, 40]
-    # and not where they are all there is
+    # refused if nothing else is left
     places = [there.set_aside(step, "checkpoint.resume never") for step in there.steps()]
     assert command(run, "prune", "--set-aside") == 1
     assert "what was set aside may be all that is left of learn" in capsys.readouterr().err
