@@ -259,7 +259,7 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
         return sub
 
     def add_doctor() -> None:
-        text = "Check this machine and its cluster: what is there for a run, what is missing, and how to fix it."
+        text = "Check this machine and its cluster: what a run can use, what is missing, and how to fix it."
         doctor_command.add_arguments(command("doctor", doctor, text))
 
     if doctor_alone:  # the other commands' options import packages, and the doctor must run when one is missing

@@ -127,7 +127,7 @@ def _batch(config: RunConfig, args: argparse.Namespace) -> tuple[Batch, str]:
     if args.query_tokens and args.document_tokens:
         source = "given"
     elif args.query_tokens or args.document_tokens:
-        source += ", or given"
+        source += ", one of them given"
     extra = 1 + config.model.bottleneck_tokens
     query, document = min(query, data.max_query_tokens), min(document, data.max_document_tokens)
     words = f"queries of {query:.0f} and documents of {document:.0f} tokens ({source}), {extra} more each"

@@ -24,9 +24,9 @@ DEADLINE_SECONDS = 60
 
 def mine_on(ranks: Ranks, path: Path) -> Any:
     settings = read_settings(path)
-    told: list[str] = []
-    mine(settings, Candidates.read(settings.pairs, settings.documents), ranks, told.append)
-    return told
+    printed: list[str] = []
+    mine(settings, Candidates.read(settings.pairs, settings.documents), ranks, printed.append)
+    return printed
 
 
 def chosen(data: Path, out: Path, model: Path, **changes: Any) -> Path:
@@ -45,9 +45,9 @@ def test_the_number_of_ranks_changes_no_byte(
 ) -> None:
     alone, together = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     mine_on(Ranks.alone(), chosen(tiny_data, alone, tiny_model, index=index))
-    told = two_ranks.run(mine_on, path=chosen(tiny_data, together, tiny_model, index=index))
+    printed = two_ranks.run(mine_on, path=chosen(tiny_data, together, tiny_model, index=index))
     assert alone.read_bytes() == together.read_bytes() and len(alone.read_bytes().splitlines()) == 80
-    assert told[0][-1] == f"written to {together}" and told[1] == []
+    assert printed[0][-1] == f"written to {together}" and printed[1] == []
     slices = {path.name: path.read_bytes() for path in Path(f"{alone}.work").glob("*.npy")}
     assert len(slices) == 14 + 12
     assert slices == {path.name: path.read_bytes() for path in Path(f"{together}.work").glob("*.npy")}

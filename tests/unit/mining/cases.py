@@ -44,8 +44,8 @@ def settings(folder: Path, model: Path | None, **changes: Any) -> MiningSettings
     )
 
 
-def mine(chosen: MiningSettings, told: list[str] | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    say: Callable[[str], None] = [].append if told is None else told.append  # type: ignore[assignment]
+def mine(chosen: MiningSettings, printed: list[str] | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    say: Callable[[str], None] = [].append if printed is None else printed.append  # type: ignore[assignment]
     prepare(chosen, say)
     summary = mining.mine(chosen, Candidates.read(chosen.pairs, chosen.documents), ALONE, say)
     assert summary is not None

@@ -108,11 +108,11 @@ def test_bm25_mining_equals_brute_force(margin: float | None, data: Path) -> Non
 def test_mining_with_ivf(data: Path, tiny_model: Path) -> None:
     exact, _ = mine(settings(data, tiny_model))
     clean(settings(data, tiny_model))
-    told: list[str] = []
-    rows, summary = mine(settings(data, tiny_model, index="ivf"), told)
+    printed: list[str] = []
+    rows, summary = mine(settings(data, tiny_model, index="ivf"), printed)
     assert [row["negative_ids"] for row in rows] == [row["negative_ids"] for row in exact]
     assert summary["index"]["recall"] == 1.0
-    assert any(line.startswith("IVF index: 2 lists, 2 searched per query; finds 100.0%") for line in told)
+    assert any(line.startswith("IVF index: 2 lists, 2 searched per query; finds 100.0%") for line in printed)
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -144,21 +144,21 @@ def test_positives_that_the_corpus_lacks_are_written_to_a_new_corpus(data: Path,
         {"anchor": "big toe", "positive": "The toe is large.", "negative": texts["d3"]},
     ]
     write(data / "train.jsonl", rows)
-    chosen, told = settings(data, tiny_model, margin_percent=1.0), []
-    mined, summary = mine(chosen, told)
+    chosen, printed = settings(data, tiny_model, margin_percent=1.0), []
+    mined, summary = mine(chosen, printed)
     companion = chosen.beside("documents.jsonl")
     assert mined[0]["positive_ids"] == ["d85"] and mined[1]["positive_ids"][0].startswith("text-")
     after = read_pairs(chosen.out, read_corpus(companion))
     assert after.documents[mined[1]["positive_ids"][0]] == "The toe is large."
     assert read_corpus(companion).items() > read_corpus(chosen.documents).items()
     assert summary["documents_file"] == str(companion)
-    assert any(f"1 positives are not in the corpus: {companion}" in line and "data.corpus" in line for line in told)
+    assert any(f"1 positives are not in the corpus: {companion}" in line and "data.corpus" in line for line in printed)
     # a text that a pair brings is scored, but is never a candidate
     assert mined[1]["positive_ids"][0] not in mined[0]["negative_ids"]
 
 
 def test_an_interrupted_mining_resumes(data: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen, told = settings(data, tiny_model), []
+    chosen, printed = settings(data, tiny_model), []
     mine(chosen)
     whole = Path(chosen.out).read_bytes()
     deleted = [chosen.work / name for name in ("documents-00002.npy", "queries-00001.npy", "part-00003.jsonl")]
@@ -167,9 +167,9 @@ def test_an_interrupted_mining_resumes(data: Path, tiny_model: Path, monkeypatch
     # a hidden file of a killed process does not count
     (chosen.work / ".documents-00002.npy.1").write_bytes(b"half")
     before = {path: path.stat().st_ino for path in (*chosen.work.glob("*.npy"), *chosen.work.glob("part-*.jsonl"))}
-    mine(chosen, told)
+    mine(chosen, printed)
     assert Path(chosen.out).read_bytes() == whole
-    assert any("resuming an unfinished mining" in line for line in told)
+    assert any("resuming an unfinished mining" in line for line in printed)
     assert all(path.stat().st_ino == inode for path, inode in before.items()) and all(p.exists() for p in deleted)
     Path(chosen.out).unlink()
     monkeypatch.setattr("lbr_dist.encode.encoder.open_encoder", lambda *_: pytest.fail("all vectors exist"))
