@@ -15,7 +15,7 @@ from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted, LbrError
 from lbr_dist.ranks.rendezvous import here, started_as
 
 if TYPE_CHECKING:
-    from lbr_dist.config import RunConfig, Stage
+    from lbr_dist.config import RunConfig, StageName
 
 
 def _say(message: str) -> None:
@@ -34,7 +34,7 @@ def _read_run(args: argparse.Namespace) -> RunConfig:
     return read_config(args.config, overrides)
 
 
-def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
+def _train(config: RunConfig, wanted: Sequence[StageName]) -> bool:
     """Run the wanted stages that have steps and are not finished. Returns whether this process evaluates next."""
     from lbr_dist import preflight
     from lbr_dist.config.file import write_config
@@ -47,9 +47,8 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
     preflight.check_offload(config)
     preflight.check_attention(config, count_gpus())
     preflight.check_data(config)
-    steps: dict[Stage, int] = {"learn": config.learn.steps, "represent": config.represent.steps}
-    stages = [stage for stage in wanted if steps[stage]]
-    if stages == ["represent"] and steps["learn"] and not (config.learn_export / "lbr.json").exists():
+    stages = [stage for stage in wanted if config.stage(stage).steps]
+    if stages == ["represent"] and config.learn.steps and not (config.learn_export / "lbr.json").exists():
         from lbr_dist.errors import CheckpointError
 
         raise CheckpointError(
@@ -59,7 +58,7 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
     gpus = count_gpus()
     ranks = place.world_size if place else preflight.check_ranks(config, gpus)
     first_here = place is None or place.local_rank == 0
-    todo: tuple[Stage, ...] = tuple(stage for stage in stages if not is_finished(config, stage))
+    todo: tuple[StageName, ...] = tuple(stage for stage in stages if not is_finished(config, stage))
     if "represent" in todo and first_here:
         preflight.check_plan(config, ranks, place.local_world_size if place else ranks, gpus)
     if todo and first_here:
@@ -85,7 +84,7 @@ def _train(config: RunConfig, wanted: Sequence[Stage]) -> bool:
             if is_finished(config, stage):
                 _say(f"{stage}: finished before, nothing to do")
                 continue
-            _say(f"{stage}: {steps[stage]} steps on {ranks} rank{'s' if ranks > 1 else ''}")
+            _say(f"{stage}: {config.stage(stage).steps} steps on {ranks} rank{'s' if ranks > 1 else ''}")
             run_stage(stage, resolved, ranks, config.run_path / stage / "logs", lock)
     return True
 

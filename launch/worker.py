@@ -10,7 +10,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-from lbr_dist.config import RunConfig, Stage
+from lbr_dist.config import RunConfig, StageName
 from lbr_dist.config.file import read_config
 from lbr_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, LbrError
 from lbr_dist.ranks.process import large_imports, leave
@@ -31,7 +31,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def run_stages(config: RunConfig, stages: tuple[Stage, ...]) -> bool:
+def run_stages(config: RunConfig, stages: tuple[StageName, ...]) -> bool:
     """Run stages in this process, as one of several ranks. Returns whether this is the first rank."""
     with large_imports():
         from lbr_dist.learn import learn

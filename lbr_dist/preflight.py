@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lbr_dist.checkpoint.manifest import STATE_BYTES, Checkpoints, free_bytes
-from lbr_dist.config import RunConfig, Stage, to_dict
+from lbr_dist.config import RunConfig, StageName, to_dict
 from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.console import Say, gib
 from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
@@ -187,7 +187,7 @@ def check_run_folder(config: RunConfig) -> None:
         )
 
 
-def check_disk(config: RunConfig, stages: Sequence[Stage], say: Say) -> None:
+def check_disk(config: RunConfig, stages: Sequence[StageName], say: Say) -> None:
     """Refuse a run folder without room for one checkpoint, and say where there is not room for all that are to stay.
 
     Raises:

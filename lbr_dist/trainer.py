@@ -23,8 +23,7 @@ from torch import nn
 from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.checkpoint.resume import on_first, resume
 from lbr_dist.checkpoint.saver import Saver, base_identity
-from lbr_dist.config import OptimizerConfig, RunConfig
-from lbr_dist.config import Stage as StageName
+from lbr_dist.config import OptimizerConfig, RunConfig, StageName
 from lbr_dist.console import Say, silent
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.engine import Engine, Update, sharded_init

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-STAGES = ("learn", "represent", "evaluate")
+from lbr_dist.config.cluster import JOB_STAGES
 
 
 def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="first",
-        choices=STAGES,
+        choices=JOB_STAGES,
         default="learn",
         help="start with this stage; the ones before it must be finished",
     )
@@ -39,7 +39,7 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--stage", choices=STAGES, help="stage (default: the one that ran last)")
+    parser.add_argument("--stage", choices=JOB_STAGES, help="stage (default: the one that ran last)")
     parser.add_argument("--rank", type=int, help="only this rank's log (default: the job's log and rank 0's)")
     parser.add_argument("--lines", type=int, default=50, help="print this many of the last lines of each log")
     parser.add_argument("--follow", action="store_true", help="keep printing new lines until the stage has ended")

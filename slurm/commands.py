@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from lbr_dist.config.cluster import JOB_STAGES, JobStage
 from lbr_dist.console import Say
 from lbr_dist.errors import ConfigError
 from lbr_dist.slurm import journal, scheduler
-from lbr_dist.slurm.journal import STAGES, JobStage
 from lbr_dist.slurm.status import rows, table, to_json
 
 _LIVING = ("running", "queued", "waiting", "requeued")
@@ -60,7 +60,7 @@ def cancel(args: argparse.Namespace, say: Say) -> None:
     ids = [job for submission in found for job in submission.jobs.values()]
     living = {job.id for job in scheduler.jobs(ids, accounting=False).values() if not job.is_over}
     ours: list[tuple[JobStage, str]] = []
-    for stage in reversed(STAGES):
+    for stage in reversed(JOB_STAGES):
         for submission in found:
             job = submission.jobs.get(stage, "")
             names = {name for name in living if name.split("_")[0] == job}
@@ -123,13 +123,13 @@ def _whole_lines(file: TextIO) -> Iterator[str]:
 
 
 def _last_stage(run: Path) -> JobStage:
-    began = {stage: found[-1].began for stage in STAGES if (found := journal.tries(run, stage))}
+    began = {stage: found[-1].began for stage in JOB_STAGES if (found := journal.tries(run, stage))}
     if not began:
-        with_log = [stage for stage in STAGES if journal.log_file(run, stage).exists()]
+        with_log = [stage for stage in JOB_STAGES if journal.log_file(run, stage).exists()]
         if not with_log:
             raise ConfigError(f"{run}: no stage has started. `lbr status` shows what it is waiting for.")
         return with_log[-1]
-    return max(STAGES, key=lambda stage: (began.get(stage, ""), STAGES.index(stage)))
+    return max(JOB_STAGES, key=lambda stage: (began.get(stage, ""), JOB_STAGES.index(stage)))
 
 
 def _paths(run: Path, stage: JobStage, rank: int | None) -> list[Path]:

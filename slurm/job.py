@@ -24,6 +24,7 @@ from types import FrameType
 from typing import IO
 
 from lbr_dist.config import RunConfig
+from lbr_dist.config.cluster import JOB_STAGES, JobStage
 from lbr_dist.config.file import read_config, write_config
 from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import CheckpointError, LbrError
@@ -32,7 +33,7 @@ from lbr_dist.ranks.hardware import allocator
 from lbr_dist.ranks.interrupt import END_TIME
 from lbr_dist.ranks.rendezvous import node_name
 from lbr_dist.slurm import journal, nodes, scheduler
-from lbr_dist.slurm.journal import JobStage, Outcome, Submission
+from lbr_dist.slurm.journal import Outcome, Submission
 from lbr_dist.slurm.scheduler import Job, patiently
 from lbr_dist.slurm.verdict import Verdict, verdict_of
 from lbr_dist.storage.files import make_private
@@ -356,7 +357,7 @@ def _print_to(path: Path) -> None:
 
 def main() -> int:
     stage, folder = sys.argv[1:]
-    assert stage in journal.STAGES
+    assert stage in JOB_STAGES
     try:
         submission = Submission.read(Path(folder))
         # without a sweep the variable can only be left over from an outer job

@@ -22,12 +22,10 @@ from typing import Any, Literal
 
 from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.config import RunConfig
+from lbr_dist.config.cluster import JobStage
 from lbr_dist.errors import ConfigError
 from lbr_dist.export import checksums
 from lbr_dist.storage.files import make_private, open_private, write_atomic
-
-JobStage = Literal["learn", "represent", "evaluate"]
-STAGES: tuple[JobStage, ...] = ("learn", "represent", "evaluate")
 
 Outcome = Literal["finished", "interrupted", "failed", "refused", "lost"]
 """How an attempt ended. `interrupted`: asked to stop, and saved. `refused`: a node failed its check. `lost`: it could
@@ -221,7 +219,20 @@ def saved_step(config: RunConfig, stage: JobStage) -> int:
 def is_finished(config: RunConfig, stage: JobStage) -> bool:
     """Whether there is nothing left to do for a stage."""
     if stage == "evaluate":
-        metrics, model = config.report_path / "metrics.json", config.model_path / "lbr.json"
-        done = (config.report_path / "index.html").exists() and metrics.exists() and model.exists()
-        return done and metrics.stat().st_mtime >= model.stat().st_mtime
+        return _is_evaluated(config)
     return checksums.is_finished(config, stage)
+
+
+def _is_evaluated(config: RunConfig) -> bool:
+    """Whether the report is there, and is that of the model as it is now."""
+    metrics, model = config.report_path / "metrics.json", config.evaluated_path
+    found = checksums.identity(model)
+    if found is None or not (config.report_path / "index.html").exists():
+        return False
+    try:
+        evaluated = json.loads(metrics.read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError, AttributeError):
+        return False
+    if evaluated is None:  # a report of an earlier version
+        return metrics.stat().st_mtime >= (model / "lbr.json").stat().st_mtime
+    return bool(evaluated == found)

@@ -10,7 +10,8 @@ from typing import Any
 from submitit import SlurmExecutor
 
 from lbr_dist.config import SlurmConfig
-from lbr_dist.slurm.journal import JobStage, log_file
+from lbr_dist.config.cluster import JobStage
+from lbr_dist.slurm.journal import log_file
 from lbr_dist.slurm.scheduler import KEPT
 
 # In shell, since `lbr_dist.slurm.job` could neither start nor write its log on such a node.

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import RunConfig
+from lbr_dist.config.cluster import JOB_STAGES, JobStage
 from lbr_dist.config.file import read_config
 from lbr_dist.console import clock
 from lbr_dist.slurm import journal, scheduler
-from lbr_dist.slurm.journal import STAGES, JobStage, Submission
+from lbr_dist.slurm.journal import Submission
 from lbr_dist.slurm.scheduler import Job
 
 _TAIL_BYTES = 64 * 1024
@@ -84,7 +85,7 @@ def _run_rows(found: Sequence[Submission], index: int, jobs: dict[str, Job]) -> 
         "evaluate": config.data.test is not None,
     }
     rows: list[StageRow] = []
-    for stage in STAGES:
+    for stage in JOB_STAGES:
         if wanted[stage]:
             asked = [
                 (each, place) for each in found if stage in each.jobs and (place := each.index_of(run)) is not None
@@ -167,7 +168,7 @@ def _state(
 def _progress(config: RunConfig, stage: JobStage, state: str) -> dict[str, Any]:
     """From the metrics: step, loss, pace, and the time left at that pace."""
     assert stage != "evaluate"
-    steps = config.learn.steps if stage == "learn" else config.represent.steps
+    steps = config.stage(stage).steps
     lines = [line for line in _tail(config.stage_path(stage) / "metrics.jsonl") if line.get("step")]
     if not lines:
         return {"step": 0, "steps": steps}

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import lbr_dist
 from lbr_dist import preflight
-from lbr_dist.config import RunConfig, SlurmConfig, Stage
+from lbr_dist.config import STAGES, RunConfig, SlurmConfig
+from lbr_dist.config.cluster import JOB_STAGES, JobStage
 from lbr_dist.config.file import read_config, write_config
 from lbr_dist.console import Say, gib, silent
 from lbr_dist.data.record_files import record_files
@@ -22,8 +23,6 @@ from lbr_dist.errors import ConfigError, LaunchError, LbrError
 from lbr_dist.plan.machine import MACHINES
 from lbr_dist.slurm import scheduler
 from lbr_dist.slurm.journal import (
-    STAGES,
-    JobStage,
     Point,
     Submission,
     is_finished,
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
             check(config, args.first, say if label == points[0][0] else silent)
         except LbrError as error:
             raise type(error)(f"{label}: {error}" if label else str(error)) from None
-    stages = [s for s in STAGES if any(s in left(config, args.first) for _, config in points)]
+    stages = [s for s in JOB_STAGES if any(s in left(config, args.first) for _, config in points)]
     if not stages:
         say(f"{root}: all stages are finished, nothing to do")
         return
@@ -90,13 +89,12 @@ def left(config: RunConfig, first: JobStage) -> list[JobStage]:
 
     If stage 2 is finished, stage 1's export is no longer needed, and may have been deleted.
     """
-    wanted: list[JobStage] = ["learn"] if config.learn.steps else []
-    wanted += ["represent"] if config.represent.steps else []
+    wanted: list[JobStage] = [stage for stage in STAGES if config.stage(stage).steps]
     wanted += ["evaluate"] if config.data.test is not None else []
-    begin = STAGES.index(first)
+    begin = JOB_STAGES.index(first)
     if config.represent.steps and is_finished(config, "represent"):
-        begin = max(begin, STAGES.index("evaluate"))
-    todo = [stage for stage in wanted if STAGES.index(stage) >= begin]
+        begin = max(begin, JOB_STAGES.index("evaluate"))
+    todo = [stage for stage in wanted if JOB_STAGES.index(stage) >= begin]
     return list(itertools.dropwhile(lambda stage: is_finished(config, stage), todo))
 
 
@@ -113,8 +111,7 @@ def check(config: RunConfig, first: JobStage, say: Say) -> None:
     preflight.check_prefixes(config)
     preflight.check_data(config)
     todo = left(config, first)
-    steps: dict[Stage, int] = {"learn": config.learn.steps, "represent": config.represent.steps}
-    before = [stage for stage in steps if steps[stage] and stage not in todo]
+    before = [stage for stage in STAGES if config.stage(stage).steps and stage not in todo]
     if todo and before and not is_finished(config, before[-1]):
         raise ConfigError(f"--from {first}: {before[-1]} is not finished in {config.run_dir}. Use --from {before[-1]}.")
     preflight.check_disk(config, [s for s in ("learn", "represent") if s in todo], say)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr_dist.checkpoint.inventory import (
-    STAGES,
     best_step,
     check_run,
     checkpoints_of,
@@ -21,7 +20,7 @@ from lbr_dist.checkpoint.inventory import (
     table,
 )
 from lbr_dist.checkpoint.manifest import MANIFEST, Checkpoints, tag
-from lbr_dist.config import Stage
+from lbr_dist.config import STAGES, StageName
 from lbr_dist.console import Say, size_text
 from lbr_dist.errors import CheckpointError, ConfigError
 
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
     check_run(args.folder)
     if args.json and args.action:
         raise ConfigError(f"--json: found with {args.action}, expected only with the list. Leave it out.")
-    stages: Sequence[Stage] = [args.stage] if args.stage else STAGES
+    stages: Sequence[StageName] = [args.stage] if args.stage else STAGES
     if args.action == "verify":
         verify(args.folder, stages, args.step, say)
     elif args.action == "export":
@@ -83,13 +82,13 @@ def run(args: argparse.Namespace, say: Say) -> None:
             say(table(rows) if rows else f"{args.folder}: no checkpoints of {' and '.join(stages)}")
 
 
-def chosen(run: Path, stages: Sequence[Stage], wanted: str | None) -> list[tuple[Stage, Checkpoints, int]]:
+def chosen(run: Path, stages: Sequence[StageName], wanted: str | None) -> list[tuple[StageName, Checkpoints, int]]:
     """The checkpoints that `--step` selects in each stage; all of them for None.
 
     Raises:
         CheckpointError: nothing matches; the message names those that exist.
     """
-    found: list[tuple[Stage, Checkpoints, int]] = []
+    found: list[tuple[StageName, Checkpoints, int]] = []
     for stage in stages:
         checkpoints = checkpoints_of(run, stage)
         named = {"best": best_step(checkpoints.complete()), "latest": latest_step(checkpoints)}
@@ -105,7 +104,7 @@ def chosen(run: Path, stages: Sequence[Stage], wanted: str | None) -> list[tuple
     return found
 
 
-def read_whole(stage: Stage, checkpoints: Checkpoints, step: int, say: Say) -> Manifest:
+def read_whole(stage: StageName, checkpoints: Checkpoints, step: int, say: Say) -> Manifest:
     """Read a checkpoint, compare it with its checksums, and print the result.
 
     Raises:
@@ -123,7 +122,7 @@ def read_whole(stage: Stage, checkpoints: Checkpoints, step: int, say: Say) -> M
 # ---- verify --------------------------------------------------------------------------------------------------------
 
 
-def verify(run: Path, stages: Sequence[Stage], wanted: str | None, say: Say) -> None:
+def verify(run: Path, stages: Sequence[StageName], wanted: str | None, say: Say) -> None:
     """Read checkpoints and compare them with their checksums; a damaged one does not stop this.
 
     Raises:
@@ -146,7 +145,7 @@ def verify(run: Path, stages: Sequence[Stage], wanted: str | None, say: Say) -> 
 # ---- export --------------------------------------------------------------------------------------------------------
 
 
-def export(run: Path, stages: Sequence[Stage], wanted: str, out: Path, base: Path | None, say: Say) -> None:
+def export(run: Path, stages: Sequence[StageName], wanted: str, out: Path, base: Path | None, say: Say) -> None:
     """Write the model of a checkpoint, after reading all of it and checking it.
 
     Raises:

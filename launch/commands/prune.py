@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lbr_dist.checkpoint.inventory import checkpoints_of, name, num_bytes, set_aside
 from lbr_dist.checkpoint.manifest import Checkpoints, superfluous
-from lbr_dist.config import CheckpointConfig, Stage
+from lbr_dist.config import CheckpointConfig, StageName
 from lbr_dist.console import Say, size_text
 from lbr_dist.errors import CheckpointError, ConfigError
 from lbr_dist.launch.commands.checkpoints import read_whole
@@ -22,7 +22,7 @@ from lbr_dist.storage.lock import run_lock
 class _Pruning:
     """What to delete from a stage."""
 
-    stage: Stage
+    stage: StageName
     checkpoints: Checkpoints
     newest: int | None
     """The newest step that stays; None if none does."""
@@ -32,7 +32,7 @@ class _Pruning:
     """Checkpoints that were set aside."""
 
 
-def prune(args: argparse.Namespace, stages: Sequence[Stage], say: Say) -> None:
+def prune(args: argparse.Namespace, stages: Sequence[StageName], say: Say) -> None:
     """Delete what no rule keeps, if the newest checkpoint that stays in each stage is read and found whole.
 
     Raises:
@@ -68,7 +68,7 @@ def _settings(args: argparse.Namespace) -> CheckpointConfig:
     return replace(settings, **{key: value for key, value in given.items() if value is not None})
 
 
-def _planned(stage: Stage, checkpoints: Checkpoints, settings: CheckpointConfig, others: bool) -> _Pruning:
+def _planned(stage: StageName, checkpoints: Checkpoints, settings: CheckpointConfig, others: bool) -> _Pruning:
     complete = checkpoints.complete()
     gone = superfluous(complete, settings)
     kept = [manifest.step for manifest in complete if manifest.step not in gone]

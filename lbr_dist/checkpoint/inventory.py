@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lbr_dist.checkpoint.manifest import MANIFEST, REASON, SET_ASIDE, Checkpoints, Manifest, tag
-from lbr_dist.config import Stage
+from lbr_dist.config import STAGES, StageName
 from lbr_dist.console import size_text
 from lbr_dist.errors import CheckpointError
 
-STAGES: tuple[Stage, ...] = ("learn", "represent")
 State = Literal["complete", "damaged", "being written", "being deleted", "set aside"]
 
 _OTHERS: tuple[tuple[re.Pattern[str], State], ...] = (
@@ -33,7 +32,7 @@ _SET_ASIDE = re.compile(r"step-(\d+)-\d+")
 class CheckpointRow:
     """A checkpoint: complete, damaged, unfinished or set aside."""
 
-    stage: Stage
+    stage: StageName
     step: int
     path: Path
     state: State
@@ -73,7 +72,7 @@ class CheckpointRow:
         }
 
 
-def checkpoints_of(run: Path, stage: Stage) -> Checkpoints:
+def checkpoints_of(run: Path, stage: StageName) -> Checkpoints:
     return Checkpoints(run / stage / "checkpoints")
 
 
@@ -92,7 +91,7 @@ def check_run(run: Path) -> None:
     raise CheckpointError(f"{run}: found {found}, expected a run folder. Name the run_dir of a config.")
 
 
-def inventory(run: Path, stages: Sequence[Stage]) -> list[CheckpointRow]:
+def inventory(run: Path, stages: Sequence[StageName]) -> list[CheckpointRow]:
     """All checkpoints of the stages: published ones in order of their steps, then the others."""
     return [row for stage in stages for row in _stage(stage, checkpoints_of(run, stage))]
 
@@ -109,7 +108,7 @@ def best_step(complete: Sequence[Manifest]) -> int | None:
     return min(scored)[1] if scored else None
 
 
-def _stage(stage: Stage, checkpoints: Checkpoints) -> Iterator[CheckpointRow]:
+def _stage(stage: StageName, checkpoints: Checkpoints) -> Iterator[CheckpointRow]:
     states: dict[int, str | None] = {}
     complete = []
     for step in checkpoints.steps():
@@ -141,7 +140,7 @@ def set_aside(checkpoints: Checkpoints) -> list[tuple[int, Path]]:
 
 
 def _row(
-    stage: Stage,
+    stage: StageName,
     step: int,
     path: Path,
     state: State,
@@ -229,5 +228,5 @@ def _age_text(seconds: float | None) -> str:
     return f"{seconds / 86_400:.0f} d"
 
 
-def name(stage: Stage, step: int) -> str:
+def name(stage: StageName, step: int) -> str:
     return f"{stage} {tag(step)}"

@@ -2,6 +2,7 @@
 
 from lbr_dist.config.cluster import ClusterConfig, SlurmConfig
 from lbr_dist.config.run import (
+    STAGES,
     CheckpointConfig,
     DataConfig,
     EngineConfig,
@@ -9,13 +10,14 @@ from lbr_dist.config.run import (
     LoraConfig,
     ModelConfig,
     RunConfig,
-    Stage,
+    StageName,
     sequence_tokens,
     to_dict,
 )
 from lbr_dist.config.stages import LearnConfig, OptimizerConfig, Pooling, RepresentConfig, TargetsConfig
 
 __all__ = [
+    "STAGES",
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
@@ -29,7 +31,7 @@ __all__ = [
     "RepresentConfig",
     "RunConfig",
     "SlurmConfig",
-    "Stage",
+    "StageName",
     "TargetsConfig",
     "sequence_tokens",
     "to_dict",

@@ -9,6 +9,10 @@ from typing import Literal
 from lbr_dist.config.stages import require
 from lbr_dist.errors import ConfigError
 
+JobStage = Literal["learn", "represent", "evaluate"]
+JOB_STAGES: tuple[JobStage, ...] = ("learn", "represent", "evaluate")
+"""What `lbr submit` queues: the two stages, and the evaluation."""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY)", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+[KMGT]?")

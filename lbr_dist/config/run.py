@@ -16,7 +16,8 @@ from lbr_dist.config.cluster import ClusterConfig, SlurmConfig
 from lbr_dist.config.stages import LearnConfig, RepresentConfig, require
 from lbr_dist.errors import ConfigError
 
-Stage = Literal["learn", "represent"]
+StageName = Literal["learn", "represent"]
+STAGES: tuple[StageName, ...] = ("learn", "represent")
 
 
 def sequence_tokens(text: int, bottleneck: int, target: int = 0) -> int:
@@ -328,19 +329,19 @@ class RunConfig:
     def run_path(self) -> Path:
         return Path(self.run_dir)
 
-    def stage_path(self, stage: Stage) -> Path:
+    def stage_path(self, stage: StageName) -> Path:
         """`runs/NAME/learn` or `runs/NAME/represent`."""
         return self.run_path / stage
 
-    def stage_base(self, stage: Stage) -> Path:
+    def stage_base(self, stage: StageName) -> Path:
         """The model that a stage starts from."""
         return self.learn_export if stage == "represent" and self.learn.steps else Path(self.model.base)
 
-    def stage(self, stage: Stage) -> LearnConfig | RepresentConfig:
+    def stage(self, stage: StageName) -> LearnConfig | RepresentConfig:
         """The settings of a stage."""
         return self.learn if stage == "learn" else self.represent
 
-    def stage_export(self, stage: Stage) -> Path:
+    def stage_export(self, stage: StageName) -> Path:
         """The folder of the model that a stage leaves."""
         return self.learn_export if stage == "learn" else self.model_path
 
@@ -353,6 +354,11 @@ class RunConfig:
     def model_path(self) -> Path:
         """The finished model."""
         return self.run_path / "model"
+
+    @property
+    def evaluated_path(self) -> Path:
+        """The model whose evaluation the run ends with: that of the last stage that has steps."""
+        return self.model_path if self.represent.steps else self.learn_export
 
     @property
     def report_path(self) -> Path:

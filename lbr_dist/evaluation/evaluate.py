@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lbr_dist.config import EvaluateConfig, RunConfig
+from lbr_dist.config import STAGES, EvaluateConfig, RunConfig
 from lbr_dist.console import Say
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
 from lbr_dist.data.tokenizer import EmbeddingSettings
@@ -29,7 +29,7 @@ from lbr_dist.evaluation.retrieval import (
     write_trec_run,
 )
 from lbr_dist.evaluation.systems import LABELS
-from lbr_dist.export.checksums import SUMMARY
+from lbr_dist.export.checksums import SUMMARY, identity
 from lbr_dist.storage.files import write_atomic
 
 DEPTH = 100
@@ -150,8 +150,8 @@ def _training(config: RunConfig) -> dict[str, Any]:
     """World size, time and memory of the stages, from their summaries."""
     found = [
         json.loads((config.stage_path(stage) / SUMMARY).read_text(encoding="utf-8"))
-        for stage in ("learn", "represent")
-        if (config.stage_path(stage) / SUMMARY).exists()  # type: ignore[arg-type]
+        for stage in STAGES
+        if (config.stage_path(stage) / SUMMARY).exists()
     ]
     return {
         "world_size": max((s["world_size"] for s in found), default=None),
@@ -174,6 +174,7 @@ def evaluate_run(config: RunConfig, say: Say = print) -> dict[str, Any]:
     systems, comparisons = score(runs, test, config.evaluate.bootstrap, config.seed, "lbr")
     metrics = {
         "domain": config.domain,
+        "model": identity(config.evaluated_path),
         **_training(config),
         "num_queries": len(test.queries),
         "num_documents": len(test.documents),
@@ -183,6 +184,8 @@ def evaluate_run(config: RunConfig, say: Say = print) -> dict[str, Any]:
     metrics["seconds"] = round(metrics["seconds"] + time.perf_counter() - began, 1)
     folder = config.report_path
     folder.mkdir(parents=True, exist_ok=True)
+    # the page comes last: a report that has one is complete
+    (folder / "index.html").unlink(missing_ok=True)
     _write_runs(folder, runs, test)
     write_atomic(folder / "examples.json", json.dumps(examples(runs, test, config.evaluate.examples), indent=1) + "\n")
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lbr_dist.config import RunConfig, Stage
+from lbr_dist.config import RunConfig, StageName
 from lbr_dist.errors import CheckpointError
 from lbr_dist.storage.files import checksum
 
@@ -16,10 +16,15 @@ CHECKSUMS = "checksums.json"
 """In the exported folder: XXH3-128 of every other file, by its path in the folder."""
 
 
-def is_finished(config: RunConfig, stage: Stage) -> bool:
+def is_finished(config: RunConfig, stage: StageName) -> bool:
     """Whether a stage has done its steps, and its model is exported."""
-    export = config.learn_export if stage == "learn" else config.model_path
-    return (config.stage_path(stage) / SUMMARY).exists() and (export / "lbr.json").exists()
+    return (config.stage_path(stage) / SUMMARY).exists() and (config.stage_export(stage) / "lbr.json").exists()
+
+
+def identity(folder: Path) -> str | None:
+    """Tells an exported model from any other, by its checksums; None if there is no export."""
+    path = folder / CHECKSUMS
+    return checksum(path) if path.exists() else None
 
 
 def write_checksums(folder: Path) -> None:

@@ -10,8 +10,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from lbr_dist import learn, represent
-from lbr_dist.config import RunConfig
-from lbr_dist.config import Stage as StageName
+from lbr_dist.config import RunConfig, StageName
 from lbr_dist.data.packing import TrainingSequence, rank_rows
 from lbr_dist.data.targets import LearnData
 from lbr_dist.data.tokenizer import TextTokenizer

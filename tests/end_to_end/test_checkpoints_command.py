@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.checkpoint.shards import ShardReader
-from lbr_dist.config import LoraConfig, ModelConfig, RunConfig, Stage
+from lbr_dist.config import STAGES, LoraConfig, ModelConfig, RunConfig, StageName
 from lbr_dist.config.file import from_plain, write_config
 from lbr_dist.export import folder, from_checkpoint
 from lbr_dist.export.from_checkpoint import stored_model
@@ -28,7 +28,6 @@ from tests.configs import tiny_run
 from tests.distributed import on_ranks
 from tests.ranks import RankPool
 
-STAGES: tuple[Stage, ...] = ("learn", "represent")
 LORA = LoraConfig(rank=2, alpha=5.0, targets=("q_proj", "down_proj"))
 VARIANTS = {
     "float32, tied": ("float32", True, LoraConfig()),
@@ -73,7 +72,7 @@ def copied(plain: RunConfig, tmp_path: Path) -> Path:
     return Path(shutil.copytree(plain.run_path, tmp_path / "moved"))
 
 
-def checkpoints(run: Path, stage: Stage = "learn") -> Checkpoints:
+def checkpoints(run: Path, stage: StageName = "learn") -> Checkpoints:
     return Checkpoints(run / stage / "checkpoints")
 
 
@@ -89,7 +88,7 @@ def command(*arguments: str | Path) -> int:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_export_equals_the_stages_own(config: RunConfig, stage: Stage, tmp_path: Path) -> None:
+def test_export_equals_the_stages_own(config: RunConfig, stage: StageName, tmp_path: Path) -> None:
     own = config.learn_export if stage == "learn" else config.model_path
     out = tmp_path / "deeper" / "model"
     assert command(config.run_path, "export", "--step", "latest", "--stage", stage, "--out", out) == 0

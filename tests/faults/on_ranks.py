@@ -16,7 +16,7 @@ from lbr_dist.checkpoint import shards
 from lbr_dist.checkpoint.manifest import Checkpoints
 from lbr_dist.checkpoint.resume import resume
 from lbr_dist.checkpoint.saver import base_identity
-from lbr_dist.config import RunConfig, Stage
+from lbr_dist.config import RunConfig, StageName
 from lbr_dist.data.pairs import TrainingPairs
 from lbr_dist.data.targets import LearnData
 from lbr_dist.engine import Engine
@@ -41,7 +41,7 @@ def gathered_state(engine: Engine) -> State:
     return found
 
 
-def load(ranks: Ranks, config: RunConfig, stage: Stage) -> tuple[State, dict[str, Any]]:
+def load(ranks: Ranks, config: RunConfig, stage: StageName) -> tuple[State, dict[str, Any]]:
     """Resume a stage and return its state."""
     engine, _ = on_ranks.open_engine(ranks, config, stage)
     checkpoints = Checkpoints(config.stage_path(stage) / "checkpoints")
@@ -53,7 +53,7 @@ def load(ranks: Ranks, config: RunConfig, stage: Stage) -> tuple[State, dict[str
     return found, state
 
 
-def train(ranks: Ranks, config: RunConfig, stage: Stage) -> tuple[State, list[int]]:
+def train(ranks: Ranks, config: RunConfig, stage: StageName) -> tuple[State, list[int]]:
     """Run a stage; return its state at the end, and the numbers of the batches that it drew for its steps."""
     kept: list[State] = []
     drawn: list[int] = []

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from lbr_dist.checkpoint.manifest import Checkpoints
-from lbr_dist.config import RunConfig, Stage
+from lbr_dist.config import RunConfig, StageName
 from lbr_dist.config.file import write_config
 from lbr_dist.launch.local_ranks import run_stage
 from tests.faults.worker import VARIABLE
 
 
-def run(config: RunConfig, stage: Stage = "learn", ranks: int = 2, **fault: Any) -> None:
+def run(config: RunConfig, stage: StageName = "learn", ranks: int = 2, **fault: Any) -> None:
     """Run a stage on new ranks, with a fault in one of them; raises what the launcher raises."""
     path = config.run_path / "config.yaml"
     write_config(config, path)
@@ -28,17 +28,17 @@ def run(config: RunConfig, stage: Stage = "learn", ranks: int = 2, **fault: Any)
         del os.environ[VARIABLE]
 
 
-def checkpoints(config: RunConfig, stage: Stage = "learn") -> Checkpoints:
+def checkpoints(config: RunConfig, stage: StageName = "learn") -> Checkpoints:
     return Checkpoints(config.stage_path(stage) / "checkpoints")
 
 
-def losses(config: RunConfig, stage: Stage = "learn") -> list[tuple[int, float, float]]:
+def losses(config: RunConfig, stage: StageName = "learn") -> list[tuple[int, float, float]]:
     """Step, loss and gradient norm of each step."""
     lines = (config.stage_path(stage) / "metrics.jsonl").read_text().splitlines()
     return [(row["step"], row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if row["step"]]
 
 
-def assert_same_end(found: RunConfig, expected: RunConfig, stage: Stage = "learn") -> None:
+def assert_same_end(found: RunConfig, expected: RunConfig, stage: StageName = "learn") -> None:
     """The same losses at every step, and the same model, bit for bit."""
     assert losses(found, stage) == losses(expected, stage)
     models = [c.learn_export if stage == "learn" else c.model_path for c in (found, expected)]

@@ -27,7 +27,7 @@ from torch import equal
 
 from lbr_dist import learn, represent
 from lbr_dist.checkpoint.manifest import SET_ASIDE
-from lbr_dist.config import CheckpointConfig, RunConfig, Stage
+from lbr_dist.config import CheckpointConfig, RunConfig, StageName
 from lbr_dist.config.file import write_config
 from lbr_dist.launch import worker
 from tests import tiny
@@ -43,7 +43,7 @@ AHEAD = 5
 """Any other kill waits for at most this many new steps."""
 
 
-def _fork(stage: Stage, config_path: Path, rank: int, folder: str, log: Path) -> int:
+def _fork(stage: StageName, config_path: Path, rank: int, folder: str, log: Path) -> int:
     process = os.fork()
     if process:
         return process
@@ -67,7 +67,9 @@ def _fork(stage: Stage, config_path: Path, rank: int, folder: str, log: Path) ->
         os._exit(code)
 
 
-def attempt(stage: Stage, config: RunConfig, kill: Callable[[list[int]], None] | None, due: Callable[[], bool]) -> bool:
+def attempt(
+    stage: StageName, config: RunConfig, kill: Callable[[list[int]], None] | None, due: Callable[[], bool]
+) -> bool:
     """Start the ranks, and kill some of them when a kill is due. Returns whether the stage ended before that."""
     log = config.run_path / f"{stage}.log"
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +94,7 @@ def attempt(stage: Stage, config: RunConfig, kill: Callable[[list[int]], None] |
     return False
 
 
-def reached(config: RunConfig, stage: Stage) -> int:
+def reached(config: RunConfig, stage: StageName) -> int:
     """The last step of a stage that was logged."""
     path = config.stage_path(stage) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -101,7 +103,7 @@ def reached(config: RunConfig, stage: Stage) -> int:
     )
 
 
-def moment(config: RunConfig, stage: Stage, generator: random.Random) -> Callable[[], bool]:
+def moment(config: RunConfig, stage: StageName, generator: random.Random) -> Callable[[], bool]:
     """When the next kill is due: after a random time, or a random time after a random new step."""
     began = time.monotonic()
     if generator.random() < 0.3:
@@ -149,7 +151,7 @@ def soak(kills: int, seed: int, folder: Path, steps: int, say: Callable[[str], N
     killed = dataclasses.replace(reference, run_dir=str(folder / "killed"))
     for config in (reference, killed):
         write_config(config, config.run_path / "config.yaml")
-    stages: tuple[Stage, ...] = ("learn", "represent")
+    stages: tuple[StageName, ...] = ("learn", "represent")
     began = time.monotonic()
     for stage in stages:
         assert attempt(stage, reference, None, lambda: False)

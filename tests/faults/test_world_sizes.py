@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lbr_dist.checkpoint.shards import KINDS, ShardReader
-from lbr_dist.config import CheckpointConfig, LoraConfig, RunConfig, Stage
+from lbr_dist.config import CheckpointConfig, LoraConfig, RunConfig, StageName
 from lbr_dist.model.sharding import extent
 from tests.configs import tiny_run
 from tests.faults import on_ranks
@@ -36,7 +36,7 @@ def pools(two_ranks: RankPool) -> Iterator[dict[int, RankPool]]:
             pool.close()
 
 
-CASES: dict[str, tuple[Stage, str, int]] = {
+CASES: dict[str, tuple[StageName, str, int]] = {
     "learn, bfloat16": ("learn", "bfloat16", 0),
     "learn, adapters": ("learn", "float32", 2),
     "represent, float32": ("represent", "float32", 0),

@@ -26,8 +26,9 @@ from lbr_dist.config import (
     SlurmConfig,
     to_dict,
 )
+from lbr_dist.config.cluster import JobStage
 from lbr_dist.slurm import journal
-from lbr_dist.slurm.journal import JobStage, Try
+from lbr_dist.slurm.journal import Try
 from lbr_dist.slurm.scheduler import OVER
 from tests.configs import tiny_run
 

@@ -6,18 +6,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from lbr_dist.checkpoint.manifest import Checkpoints, Manifest
-from lbr_dist.config import Stage
+from lbr_dist.config import StageName
 from lbr_dist.config.file import write_config
 from lbr_dist.launch import cli
 from lbr_dist.storage.files import checksum
 from tests.configs import tiny_run
 
 
-def checkpoints(run: Path, stage: Stage = "learn") -> Checkpoints:
+def checkpoints(run: Path, stage: StageName = "learn") -> Checkpoints:
     return Checkpoints(run / stage / "checkpoints")
 
 
-def publish(run: Path, step: int, score: float | None = None, age: float = 0.0, stage: Stage = "learn") -> Path:
+def publish(run: Path, step: int, score: float | None = None, age: float = 0.0, stage: StageName = "learn") -> Path:
     """A checkpoint of two ranks with 100 bytes each."""
     there = checkpoints(run, stage)
     there.begin(step)

@@ -14,7 +14,7 @@ import pytest
 from lbr_dist.checkpoint import inventory
 from lbr_dist.checkpoint.inventory import CheckpointRow
 from lbr_dist.checkpoint.manifest import Checkpoints
-from lbr_dist.config import Stage
+from lbr_dist.config import STAGES, StageName
 from tests.unit.checkpoint.cases import checkpoints, command, cut, publish, run_with_checkpoints
 
 
@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Path:
     return run_with_checkpoints(tmp_path)
 
 
-def rows(run: Path, stage: Stage = "learn") -> dict[str, CheckpointRow]:
+def rows(run: Path, stage: StageName = "learn") -> dict[str, CheckpointRow]:
     return {row.path.name: row for row in inventory.inventory(run, [stage])}
 
 
@@ -113,7 +113,7 @@ def test_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish(run, 1000, 2.5, age=3 * 3600 + 60)
     publish(run, 2000, stage="represent", age=605)
     checkpoints(run, "represent").begin(3000)
-    sizes = [row.num_bytes for row in inventory.inventory(run, inventory.STAGES)]
+    sizes = [row.num_bytes for row in inventory.inventory(run, STAGES)]
     assert sizes[0] == sum(path.stat().st_size for path in checkpoints(run).folder(1000).iterdir()) > 200
     assert command(run) == 0
     said = capsys.readouterr().out.splitlines()
