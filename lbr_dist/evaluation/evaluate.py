@@ -84,7 +84,7 @@ def search_model(
         now = time.perf_counter()
         if now - last > 10 and done < total:
             last = now
-            say(f"  encoded {done:,} of {total:,} texts, {(now - began) * (total - done) / done:.0f} s left")
+            say(f"  encoded {done:,} of {total:,} texts, left {(now - began) * (total - done) / done:.0f} s")
 
     documents = encoder.encode(list(test.documents.values()), "document", progress)
     queries = encoder.encode([query.query for query in test.queries], "query")
