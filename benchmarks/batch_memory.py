@@ -79,8 +79,8 @@ def measure_step(model: Path, pairs: int) -> None:
     """In this process: a small step, then the peak of a step of this size above the memory in use before it."""
     from lbr_dist.config import DataConfig, LearnConfig, ModelConfig, RepresentConfig, RunConfig
     from lbr_dist.data.tokenizer import TextTokenizer
-    from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.ranks import group
+    from lbr_dist.ranks.process import quiet_libraries
     from lbr_dist.represent import ContrastiveStep, Represent
     from lbr_dist.trainer import load_engine
 

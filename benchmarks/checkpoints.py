@@ -51,8 +51,8 @@ def measure(base: Path, folder: Path, turns: int) -> None:
     from lbr_dist.config import CheckpointConfig, DataConfig, LearnConfig, ModelConfig, RunConfig
     from lbr_dist.data.packing import TrainingSequence
     from lbr_dist.data.tokenizer import TextTokenizer
-    from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.ranks import group
+    from lbr_dist.ranks.process import quiet_libraries
     from lbr_dist.trainer import load_engine
 
     ranks = group.start()

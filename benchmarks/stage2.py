@@ -91,9 +91,9 @@ def prepare(base: Path, data: Path, count: int, folder: Path) -> None:
     from lbr_dist.data.records import read_corpus, read_pairs
     from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
     from lbr_dist.export.folder import export
-    from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.model.bottleneck import load_model
     from lbr_dist.ranks import group
+    from lbr_dist.ranks.process import quiet_libraries
 
     ranks = group.start()
     quiet_libraries()

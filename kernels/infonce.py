@@ -271,7 +271,7 @@ def _passes(backend: str) -> tuple[Any, Any]:
     return tile_statistics, tile_gradients
 
 
-def _chosen(backend: str, queries: Tensor) -> str:
+def backend_for(backend: str, queries: Tensor) -> str:
     """The backend to run. Raises ValueError with the reason if one that was asked for by name can't run."""
     if backend not in ("auto", "reference", "tiles", "triton"):
         raise ValueError(f"backend: found {backend!r}, expected auto, reference, tiles or triton")
@@ -357,7 +357,7 @@ def info_nce(
 
     Source: van den Oord et al. 2018 (arXiv 1807.03748), equation 4.
     """
-    backend_name, value = _chosen(backend, queries), _checked(temperature)
+    backend_name, value = backend_for(backend, queries), _checked(temperature)
     if backend_name == "reference":
         return reference_info_nce(
             queries,

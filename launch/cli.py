@@ -122,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from lbr_dist.data.tokenizer import EmbeddingSettings
     from lbr_dist.errors import ConfigError
     from lbr_dist.evaluation.evaluate import TestSet, evaluate_folders, table
-    from lbr_dist.launch.worker import quiet_libraries
+    from lbr_dist.ranks.process import quiet_libraries
 
     quiet_libraries()
     test = TestSet.read(args.pairs, args.documents)
@@ -141,8 +141,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def encode(args: argparse.Namespace) -> None:
     from lbr_dist.encode.collection import EncodeJob, encode_collection
-    from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.ranks.group import joined
+    from lbr_dist.ranks.process import quiet_libraries
 
     job = EncodeJob(args.model, args.input, args.out, args.kind, args.chunk_tokens, args.part_texts, args.threads)
     with joined() as ranks:
@@ -175,7 +175,7 @@ def data(args: argparse.Namespace) -> None:
         _say(f"model: {build_smollm2(args.out)}")
         return
     if args.what == "vocab":
-        from lbr_dist.launch.worker import quiet_libraries
+        from lbr_dist.ranks.process import quiet_libraries
         from lbr_dist.vocabulary.add import add_vocabulary
 
         quiet_libraries()

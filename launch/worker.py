@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 from lbr_dist.config import RunConfig, StageName
 from lbr_dist.config.file import read_config
 from lbr_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, LbrError
-from lbr_dist.ranks.process import large_imports, leave
+from lbr_dist.ranks.process import large_imports, leave, quiet_libraries
 from lbr_dist.storage.files import make_private
 from lbr_dist.storage.lock import run_lock
 
 PEER_GONE = "by peer"
 """Part of gloo's message when the other rank has closed the connection."""
-
-
-def quiet_libraries() -> None:
-    """Hide what libraries print about themselves; their warnings about the run stay."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def run_stages(config: RunConfig, stages: tuple[StageName, ...]) -> bool:

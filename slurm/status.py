@@ -225,7 +225,7 @@ def table(found: Sequence[StageRow]) -> str:
     for row in found:
         if row.run != run:
             run = row.run
-            lines.append(f"{row.label or row.run}" if row.label else row.run)
+            lines.append(row.label or row.run)
         lines.append("  " + _line(row))
         if row.reason:
             lines.append(f"{'':<13}{row.reason}")

@@ -27,8 +27,8 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
         "LBR_RENDEZVOUS": rendezvous,
         "OMP_NUM_THREADS": "1",
     }
-    from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.ranks import group
+    from lbr_dist.ranks.process import quiet_libraries
 
     ranks = group.start(timeout_minutes=3)
     quiet_libraries()

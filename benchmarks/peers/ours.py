@@ -16,9 +16,9 @@ from pathlib import Path
 from lbr_dist.config import DataConfig, LearnConfig, ModelConfig, RunConfig
 from lbr_dist.data.packing import TrainingSequence
 from lbr_dist.data.tokenizer import TextTokenizer
-from lbr_dist.launch.worker import quiet_libraries
 from lbr_dist.learn import Learn, accumulate_step
 from lbr_dist.ranks import group
+from lbr_dist.ranks.process import quiet_libraries
 from lbr_dist.trainer import load_engine
 
 

@@ -17,8 +17,8 @@ from measure import print_result, status_bytes
 from lbr_dist.config import DataConfig, LearnConfig, ModelConfig, OptimizerConfig, RepresentConfig, RunConfig
 from lbr_dist.data.pairs import PairBatch
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
-from lbr_dist.launch.worker import quiet_libraries
 from lbr_dist.ranks import group
+from lbr_dist.ranks.process import quiet_libraries
 from lbr_dist.represent import ContrastiveStep, Represent
 from lbr_dist.trainer import load_engine
 

@@ -1,31 +1,25 @@
-"""`lbr checkpoints`: list, verify and export a run's checkpoints; `prune.py` deletes. Only `export` imports torch."""
+"""`lbr checkpoints`: list, verify, export or prune a run's checkpoints. Only `export` imports torch."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lbr_dist.checkpoint.inventory import (
-    best_step,
     check_run,
-    checkpoints_of,
     inventory,
-    latest_step,
     name,
     table,
 )
-from lbr_dist.checkpoint.manifest import MANIFEST, Checkpoints, tag
+from lbr_dist.checkpoint.manifest import MANIFEST, tag
 from lbr_dist.config import STAGES, StageName
-from lbr_dist.console import Say, size_text
+from lbr_dist.console import Say
 from lbr_dist.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from lbr_dist.checkpoint.manifest import Manifest
+from lbr_dist.launch.commands.prune import prune
+from lbr_dist.launch.commands.verify import chosen, read_whole, verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +65,6 @@ def run(args: argparse.Namespace, say: Say) -> None:
     elif args.action == "export":
         export(args.folder, stages, args.step, args.out, args.base, say)
     elif args.action == "prune":
-        from lbr_dist.launch.commands.prune import prune
-
         prune(args, stages, say)
     else:
         rows = inventory(args.folder, stages)
@@ -80,66 +72,6 @@ def run(args: argparse.Namespace, say: Say) -> None:
             say(json.dumps({"run": str(args.folder), "checkpoints": [row.plain() for row in rows]}, indent=1))
         else:
             say(table(rows) if rows else f"{args.folder}: no checkpoints of {' and '.join(stages)}")
-
-
-def chosen(run: Path, stages: Sequence[StageName], wanted: str | None) -> list[tuple[StageName, Checkpoints, int]]:
-    """The checkpoints that `--step` selects in each stage; all of them for None.
-
-    Raises:
-        CheckpointError: nothing matches; the message names those that exist.
-    """
-    found: list[tuple[StageName, Checkpoints, int]] = []
-    for stage in stages:
-        checkpoints = checkpoints_of(run, stage)
-        named = {"best": best_step(checkpoints.complete()), "latest": latest_step(checkpoints)}
-        meant = [step for step in checkpoints.steps() if wanted in (None, str(step)) or step == named.get(str(wanted))]
-        found += [(stage, checkpoints, step) for step in meant]
-    if not found:
-        there = [name(stage, step) for stage in stages for step in checkpoints_of(run, stage).steps()]
-        has = f"{run} has {', '.join(there) or 'no checkpoint of ' + ' or '.join(stages)}"
-        if wanted is None:
-            raise CheckpointError(f"{has}.")
-        unscored = ", none of them complete and with a held-out loss" if wanted == "best" and there else ""
-        raise CheckpointError(f"--step: found {wanted}, but {has}{unscored}. Name an existing step.")
-    return found
-
-
-def read_whole(stage: StageName, checkpoints: Checkpoints, step: int, say: Say) -> Manifest:
-    """Read a checkpoint, compare it with its checksums, and print the result.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    expected = checkpoints.read(step).num_bytes
-    say(f"{name(stage, step)}: reading {size_text(expected)}")
-    began = time.perf_counter()
-    manifest = checkpoints.verify(step)
-    seconds = max(time.perf_counter() - began, 1e-9)
-    say(f"{name(stage, step)}: ok, {expected:,} bytes in {seconds:.2f} s, {expected / seconds / 1e9:.2f} GB/s")
-    return manifest
-
-
-# ---- verify --------------------------------------------------------------------------------------------------------
-
-
-def verify(run: Path, stages: Sequence[StageName], wanted: str | None, say: Say) -> None:
-    """Read checkpoints and compare them with their checksums; a damaged one does not stop this.
-
-    Raises:
-        CheckpointError: some are damaged, and the message names them; or there are none.
-    """
-    found, damaged = chosen(run, stages, wanted), []
-    for stage, checkpoints, step in found:
-        try:
-            read_whole(stage, checkpoints, step, say)
-        except CheckpointError as error:
-            say(f"{name(stage, step)}: damaged: {error}")
-            damaged.append(name(stage, step))
-    if damaged:
-        raise CheckpointError(
-            f"{len(damaged)} of {len(found)} checkpoints read {'is' if len(damaged) == 1 else 'are'} damaged: "
-            f"{', '.join(damaged)}. A run resumes from the newest one that is whole."
-        )
 
 
 # ---- export --------------------------------------------------------------------------------------------------------
@@ -168,7 +100,7 @@ def export(run: Path, stages: Sequence[StageName], wanted: str, out: Path, base:
 
     from lbr_dist.config.file import from_plain
     from lbr_dist.export.from_checkpoint import export_checkpoint
-    from lbr_dist.launch.worker import quiet_libraries
+    from lbr_dist.ranks.process import quiet_libraries
 
     quiet_libraries()
     # the run folder may have moved since the checkpoint was written

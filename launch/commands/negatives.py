@@ -114,9 +114,9 @@ def _run_here(settings: MiningSettings, candidates: Candidates, ranks: int, say:
 
             run_stage("negatives", settings.work / SETTINGS, ranks, settings.work / "logs")
         else:
-            from lbr_dist.launch.worker import quiet_libraries
             from lbr_dist.mining.mine import mine
             from lbr_dist.ranks.group import Ranks
+            from lbr_dist.ranks.process import quiet_libraries
 
             quiet_libraries()
             mine(settings, candidates, Ranks.alone(settings.device), say)
@@ -125,10 +125,10 @@ def _run_here(settings: MiningSettings, candidates: Candidates, ranks: int, say:
 
 def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> None:
     """Mine as one rank of another launcher; the first rank makes the work folder and removes it."""
-    from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.mining.mine import mine
     from lbr_dist.mining.work import clean, prepare
     from lbr_dist.ranks import group
+    from lbr_dist.ranks.process import quiet_libraries
 
     with group.joined() as ranks:
         quiet_libraries()
@@ -143,11 +143,11 @@ def _run_as_rank(settings: MiningSettings, candidates: Candidates, say: Say) -> 
 
 def run_rank(settings_path: Path, say: Say) -> None:
     """Mine as one rank that we started; the parent process has prepared the work folder and will remove it."""
-    from lbr_dist.launch.worker import quiet_libraries
     from lbr_dist.mining.candidates import Candidates
     from lbr_dist.mining.mine import mine
     from lbr_dist.mining.work import read_settings
     from lbr_dist.ranks import group
+    from lbr_dist.ranks.process import quiet_libraries
 
     settings = read_settings(settings_path)
     with group.joined() as ranks:

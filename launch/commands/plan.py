@@ -128,7 +128,7 @@ def _batch(config: RunConfig, args: argparse.Namespace) -> tuple[Batch, str]:
         source = "given"
     elif args.query_tokens or args.document_tokens:
         source += ", one of them given"
-    extra = 1 + config.model.bottleneck_tokens
+    extra = config.model.sequence_tokens(0)
     query, document = min(query, data.max_query_tokens), min(document, data.max_document_tokens)
     words = f"queries of {query:.0f} and documents of {document:.0f} tokens ({source}), {extra} more each"
     documents = represent.batch_pairs * (1 + represent.hard_negatives)

@@ -14,7 +14,7 @@ from lbr_dist.checkpoint.manifest import Checkpoints, superfluous
 from lbr_dist.config import CheckpointConfig, StageName
 from lbr_dist.console import Say, size_text
 from lbr_dist.errors import CheckpointError, ConfigError
-from lbr_dist.launch.commands.checkpoints import read_whole
+from lbr_dist.launch.commands.verify import read_whole
 from lbr_dist.storage.lock import run_lock
 
 

@@ -131,15 +131,15 @@ def _attention() -> list[Finding]:
 def _losses() -> list[Finding]:
     import torch
 
-    from lbr_dist.kernels.infonce import _chosen
+    from lbr_dist.kernels.infonce import backend_for
 
     queries = torch.zeros(1, 1, device="cuda" if torch.cuda.is_available() else "cpu")
     reason = ""
     try:
-        _chosen("triton", queries)
+        backend_for("triton", queries)
     except ValueError as error:
         reason = f" ({str(error).split(';')[0]})"
-    findings = [ok("InfoNCE", f"`auto` picks {_chosen('auto', queries)}{reason}")]
+    findings = [ok("InfoNCE", f"`auto` picks {backend_for('auto', queries)}{reason}")]
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     if has_liger and queries.is_cuda:
         found = "`auto` picks liger"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lbr_dist.config import sequence_tokens
 from lbr_dist.kernels.layout import BOTTLENECK, CONTEXT, SINK, TARGET, BottleneckLayout
 
 NO_LABEL = -100
@@ -46,7 +47,7 @@ class TrainingSequence:
 
     @property
     def length(self) -> int:
-        return 1 + len(self.context) + self.bottleneck + self.inputs
+        return sequence_tokens(len(self.context), self.bottleneck, self.inputs)
 
 
 def digest(sequences: Iterable[TrainingSequence]) -> str:
@@ -193,16 +194,6 @@ def pack_row(sequences: Iterable[TrainingSequence], sink_id: int, order: Iterabl
 def filler(bottleneck: int, sink_id: int) -> PackedRow:
     """A row with no effect on the loss, for a rank that has no rows left: the others wait for it in every gather."""
     return pack_row([TrainingSequence((sink_id,), bottleneck)], sink_id).without_spans()
-
-
-def pack(sequences: list[TrainingSequence], row_tokens: int, sink_id: int) -> list[PackedRow]:
-    """Rows of up to `row_tokens`, without padding.
-
-    Raises:
-        ValueError: a sequence is longer than a row.
-    """
-    assigned = assign_rows([s.length for s in sequences], row_tokens)
-    return [pack_row([sequences[i] for i in row], sink_id, row) for row in assigned]
 
 
 def rank_rows(

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lbr_dist.config import DataConfig, Pooling
+from lbr_dist.config import DataConfig, Pooling, sequence_tokens
 from lbr_dist.errors import ModelError
 
 SETTINGS_FILE = "lbr.json"
@@ -122,7 +122,7 @@ class TextTokenizer:
             pair=[sink, "$A", "$B", *names],
             special_tokens=[(sink, self.sink_id), *zip(names, ids, strict=True)],
         )
-        self.hf.model_max_length = 1 + max_tokens + count
+        self.hf.model_max_length = sequence_tokens(max_tokens, count)
         if self.hf.pad_token is None:
             self.hf.pad_token = sink
         self.hf.padding_side = "right"

@@ -34,7 +34,7 @@ from lbr_dist.encode.vectors import Vectors, check_ending, write_vectors
 from lbr_dist.errors import ConfigError, DataError, LaunchError
 from lbr_dist.ranks.group import Ranks, from_all, from_first
 from lbr_dist.storage.files import atomic_file, sync, write_atomic
-from lbr_dist.storage.fingerprint import fingerprint, signature
+from lbr_dist.storage.fingerprint import fingerprint, signature, visible_files
 from lbr_dist.storage.whole_folder import is_at, try_lock
 
 MANIFEST = "parts.json"
@@ -164,7 +164,7 @@ def _recorded_threads(path: Path) -> int | None:
 def _made_of(job: EncodeJob, threads: int, device: torch.device) -> dict[str, Any]:
     """Everything that a part's bytes depend on, by the name under which a difference is reported."""
     cores, known = len(os.sched_getaffinity(0)), job.folder / "hashes"
-    inside = [path for path in sorted(job.model.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    inside = visible_files(job.model)
     on_cpu = device.type == "cpu"
     return {
         "the format of the parts": _SCHEMA,

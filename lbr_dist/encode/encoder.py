@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lbr_dist.config import ModelConfig
+from lbr_dist.config import ModelConfig, sequence_tokens
 from lbr_dist.data.packing import TrainingSequence, pack_row
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.model.backbone import read_json
@@ -78,7 +78,7 @@ class Encoder:
             kind: `query` or `document`.
             progress: called with the number of texts done and their total.
         """
-        s = self.settings
+        s, k = self.settings, len(self.settings.bottleneck_ids)
         prompt, longest = (
             (s.query_prompt, s.max_query_tokens) if kind == "query" else (s.document_prompt, s.max_document_tokens)
         )
@@ -86,11 +86,11 @@ class Encoder:
         vectors = torch.empty(len(tokens), int(self.model.backbone.config.hidden_size))
         # longest first, so that rows fill well, and running out of memory shows at once
         by_length = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-        chunk_tokens = max(self.chunk_tokens, 1 + longest + len(s.bottleneck_ids))
+        chunk_tokens = max(self.chunk_tokens, sequence_tokens(longest, k))
         done = 0
-        for members in _chunks([1 + len(tokens[i]) + len(s.bottleneck_ids) for i in by_length], chunk_tokens):
+        for members in _chunks([sequence_tokens(len(tokens[i]), k) for i in by_length], chunk_tokens):
             chosen = [by_length[i] for i in members]
-            row = pack_row([TrainingSequence(tokens[i], len(s.bottleneck_ids)) for i in chosen], self.tokenizer.sink_id)
+            row = pack_row([TrainingSequence(tokens[i], k) for i in chosen], self.tokenizer.sink_id)
             embedded = self.model(row.to(self.device), task="embed", pooling=s.pooling)
             vectors[torch.tensor(chosen)] = F.normalize(embedded, dim=1).cpu()
             done += len(chosen)

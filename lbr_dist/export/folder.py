@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lbr_dist import __version__
-from lbr_dist.config import Pooling, RunConfig, to_dict
+from lbr_dist.config import Pooling, RunConfig, sequence_tokens, to_dict
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.errors import CheckpointError
 from lbr_dist.export.checksums import write_checksums
@@ -231,7 +231,7 @@ def export(
         hf_tokenizer.save_pretrained(building)
         settings.write(building)
         dimension = int(model.backbone.config.hidden_size)
-        _write_sentence_transformers(building, settings, dimension, 1 + longest + k)
+        _write_sentence_transformers(building, settings, dimension, sequence_tokens(longest, k))
         (building / "README.md").write_text(_card(settings, config, dimension), encoding="utf-8")
         write_checksums(building)
         replace_folder(building, folder)

@@ -20,7 +20,7 @@ from lbr_dist.data.record_files import record_files
 from lbr_dist.data.records import write_jsonl
 from lbr_dist.errors import ConfigError
 from lbr_dist.mining.candidates import MiningRules
-from lbr_dist.storage.fingerprint import fingerprint
+from lbr_dist.storage.fingerprint import fingerprint, visible_files
 
 SETTINGS = "settings.json"
 _SCHEMA = "negatives 1"
@@ -121,9 +121,7 @@ def prepare(settings: MiningSettings, say: Say) -> None:
     also = [_SCHEMA, version("torch"), version("transformers")]
     if settings.model is not None:
         model = Path(settings.model)
-        inside = sorted(
-            p for p in model.rglob("*") if p.is_file() and not p.relative_to(model).parts[0].startswith(".")
-        )
+        inside = visible_files(model)
         files += inside
         also += [str(path.relative_to(model)) for path in inside]
     digest = fingerprint(files, len(os.sched_getaffinity(0)), folder / "hashes", also)

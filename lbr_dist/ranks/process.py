@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -25,6 +27,16 @@ def large_imports() -> Iterator[None]:
         gc.freeze()
         if was_on:
             gc.enable()
+
+
+def quiet_libraries() -> None:
+    """Hide what libraries print about themselves; their warnings about the run stay."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def leave(code: int) -> NoReturn:

@@ -34,6 +34,12 @@ def signature(file: Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """Every file in a folder and below it, sorted; hidden files, and those in hidden folders, are left out."""
+    inside = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
 def fingerprint(files: Sequence[Path], threads: int, known: Path, also: Iterable[str] = ()) -> str:
     """A hash, 32 hexadecimal digits, of the files' contents in order, and of `also`.
 

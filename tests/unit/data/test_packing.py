@@ -15,13 +15,19 @@ from lbr_dist.data.packing import (
     TrainingSequence,
     assign_rows,
     filler,
-    pack,
     rank_rows,
     without,
 )
 from lbr_dist.kernels.layout import BOTTLENECK, CONTEXT, SINK, TARGET
 
 SINK_ID = 99
+
+
+def pack(sequences: list[TrainingSequence], row_tokens: int, sink_id: int) -> list[PackedRow]:
+    """The rows of a lone rank."""
+    return rank_rows(sequences, row_tokens, sink_id, rank=0, world_size=1)[0]
+
+
 tokens = st.lists(st.integers(1, 50), min_size=0, max_size=6).map(tuple)
 
 

@@ -36,3 +36,12 @@ def test_the_order_of_blocks_and_files_matters(tmp_path: Path, monkeypatch: pyte
     sets = ["a", "b", "c", "d", "cd", "dc", "ac"]
     keys = {fingerprint.fingerprint([tmp_path / name for name in names], 3, tmp_path / "k") for names in sets}
     assert len(keys) == len(sets)
+
+
+def test_hidden_files_and_folders_of_a_model_do_not_count(tmp_path: Path) -> None:
+    for name in ("config.json", "1_Pooling/config.json", ".gitattributes", ".cache/huggingface/x.json", "a/.b/c"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    found = [str(path.relative_to(tmp_path)) for path in fingerprint.visible_files(tmp_path)]
+    assert found == ["1_Pooling/config.json", "config.json"]
