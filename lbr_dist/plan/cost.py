@@ -1,6 +1,6 @@
 """What a step of stage 2 costs on a cluster: traffic and time. Only `lbr plan` asks for it.
 
-traffic   bytes that one rank receives, in the sense of `traffic.Traffic`, inside a node and between nodes
+traffic   bytes that one rank receives, as `ranks.traffic.Traffic` counts them, inside a node and between nodes
 seconds   products at an assumed share of the peak; gathers run beside them, the rest of the traffic does not
 """
 
@@ -81,7 +81,7 @@ class StepCost:
         return any(p.trained for p in self.sizes.parameters if p.part == "embedding")
 
     def _exchange(self, nbytes: float) -> Bytes:
-        """One way of the representations; see `exchange.Exchange`."""
+        """One way of the representations; see `contrastive.exchange.Exchange`."""
         ranks, local, route = self.cluster.ranks, self.cluster.ranks_per_node, self.config.represent.exchange
         even = ranks % local == 0
         if not (even and (route == "two_level" or (route == "auto" and 1 < local < ranks))):
