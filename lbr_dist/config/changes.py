@@ -26,11 +26,11 @@ CHANGES_NO_RESULT = (
     "represent.keep_graphs",
     "represent.separate_sides",
 )
-"""Sections and fields that may change when a run goes on: they change its results by rounding at most."""
+"""Sections and fields that may change when a run resumes: they change its results by rounding at most."""
 
 
 def forbidden_changes(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the fields in which a run's plain config differs now, though the run could not go on then."""
+    """Dotted names of the fields that have changed in a run's plain config, but must not: the run could not resume."""
     below = tuple(f"{name}." for name in CHANGES_NO_RESULT)
     return [n for n in differences(found, now) if n not in CHANGES_NO_RESULT and not n.startswith(below)]
 
