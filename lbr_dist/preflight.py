@@ -1,6 +1,6 @@
-"""Everything that can be refused before a rank starts: files, model folder, batch sizes, run folder, ranks.
+"""All checks before a rank starts: files, model folder, batch sizes, run folder, number of ranks.
 
-Imports no torch; what it reads is read again by the ranks.
+Imports no torch. The ranks read the files again.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def check_base(folder: Path, field: str = "model.base") -> None:
-    """Refuse what is not a causal LM folder with safetensors and a tokenizer that fits.
+    """Refuse a folder that is not a causal LM with safetensors and a tokenizer that fits it.
 
     Args:
-        folder: to be looked at.
+        folder: the folder to check.
         field: the setting that names it, for messages.
 
     Raises:
-        ModelError: says what is missing or doesn't agree.
+        ModelError: names what is missing, or what disagrees.
     """
     if not folder.is_dir():
         raise ModelError(
-            f"{field}: found {str(folder)!r}, which is no folder. Give a Hugging Face causal LM folder; "
+            f"{field}: found {str(folder)!r}, which is not a folder. Give a Hugging Face causal LM folder; "
             "`lbr data model smollm2 --out DIR` makes one."
         )
     if not (folder / "config.json").exists():
-        raise ModelError(f"{field}: {folder} has no config.json, so it is no Hugging Face model folder.")
+        raise ModelError(f"{field}: {folder} has no config.json, so it is not a Hugging Face model folder.")
     config = _json(folder / "config.json")
     architectures = config.get("architectures") or []
     if not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise ModelError(
-            f"{field}: {folder / 'config.json'} is of {', '.join(map(str, architectures)) or 'no architecture'}, "
+            f"{field}: {folder / 'config.json'} has architecture {', '.join(map(str, architectures)) or 'none'}, "
             "expected one ending in ForCausalLM. The method needs a causal language model."
         )
     if not any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
@@ -75,12 +75,12 @@ def check_base(folder: Path, field: str = "model.base") -> None:
     if "vocab_size" in config and highest >= int(config["vocab_size"]):
         raise ModelError(
             f"{field}: tokenizer and model disagree: {folder / 'tokenizer.json'} goes up to id {highest}, "
-            f"config.json has vocab_size {config['vocab_size']}. They are of different models."
+            f"config.json has vocab_size {config['vocab_size']}. They belong to different models."
         )
 
 
 def check_prefixes(config: RunConfig) -> None:
-    """Refuse prefixes of the vector that are wider than the model's vectors.
+    """Refuse Matryoshka prefixes that are wider than the model's vectors.
 
     Raises:
         ConfigError: names both widths.
@@ -90,12 +90,12 @@ def check_prefixes(config: RunConfig) -> None:
     if width is not None and widest > int(width):
         raise ConfigError(
             f"represent.prefixes: found {widest}, the vectors of {config.model.base} have {width} elements. "
-            f"Name widths of at most {width}."
+            f"Give widths of at most {width}."
         )
 
 
 def check_data(config: RunConfig) -> None:
-    """Read every data file once, and hold the batches against what is there.
+    """Read every data file once, and check that there are enough pairs for the batches.
 
     Raises:
         DataError: names the file and line.
@@ -112,24 +112,24 @@ def check_data(config: RunConfig) -> None:
 
 
 def check_text(config: RunConfig, say: Say) -> None:
-    """Tokenise stage 1's text, by all cores, where no run has done it yet, and hold the batch against it.
+    """Tokenise stage 1's text on all cores, unless an earlier run has, and check that it fills a batch.
 
     Raises:
-        DataError, ModelError, LaunchError: the text cannot be read or written, or is too little.
+        DataError, ModelError, LaunchError: text or tokens cannot be read or written, or there is too little text.
     """
     from lbr_dist.data.token_cache.build import token_cache
     from lbr_dist.data.token_cache.cache import learn_texts
 
     texts, held_out = learn_texts(token_cache(config, len(os.sched_getaffinity(0)), say), config)
-    short = f", {texts.num_too_short:,} documents of one token left out" if texts.num_too_short else ""
+    short = f", {texts.num_too_short:,} documents of one token skipped" if texts.num_too_short else ""
     say(f"learn: {len(texts):,} texts of up to {texts.longest} tokens, {len(held_out)} more held out{short}")
 
 
 def check_attention(config: RunConfig, gpus: int) -> None:
-    """Refuse an attention kernel that was asked for by name and cannot run here.
+    """Refuse an attention kernel that was chosen by name and cannot run here.
 
     Raises:
-        ConfigError: says why it cannot.
+        ConfigError: gives the reason.
     """
     if config.model.attention == "auto":
         return
@@ -142,39 +142,39 @@ def check_attention(config: RunConfig, gpus: int) -> None:
     head_dim = int(model.get("head_dim") or int(model.get("hidden_size", heads)) // heads)
     reason = why_not(config.model.attention, "cuda" if gpus else "cpu", getattr(torch, config.model.dtype), head_dim)
     if reason is not None:
-        raise ConfigError(f"model.attention: found {config.model.attention!r}, but {reason}. Use `auto`, or another.")
+        raise ConfigError(f"model.attention: found {config.model.attention!r}, but {reason}. Use `auto` or another.")
 
 
 def check_offload(config: RunConfig) -> None:
-    """Refuse an offload to nvme that this machine cannot do.
+    """Refuse an nvme offload that this machine cannot do.
 
     Raises:
-        ConfigError: the folder is not there, or libaio is missing.
+        ConfigError: the folder cannot be written, or libaio is missing.
     """
     engine = config.engine
     if "nvme" not in (engine.offload_optimizer, engine.offload_parameters):
         return
     if not os.access(str(engine.nvme_path), os.W_OK | os.X_OK):
-        raise ConfigError(f"engine.nvme_path: found {engine.nvme_path!r}, expected a folder that can be written.")
+        raise ConfigError(f"engine.nvme_path: found {engine.nvme_path!r}, expected a folder that can be written to.")
     if ctypes.util.find_library("aio") is None:
         raise ConfigError(
-            "engine.offload_optimizer, engine.offload_parameters: `nvme` needs libaio, which DeepSpeed builds its "
+            "engine.offload_optimizer, engine.offload_parameters: `nvme` needs libaio, which DeepSpeed compiles its "
             "reader against at the first start. Install libaio-dev, or use `cpu`."
         )
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """Refuse a folder that holds another run, or that others can write, so that no run could go on in it.
+    """Refuse a run folder that holds another run, or that others can write to: no run could resume in it.
 
     Raises:
-        ConfigError: names the fields that differ, or who.
+        ConfigError: names the fields that differ, or who can write.
     """
     path = config.run_path / "config.yaml"
     who = others_who_write(config.run_path, config.checkpoint.trust_group) if config.run_path.is_dir() else None
     if who is not None:
         raise ConfigError(
-            f"run_dir: {config.run_path} can be changed by {who}, so no run that was stopped could be trusted to go on "
-            f"there. `chmod go-w` it as its owner, name another, or trust its group with --checkpoint.trust_group=true."
+            f"run_dir: {config.run_path} can be changed by {who}, so a stopped run could not trust its checkpoints. "
+            f"`chmod go-w` it as its owner, name another, or trust its group with --checkpoint.trust_group=true."
         )
     if not path.exists():
         return
@@ -188,13 +188,13 @@ def check_run_folder(config: RunConfig) -> None:
 
 
 def check_disk(config: RunConfig, stages: Sequence[StageName], say: Say) -> None:
-    """Refuse a run folder without room for one checkpoint, and say where there is not room for all that are to stay.
+    """Refuse a run folder without room for one checkpoint; warn if there is no room for all that will be kept.
 
     Raises:
-        LaunchError: names the bytes.
+        LaunchError: says how much is free, and how much is needed.
     """
     if config.model.lora.rank or config.engine.offload_optimizer == "nvme":
-        return  # small, or none
+        return  # checkpoints are small, or there are none
     one = STATE_BYTES * sum(num_elements(file) for file in Path(config.model.base).glob("*.safetensors"))
     folders = [Checkpoints(config.stage_path(stage) / "checkpoints") for stage in stages]
     there = sum(len(folder.complete()) for folder in folders)
@@ -204,14 +204,14 @@ def check_disk(config: RunConfig, stages: Sequence[StageName], say: Say) -> None
     if free < one:
         raise LaunchError(f"{room}. Make room, or name a run_dir elsewhere.")
     if free < one * wanted:
-        say(f"warning: {room}, and {wanted} more may be there at a time (checkpoint.keep {config.checkpoint.keep})")
+        say(f"warning: {room}, and up to {wanted} more are kept at a time (checkpoint.keep {config.checkpoint.keep})")
 
 
 def check_ranks(config: RunConfig, gpus: int) -> int:
     """The number of ranks to start on this machine.
 
     Raises:
-        LaunchError: more ranks than GPUs, or, on a CPU, than cores or memory can hold.
+        LaunchError: more ranks than GPUs, or on a CPU more than its cores or memory allow.
     """
     wanted = config.cluster.ranks
     if gpus:
@@ -238,7 +238,7 @@ def check_ranks(config: RunConfig, gpus: int) -> int:
 
 
 def check_mining(settings: MiningSettings) -> None:
-    """Refuse a mining of negatives whose result cannot be written, or whose model or index is not there.
+    """Refuse to mine negatives if the result cannot be written, or the model or the index library is missing.
 
     Raises:
         ConfigError, ModelError: names the option.
@@ -252,11 +252,11 @@ def check_mining(settings: MiningSettings) -> None:
             raise ConfigError(f"--out: found {settings.out!r}, which is --{name}. Name another file.")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out: found {settings.out!r}, but {parent} is no folder that can be written.")
+        raise ConfigError(f"--out: found {settings.out!r}, but {parent} is not a writable folder.")
     if settings.index == "ivf" and importlib.util.find_spec("faiss") is None:
         raise ConfigError(
             "--index ivf: the package faiss is not installed. Install it with `pip install 'lbr-dist[mining]'`, or use "
-            "--index exact, which needs nothing."
+            "--index exact, which needs no package."
         )
     if settings.model is None:
         return
@@ -268,10 +268,10 @@ def check_mining(settings: MiningSettings) -> None:
 
 
 def check_mining_ranks(settings: MiningSettings, wanted: int | None, gpus: int) -> int:
-    """The number of ranks to start; on a CPU, as many as have a core and room for the model, unless told.
+    """The number of ranks to start. On a CPU the default is as many as cores and memory allow.
 
     Raises:
-        LaunchError: more ranks than GPUs, or, on a CPU, than cores or memory can hold.
+        LaunchError: more ranks than GPUs, or on a CPU more than its cores or memory allow.
     """
     if wanted is not None and wanted < 1:
         raise LaunchError(f"--ranks: found {wanted}, expected one or more.")
@@ -295,17 +295,17 @@ def check_mining_ranks(settings: MiningSettings, wanted: int | None, gpus: int) 
 
 
 def check_plan(config: RunConfig, ranks: int, local_ranks: int, gpus: int, memory: int | None = None) -> None:
-    """Refuse a step of stage 2 that does not fit into the memory of its ranks, before stage 1 has run for days.
+    """Refuse a step of stage 2 that does not fit into memory, before stage 1 has run for days.
 
     Args:
-        config: of the run.
-        ranks: of all nodes.
-        local_ranks: of each node.
-        gpus: of each node; 0 for CPU ranks.
-        memory: bytes of each rank. Default: those of this machine's GPUs, or of its free memory.
+        config: the run.
+        ranks: ranks on all nodes.
+        local_ranks: ranks on each node.
+        gpus: GPUs on each node; 0 for CPU ranks.
+        memory: bytes for each rank. Default: this machine's GPU memory, or a rank's share of its free memory.
 
     Raises:
-        ConfigError: names the nearest plans that fit.
+        ConfigError: names the nearest settings that fit.
     """
     if memory is None:
         memory = hardware.gpu_bytes() if gpus else hardware.memory()[0] // local_ranks
@@ -317,6 +317,6 @@ def check_plan(config: RunConfig, ranks: int, local_ranks: int, gpus: int, memor
 
     base = Path(config.model.base)
     graph = graph_bytes(config.model, base, "cuda" if gpus else "cpu", config.sequence_lengths)
-    # the kind of GPU decides how long a step takes, not whether it fits
+    # the kind of GPU only decides how long a step takes, not whether it fits
     cluster = Cluster(MACHINES["h100" if gpus else "cpu"], ranks, local_ranks)
     StepPlanner(config, model_sizes(config.model, base), graph, cluster, HEADROOM * memory)

@@ -30,7 +30,7 @@ CHANGES_NO_RESULT = (
 
 
 def forbidden_changes(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the fields in which a run's plain config differs now, though the run could not go on then."""
+    """Dotted names of the fields that have changed in a run's plain config, but must not: the run could not resume."""
     below = tuple(f"{name}." for name in CHANGES_NO_RESULT)
     return [n for n in differences(found, now) if n not in CHANGES_NO_RESULT and not n.startswith(below)]
 

@@ -23,12 +23,12 @@ class ClusterConfig:
     """Where the ranks run."""
 
     ranks: int | None = None
-    """Ranks that `lbr` starts on this machine. Default: one a GPU, or 2 on a CPU. Under torchrun, srun or mpirun it is
-    theirs."""
+    """Ranks that `lbr` starts on this machine. Default: one per GPU, or 2 on a CPU. Ignored under torchrun, srun and
+    mpirun, which start the ranks themselves."""
 
     timeout_minutes: float = 30.0
-    """A rank that makes no progress for so long, since it or one that it waits for hangs, ends the run: no step, save,
-    measurement, load or export may take longer. Every rank writes its stacks to its log first."""
+    """If a rank makes no progress for this long, because it or a rank that it waits for hangs, the run ends: no step,
+    save, measurement, load or export may take longer. Every rank writes its stacks to its log first."""
 
     def __post_init__(self) -> None:
         if self.ranks is not None:
@@ -38,48 +38,49 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """What `lbr submit` asks of Slurm, for each job of a run's chain."""
+    """What `lbr submit` requests from Slurm, for each job in a run's chain."""
 
     nodes: int = 1
-    """Nodes of a stage's job. The evaluation takes one task of one node."""
+    """Nodes for a stage's job. The evaluation takes one task on one node."""
 
     gpus_per_node: int | None = None
-    """GPUs of each node; a rank is started for each. null: none are asked for, and `tasks_per_node` says how many."""
+    """GPUs on each node; a rank is started for each. null: no GPUs are requested, and `tasks_per_node` gives the number
+    of ranks."""
 
     gpu_kind: Literal["a100-80g", "h100", "h200", "b200"] | None = None
-    """What these GPUs are, for the check of memory before anything is queued. Slurm is not asked for it: that is
-    `constraint`, or `extra: {gres: ...}`."""
+    """The kind of these GPUs, to check their memory before anything is queued. It is not requested from Slurm: use
+    `constraint` or `extra: {gres: ...}` for that."""
 
     tasks_per_node: int | None = None
-    """Ranks on each node. Default: one a GPU, or 1."""
+    """Ranks on each node. Default: one per GPU, or 1."""
 
     cpus_per_task: int = 4
-    """Cores of each rank."""
+    """Cores for each rank."""
 
     memory_per_node: str | None = None
-    """Memory of each node, as Slurm writes it: 500G. 0 is all of it; null the partition's default."""
+    """Memory on each node, in Slurm's notation: 500G. 0: all of it; null: the partition's default."""
 
     time_minutes: int = 1440
-    """Time limit of a stage's job. A stage that needs longer is requeued, and goes on."""
+    """Time limit of a stage's job. A stage that needs longer is requeued, and resumes."""
 
     evaluate_minutes: int = 120
     """Time limit of the evaluation's job."""
 
     lead_seconds: int = 300
-    """So long before the time limit the ranks are told to save and stop. Longer than a step and a save: once both are
-    measured, the ranks stop earlier where they need more."""
+    """The ranks are asked to save and stop this long before the time limit. It should be longer than a step and a save;
+    once both have been measured, the ranks stop earlier if they need more."""
 
     partition: str | None = None
-    """Partition; null is the cluster's default. So with the following."""
+    """Partition. null: the cluster's default, for this field and the next five."""
 
     account: str | None = None
-    """Account that is charged."""
+    """Account to charge."""
 
     qos: str | None = None
     """Quality of service."""
 
     constraint: str | None = None
-    """Features that nodes must have."""
+    """Features that the nodes must have."""
 
     exclude: str | None = None
     """Nodes not to use: gpu[03,07]."""
@@ -88,46 +89,46 @@ class SlurmConfig:
     """Reservation to run in."""
 
     job_name: str | None = None
-    """Name of the jobs, before the stage's. Default: the name of the run folder."""
+    """First part of the jobs' names; the stage's name follows. Default: the name of the run folder."""
 
     extra: dict[str, str] = field(default_factory=dict)
-    """More options of sbatch, by their long names: {mail-type: FAIL}. An empty value for one that takes none."""
+    """More sbatch options, by their long names: {mail-type: FAIL}. Give an option without a value an empty one."""
 
     modules: tuple[str, ...] = ()
     """Environment modules to load, in order, after `module purge`."""
 
     setup: tuple[str, ...] = ()
-    """Shell lines to run before Python starts: `source /path/venv/bin/activate`. They are run as they are."""
+    """Shell lines to run, unchanged, before Python starts: `source /path/venv/bin/activate`."""
 
     python: str | None = None
-    """Python of the jobs, a path. Default: the one that submits. With a container it is the container's."""
+    """Path of the jobs' Python. Default: the Python that runs `lbr submit`. With a container, a path inside it."""
 
     container: tuple[str, ...] = ()
     """A command that runs what follows it inside a container: [apptainer, exec, --nv, image.sif]."""
 
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables for the ranks, NCCL's among them: {NCCL_SOCKET_IFNAME: ib0}. They are written into the run folder: no
-    secrets."""
+    """Environment variables for the ranks, such as NCCL's: {NCCL_SOCKET_IFNAME: ib0}. They are written into the run
+    folder, so put no secrets here."""
 
     pass_environment: tuple[str, ...] = ()
-    """Names of variables to take along from the shell that submits, beside PATH, HOME, USER, LOGNAME, LANG, LC_ALL, TZ
-    and SLURM_CONF. Their values go to Slurm alone and into no file."""
+    """Names of environment variables to pass on from the submitting shell, besides PATH, HOME, USER, LOGNAME, LANG,
+    LC_ALL, TZ and SLURM_CONF. Their values go only to Slurm, and are written to no file."""
 
     srun_arguments: tuple[str, ...] = ()
     """More arguments for the srun that starts the ranks: [--cpu-bind=cores]."""
 
     max_retries: int = 3
-    """How often a stage that failed, for a reason that may pass, is tried again; only where it made progress since, or
-    on other nodes. Time limits and preemptions don't count, as long as there is progress between them."""
+    """How often a stage is retried that failed for a reason that may pass; only if it made progress since the last
+    attempt, or on other nodes. Time limits and preemptions don't count, as long as there is progress between them."""
 
     node_check: bool = True
-    """Look at each node before the ranks start (`lbr doctor --node`); nodes that fail are left out of the next try."""
+    """Check each node before the ranks start (`lbr doctor --node`); the next attempt leaves out nodes that fail."""
 
     check_gpus: bool = True
-    """The check asks each node's driver for the GPUs that Slurm gave. false where there are none to ask."""
+    """In that check, ask each node's driver for the GPUs that Slurm allocated. Set to false if there is no driver."""
 
     wait_seconds: int = 60
-    """When a rank has ended, the others get so long to end as well before Slurm kills them."""
+    """When a rank has exited, the others get this long to exit too before Slurm kills them."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "cpus_per_task", "time_minutes", "evaluate_minutes", "lead_seconds", "wait_seconds"):
@@ -139,7 +140,7 @@ class SlurmConfig:
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ConfigError(
                 f"slurm.tasks_per_node: found {self.tasks_per_node} with slurm.gpus_per_node {self.gpus_per_node}. "
-                "Each rank drives one GPU: leave it out."
+                "Each rank drives one GPU: leave tasks_per_node out."
             )
         memory = self.memory_per_node
         fits = memory is None or _MEMORY.fullmatch(memory) is not None
@@ -202,5 +203,5 @@ _OURS = {
 
 
 def _printable(name: str, value: str | None) -> None:
-    """Slurm reads its options line by line: what would break a line is refused."""
+    """Raises ConfigError for a value that would break a line: Slurm reads its options line by line."""
     require(value is None or value.isprintable(), name, value, "printable characters on one line")

@@ -28,13 +28,13 @@ def _did_you_mean(key: str) -> str:
     known = list(_known_keys(RunConfig))
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
-        # the right name in the wrong section
+        # maybe the right name in the wrong section
         close = [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
     return f" Did you mean `{close[0]}`?" if close else " `lbr config` prints every key with its default."
 
 
 def _key_lines(path: Path) -> dict[str, int]:
-    """Each dotted key of a YAML file, and its line."""
+    """The line of each dotted key in a YAML file."""
     lines: dict[str, int] = {}
 
     def walk(node: yaml.Node | None, prefix: str) -> None:
@@ -79,14 +79,14 @@ def _parser() -> Any:
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a config and override fields of it.
+    """Read a config, and override some of its fields.
 
     Args:
-        path: a YAML file of `RunConfig`'s sections and fields. Paths in it are relative to the working folder.
+        path: a YAML file with `RunConfig`'s sections and fields. Paths in it are relative to the working folder.
         overrides: ``--section.field=value`` or ``--section.field value``, in order.
 
     Raises:
-        ConfigError: the file can't be read, a key is unknown, or a value is of the wrong type or out of range.
+        ConfigError: the file can't be read, a key is unknown, or a value has the wrong type or is out of range.
     """
     import jsonargparse
 
@@ -113,14 +113,14 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def from_plain(content: Mapping[str, Any], where: Path) -> RunConfig:
-    """The config that `to_dict` made plain.
+    """The config from the plain dict that `to_dict` made.
 
     Args:
         content: sections and fields.
-        where: the file that it stands in, for messages.
+        where: the file that it is in, for messages.
 
     Raises:
-        ConfigError: it is of another version, or not a config.
+        ConfigError: another version wrote it, or it is not a config.
     """
     import jsonargparse
 
@@ -130,11 +130,11 @@ def from_plain(content: Mapping[str, Any], where: Path) -> RunConfig:
         return RunConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())
-        raise ConfigError(f"{where}: its config is none that this version of lbr-dist reads: {message}") from None
+        raise ConfigError(f"{where}: this version of lbr-dist cannot read its config: {message}") from None
 
 
 def write_config(config: RunConfig, path: Path) -> None:
-    """The resolved config, every field written out."""
+    """Write the resolved config, with every field."""
     make_private(path.parent)
     write_atomic(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 

@@ -1,7 +1,7 @@
-"""What a step of stage 2 costs on a cluster: traffic and time. Only `lbr plan` asks for it.
+"""What a step of stage 2 costs on a cluster: traffic and time. Only `lbr plan` uses it.
 
-traffic   bytes that one rank receives, in the sense of `traffic.Traffic`, inside a node and between nodes
-seconds   products at an assumed share of the peak; gathers run beside them, the rest of the traffic does not
+traffic   bytes that one rank receives, as `ranks.traffic.Traffic` counts them, inside a node and between nodes
+seconds   matrix products at an assumed share of the peak; gathers overlap with them, other traffic does not
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from lbr_dist.plan.step import Batch, Bytes, StepPlan, spread
 
 
 class StepCost:
-    """The cost of the steps that a planner plans.
+    """The cost of a planner's steps.
 
     Args:
-        planner: how a step is cut into chunks, and what it holds in memory.
+        planner: decides how a step is cut into chunks and what stays in memory.
     """
 
     def __init__(self, planner: StepPlanner) -> None:
@@ -31,14 +31,14 @@ class StepCost:
     # ---- traffic --------------------------------------------------------------------------------------------------
 
     def _gather_again(self) -> Bytes:
-        """Of the layers, what a recomputation has let go when the backward pass comes to it."""
+        """The layers' parameters that a recomputation has released before their backward pass needs them."""
         ending = sum(p.elements for p in self.sizes.used if p.ends_layer and not stays_whole(p, self.config))
         return self._spread(self.planner.item * (self.planner.gathered_elements("layer") - ending))
 
     def _gathers(self, chunks: int, kept: int) -> tuple[int, int, int]:
-        """How often a batch gathers: for a forward pass, for a backward pass, and the layers of a checkpointed one
-        once more. DeepSpeed records the order of the modules; where a step departs from the record (a second backward
-        pass in a row), what is recomputed is let go and gathered again."""
+        """How often a batch gathers the parameters: for forward passes, for backward passes, and the layers once more
+        for backward passes with activation checkpointing. DeepSpeed records the order of the modules. If a step departs
+        from that order (a second backward pass in a row), recomputed layers are released and gathered again."""
         if self.planner.resident:
             return 1, 0, 0
         forwards, backwards = chunks + (chunks - kept), chunks
@@ -49,14 +49,14 @@ class StepCost:
         return forwards, backwards, again
 
     def traffic(self, chunks: int, kept: int, batch: Batch, most_rows: int | None = None) -> dict[str, Bytes]:
-        """Bytes that a rank receives in a step. Not among them: what DeepSpeed gathers ahead at the end of a pass and
-        lets go unused, at most `engine.prefetch_elements` and one parameter a pass.
+        """Bytes that a rank receives in a step. What DeepSpeed prefetches at the end of a pass and releases unused is
+        not counted: at most `engine.prefetch_elements` and one parameter per pass.
 
         Args:
-            chunks: of a rank.
-            kept: of them keep their graphs.
+            chunks: chunks of a rank.
+            kept: how many of these keep their graphs.
             batch: the global batch.
-            most_rows: documents of the rank with the most; evenly shared where not given.
+            most_rows: documents of the rank with the most. Default: an even share.
         """
         forwards, backwards, again = self._gathers(chunks, kept)
         planner, ranks, item = self.planner, self.cluster.ranks, self.planner.item
@@ -65,15 +65,14 @@ class StepCost:
         symmetric = self.config.represent.symmetric
         shared = batch.documents + (batch.pairs if symmetric else 0)
         rows = ranks * (most_rows or math.ceil(shared / ranks)) * 4 * self.sizes.hidden
-        # forward and backward alike: one collective each way
         backward_parts = planner.gather() if self._embeds_back() else planner.gather("layer", "other")
         batches = self.config.represent.grad_accum
         gathers = planner.gather() * forwards + backward_parts * backwards + self._gather_again() * again
         return {
             "parameters": gathers * (1 if self.planner.resident else batches) + self._spread(item * after),
             "gradients": self._spread(item * trained),
-            "representations": self._exchange(rows) * (2 * batches),
-            # agreement on the batch, unusable rows, four sums; and a norm of each parameter group, twice
+            "representations": self._exchange(rows) * (2 * batches),  # an all-gather, and the gradients' way back
+            # per batch: agreement on it, unusable rows, four sums; per step: a norm of each parameter group, twice
             "counts and norms": self._spread(8 * ((2 + 1 + 4) * batches + 2 * 3)) * 2,
         }
 
@@ -81,7 +80,7 @@ class StepCost:
         return any(p.trained for p in self.sizes.parameters if p.part == "embedding")
 
     def _exchange(self, nbytes: float) -> Bytes:
-        """One way of the representations; see `exchange.Exchange`."""
+        """The representations sent one way; see `contrastive.exchange.Exchange`."""
         ranks, local, route = self.cluster.ranks, self.cluster.ranks_per_node, self.config.represent.exchange
         even = ranks % local == 0
         if not (even and (route == "two_level" or (route == "auto" and 1 < local < ranks))):
@@ -92,10 +91,10 @@ class StepCost:
     # ---- time -----------------------------------------------------------------------------------------------------
 
     def plan(self, batch: Batch | None = None) -> StepPlan:
-        """The step of a batch, every chunk as full as the others.
+        """Plan the step of a batch, with equally full chunks.
 
         Raises:
-            ConfigError: the batch's representations and one graph don't fit.
+            ConfigError: the batch's representations and one graph don't fit into memory.
         """
         batch = batch or self.planner.batch
         planner, represent, machine = self.planner, self.config.represent, self.cluster.machine
@@ -108,7 +107,7 @@ class StepCost:
         if sum(memory.values()) > self.planner.budget:
             raise ConfigError(
                 f"represent.batch_pairs: a step of {batch.pairs:,} pairs needs {gib(sum(memory.values()))} on each of "
-                f"{ranks} ranks, {gib(self.planner.budget)} may be used. {self._largest_words(batch)}"
+                f"{ranks} ranks, but {gib(self.planner.budget)} may be used. {self._largest_words(batch)}"
             )
         attention = 2 * self.sizes.layers * self.sizes.attention_width * batch.squares / ranks
         forward = 2 * self.sizes.products * tokens + attention
@@ -151,7 +150,7 @@ class StepCost:
         )
 
     def largest_batch(self, batch: Batch) -> int:
-        """Pairs of the largest batch that fits, one graph kept; 0 if none does."""
+        """Pairs in the largest batch that fits with one graph kept; 0 if none fits."""
         planner = self.planner
 
         def fits(pairs: int) -> bool:

@@ -1,8 +1,8 @@
-"""What a model weighs, without its weights: the sizes of its parameters, and the bytes that a graph keeps of a token.
+"""A model's memory, computed without its weights: parameter sizes, and the bytes that a graph keeps per token.
 
-Sizes come from the headers of the safetensors files, or, where a folder has only its config, from the model on the
-meta device. Bytes of a graph are counted, not guessed: the same model with one and with two layers runs forward on the
-meta device, and every tensor that backward keeps is weighed.
+Sizes come from the headers of the safetensors files, or, if a folder has only a config, from the model on the meta
+device. The bytes of a graph are counted, not estimated: the same model with one and with two layers runs forward on the
+meta device, and every tensor that is saved for backward is counted.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX, read_json
 from lbr_dist.storage.headers import tensor_shapes
 
 PROBE_TOKENS = 256
-"""Tokens of the row that is weighed. What a graph keeps is linear in them, but for probabilities on a CPU."""
+"""Tokens in the row that is measured. A graph is linear in them, except for attention probabilities on a CPU."""
 
 Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of the model of stage 2."""
+    """One parameter of stage 2's model."""
 
     elements: int
     part: Literal["layer", "embedding", "head", "other"]
-    """`layer`: of a decoder layer. `head`: an LM head of its own, which stage 2 never runs."""
+    """`layer`: in a decoder layer. `head`: an untied LM head, which stage 2 never runs."""
 
     trained: bool = True
     matrix: bool = True
     ends_layer: bool = False
-    """Of the last module of a layer: a recomputation stops in it, so that it is still whole for its backward pass."""
+    """In the last module of a layer. A recomputation stops there, so this one is still whole for the backward pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """A model's parameters, and what follows from them."""
+    """A model's parameters, and the sizes computed from them."""
 
     parameters: tuple[Parameter, ...]
     hidden: int
@@ -61,10 +61,10 @@ class ModelSizes:
     """Query heads times their width."""
 
     source: str
-    """Where the sizes come from, in words."""
+    """Where the sizes come from, for people."""
 
     def elements(self, *parts: str, trained: bool | None = None) -> int:
-        """Elements of the parameters of these parts (all where none is named)."""
+        """Elements of the parameters in these parts (all parts if none is named)."""
         return sum(
             p.elements
             for p in self.parameters
@@ -73,12 +73,12 @@ class ModelSizes:
 
     @property
     def used(self) -> tuple[Parameter, ...]:
-        """What stage 2 runs: all but an LM head of its own."""
+        """What stage 2 runs: all but an untied LM head."""
         return tuple(p for p in self.parameters if p.part != "head")
 
     @property
     def products(self) -> int:
-        """Elements of the layers' weight matrices: a token costs two operations for each in a forward pass."""
+        """Elements of the layers' weight matrices. In a forward pass a token costs two operations for each."""
         return sum(p.elements for p in self.parameters if p.part == "layer" and p.matrix)
 
     @property
@@ -89,26 +89,26 @@ class ModelSizes:
 
 @dataclass(frozen=True, slots=True)
 class GraphBytes:
-    """Bytes that the graph of a chunk keeps, a token."""
+    """Bytes per token that the graph of a chunk keeps."""
 
     layer: float
-    """Of one decoder layer."""
+    """In one decoder layer."""
 
     other: float
-    """Outside of the layers, and what these share."""
+    """Outside the layers, or shared by them."""
 
     layers: int
     entry: float
-    """A layer's input: all that is kept of a layer with activation checkpointing."""
+    """A layer's input: with activation checkpointing, all that is kept of a layer."""
 
     checkpointed: bool
 
     def graph(self, tokens: int) -> int:
-        """Of a whole chunk."""
+        """Bytes of the graph of a chunk with this many tokens."""
         return math.ceil(tokens * (self.other + self.layers * (self.entry if self.checkpointed else self.layer)))
 
     def running(self, tokens: int) -> int:
-        """Beside the graphs, while a chunk runs: one layer's tensors, be they its forward's or its gradients'."""
+        """Bytes beside the graphs while a chunk runs: one layer's tensors, in forward or as gradients in backward."""
         return math.ceil(tokens * self.layer)
 
 
@@ -116,10 +116,10 @@ class GraphBytes:
 
 
 def header_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of a folder's tensors from the headers of its safetensors, or None where it has none.
+    """The shapes of a folder's tensors, from the headers of its safetensors files; None if it has none.
 
     Raises:
-        ModelError: a file that the index names is missing, or a header that cannot be read.
+        ModelError: a file that the index names is missing, or a header cannot be read.
     """
     if (folder / WEIGHTS_INDEX).exists():
         files = sorted(set(read_json(folder / WEIGHTS_INDEX)["weight_map"].values()))
@@ -159,7 +159,7 @@ def _part(name: str, head: str) -> Literal["layer", "embedding", "head", "other"
 
 
 def model_sizes(model: ModelConfig, folder: Path) -> ModelSizes:
-    """The parameters that stage 2 trains a folder's model with: its own, adapters and bottleneck.
+    """All parameters of a folder's model in stage 2: its own, the adapters' and the bottleneck's.
 
     Raises:
         ModelError: the folder is not a causal LM.
@@ -173,7 +173,7 @@ def model_sizes(model: ModelConfig, folder: Path) -> ModelSizes:
     if config.tie_word_embeddings:
         shapes = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
     rank = model.lora.rank
-    # adapters, and the second norm of some families, come after the last projection
+    # with adapters, or in families with a second norm, the last projection is not the last module of a layer
     projection_ends = not rank and not any("post_feedforward" in name for name in shapes)
     parameters = []
     for name, shape in shapes.items():
@@ -195,7 +195,7 @@ PLAN_ATTENTION = "lbr_plan"
 
 
 class _Keeps(torch.autograd.Function):
-    """Keeps for backward what an attention kernel keeps, and computes nothing."""
+    """Saves for backward what an attention kernel saves, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, device: Device, probabilities: int) -> Tensor:
@@ -223,7 +223,7 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if device == "cuda":  # the keys are laid out anew for each sequence
+    if device == "cuda":  # keys and values are copied into the order of the sequences
         index = torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
         k, v = k.index_select(0, index), v.index_select(0, index)
     output: Tensor = _Keeps.apply(q, k, v, device, probabilities)  # type: ignore[no-untyped-call]
@@ -235,7 +235,7 @@ AttentionMaskInterface.register(PLAN_ATTENTION, lambda *args, **kwargs: None)
 
 
 def _kept_bytes(config: Any, model: ModelConfig, layers: int, device: Device, probabilities: int) -> int:
-    """Bytes that backward keeps of `PROBE_TOKENS` tokens of a model of so many layers, parameters left out."""
+    """Bytes saved for backward by `PROBE_TOKENS` tokens in a model with this many layers, without parameters."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -250,7 +250,7 @@ def _kept_bytes(config: Any, model: ModelConfig, layers: int, device: Device, pr
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        # the tensor is held, so that no other takes its storage's place
+        # hold the tensor, so that its storage's address is not reused
         if tensor.untyped_storage()._cdata not in own:
             kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
@@ -264,7 +264,7 @@ def _kept_bytes(config: Any, model: ModelConfig, layers: int, device: Device, pr
         output = backbone.model(
             inputs_embeds=inputs * 1.0,
             position_ids=positions,
-            attention_mask=mask,  # given, so that nobody reads the positions' values for one
+            attention_mask=mask,  # without one, transformers would read the positions, which have no values on meta
             use_cache=False,
             device=device,
             probabilities=probabilities,
@@ -274,13 +274,13 @@ def _kept_bytes(config: Any, model: ModelConfig, layers: int, device: Device, pr
 
 
 def graph_bytes(model: ModelConfig, folder: Path, device: Device, lengths: Sequence[int] = ()) -> GraphBytes:
-    """What the graph of a chunk keeps of each token.
+    """The bytes that the graph of a chunk keeps per token.
 
     Args:
-        model: dtype, adapters and checkpointing.
+        model: gives dtype, adapters and checkpointing.
         folder: the base model's folder.
-        device: `cuda` keeps what flash attention keeps; `cpu` what `causal_tiles` does.
-        lengths: tokens of the texts of a typical chunk: on a CPU the probabilities of short texts are kept.
+        device: on `cuda`, attention saves what flash attention saves; on `cpu`, what `causal_tiles` saves.
+        lengths: tokens of each text in a typical chunk; on a CPU the probabilities of short texts are saved.
 
     Raises:
         ModelError: the folder is not a causal LM.

@@ -1,7 +1,7 @@
-"""The planner of stage 2: how a step is cut into chunks and how many graphs it keeps, from the memory there is.
+"""The planner of stage 2: how a step is cut into chunks, and how many graphs it keeps in the memory available.
 
-Memory is that of one rank at the step's peak: shards, gathered parameters, gradients, optimizer, graphs, cache, loss.
-The trainer asks `StepPlanner.kept` at every step; what a step costs in traffic and time is in `cost.py`.
+Memory is one rank's at the step's peak: shards, gathered parameters, gradients, optimizer, graphs, cache, loss. The
+trainer calls `StepPlanner.kept` at every step. `cost.py` has a step's traffic and time.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from lbr_dist.plan.step import Batch, Bytes, spread
 from lbr_dist.ranks.group import Ranks, largest
 
 HEADROOM = 0.9
-"""Share of the device's memory that is planned with; the rest is the allocator's, the kernels' and NCCL's."""
+"""Share of the device's memory to plan with; the rest is for the allocator, the kernels and NCCL."""
 
 SUB_GROUP = 10**9
-"""Elements that DeepSpeed's optimizer updates at a time: their gradients are float32 meanwhile."""
+"""Elements that DeepSpeed's optimizer updates at a time; their gradients are float32 during the update."""
 
 LOSS_TILE, LOSS_TILES = 1024, 3
-"""The loss holds so many tiles of so many queries by documents; see kernels/infonce_tiles.py."""
+"""The loss holds `LOSS_TILES` tiles of `LOSS_TILE` queries by `LOSS_TILE` documents; see kernels/infonce_tiles.py."""
 
 FEWEST_CHUNK_TOKENS = 4096
-"""A planned chunk has at least so many tokens, which keep a device's matrix products busy."""
+"""A planned chunk has at least this many tokens, enough to keep a device's matrix units busy."""
 
 
 class StepPlanner:
-    """Plans the steps of stage 2. The plans of all ranks are alike where its arguments are.
+    """Plans the steps of stage 2. With the same arguments, all ranks get the same plans.
 
     Args:
         config: the run.
         sizes: the model's parameters.
-        graph: what a graph keeps of a token.
+        graph: bytes that a graph keeps per token.
         cluster: the ranks and their devices.
-        budget: bytes of a device that may be used.
+        budget: bytes of a device's memory that may be used.
 
     Raises:
-        ConfigError: not even one chunk fits; names what would.
+        ConfigError: not even one chunk fits; the message names settings that would.
     """
 
     def __init__(
@@ -64,19 +64,19 @@ class StepPlanner:
 
     @staticmethod
     def for_stage(config: RunConfig, ranks: Ranks) -> StepPlanner:
-        """The trainer's: memory is measured, and every rank plans with the least of all ranks.
+        """The trainer's planner: memory is measured, and every rank plans with the smallest of all ranks.
 
         Raises:
             ConfigError: see the class.
         """
-        folder = Path(config.model.base)  # stage 1 changes no shape but the vocabulary's, by a few rows
+        folder = Path(config.model.base)  # of all shapes, stage 1 changes only the vocabulary's, by a few rows
         sizes = model_sizes(config.model, folder)
         on_gpu = ranks.device.type == "cuda"
         graph = graph_bytes(config.model, folder, "cuda" if on_gpu else "cpu", config.sequence_lengths)
         memory = available_memory(ranks.device, ranks.local_world_size)
-        if not on_gpu:  # what is free, and what the engine has taken already
+        if not on_gpu:  # free memory does not include what the engine has already allocated
             memory += sum(StepPlanner.standing(config, sizes, ranks.world_size)[0].values())
-            if config.checkpoint.background:  # the copy that is written from is made later
+            if config.checkpoint.background:  # the copy of the state for saving is allocated later
                 trained = (p.elements for p in sizes.parameters if p.trained)
                 memory -= STATE_BYTES * sum(math.ceil(elements / ranks.world_size) for elements in trained)
         least = -largest([-memory], ranks)[0]
@@ -87,7 +87,7 @@ class StepPlanner:
 
     @staticmethod
     def standing(config: RunConfig, sizes: ModelSizes, ranks: int) -> tuple[dict[str, int], int]:
-        """Bytes that a rank holds between steps: on the device by kind, and offloaded."""
+        """Bytes that a rank holds between steps: on the device, by kind; and offloaded."""
         engine, item = config.engine, int(getattr(torch, config.model.dtype).itemsize)
         shards = item * sum(math.ceil(p.elements / ranks) for p in sizes.parameters)
         trained = sum(math.ceil(p.elements / ranks) for p in sizes.parameters if p.trained)
@@ -108,7 +108,7 @@ class StepPlanner:
 
     @property
     def resident(self) -> bool:
-        """Whether gathered parameters stay whole until the step's end: where `engine.live_elements` allows it."""
+        """Whether gathered parameters stay whole until the step's end: if `engine.live_elements` allows it."""
         return self.gathered_elements() <= self.config.engine.live_elements
 
     def gathered_elements(self, *parts: str) -> int:
@@ -120,17 +120,17 @@ class StepPlanner:
         )
 
     def _whole(self) -> int:
-        """Bytes of the parameters that are gathered at a time."""
+        """Bytes of the parameters that are gathered at the same time."""
         everything = self.gathered_elements()
         biggest = max(self.sizes.layer, self.sizes.elements("embedding"))
         return self.item * min(everything, max(self.config.engine.live_elements, biggest) + biggest)
 
     def memory(self, tokens: Sequence[int], kept: int, batch: Batch) -> dict[str, int]:
-        """Bytes of a rank by kind, at the step's peak: when the last kept graph is built, or the largest is run again.
+        """Bytes of a rank by kind, at the step's peak: when the last kept graph is built, or the largest chunk reruns.
 
         Args:
-            tokens: of each chunk.
-            kept: graphs of the first so many chunks are kept.
+            tokens: tokens of each chunk.
+            kept: the first this many chunks keep their graphs.
             batch: the global batch, for the representations.
         """
         held, _ = self.standing(self.config, self.sizes, self.cluster.ranks)
@@ -143,15 +143,15 @@ class StepPlanner:
         step = {
             "parameters: gathered": self._whole(),
             "gradients: whole, of all chunks": local,
-            "activations: kept graphs, or the one that runs again": max(graphs, replayed),
-            "activations: the layer that runs": running,
+            "activations: kept graphs, or the largest rerun one": max(graphs, replayed),
+            "activations: the running layer": running,
             "gradient cache": rows * width,
             "representations": rows * width,
             "loss: all documents, their gradients, tiles": 2 * batch.documents * width
             + 4 * LOSS_TILES * min(LOSS_TILE, batch.documents) * min(LOSS_TILE, batch.pairs),
         }
-        # after the last chunk: gradients are copied out of the way a bucket, or a large parameter, at a time, and the
-        # optimizer has float32 gradients of a group
+        # after the last chunk, gradients are copied for their reduction, a bucket or a large parameter at a time; then
+        # the optimizer has float32 gradients of one sub-group
         trained = [p.elements for p in self.sizes.parameters if p.trained]
         bucket = self.item * max(self.config.engine.reduce_elements, *trained)
         group = 4 * min(SUB_GROUP, math.ceil(sum(trained) / self.cluster.ranks))
@@ -160,17 +160,17 @@ class StepPlanner:
         return {**held, **step}
 
     def kept(self, tokens: Sequence[int], batch: Batch | None = None) -> int:
-        """How many of a rank's chunks, from the first on, keep their graphs: the most that fit, at least one.
+        """How many of a rank's first chunks keep their graphs: as many as fit, at least one.
 
         Args:
-            tokens: of each chunk, the most of any rank; the same on every rank, and so is the result.
-            batch: the global batch where it is not the config's.
+            tokens: tokens of each chunk, the largest over all ranks: so every rank gets the same result.
+            batch: the global batch. Default: the config's.
         """
         wanted = self.config.represent.keep_graphs
         if wanted != "auto":
             return min(wanted, len(tokens))
         room = self.budget - sum(self.memory(tokens, 0, batch or self.batch).values())
-        used = max((self.graph.graph(t) for t in tokens), default=0)  # is in that already
+        used = max((self.graph.graph(t) for t in tokens), default=0)  # already part of that memory
         room, kept = room + used, 0
         for count in tokens:
             room -= self.graph.graph(count)
@@ -183,9 +183,9 @@ class StepPlanner:
         return sum(self.memory([chunk], 1, self.batch).values()) <= self.budget
 
     def _planned_chunk(self) -> int:
-        """Tokens whose products take as long as a gather of the parameters; fewer where they don't fit."""
+        """Tokens whose matrix products take as long as gathering the parameters; fewer if that doesn't fit."""
         hidden = self.gather().seconds(self.cluster.machine) / self.forward_seconds_a_token
-        # parameters that stay are gathered once: nothing needs to be hidden behind a chunk
+        # resident parameters are gathered once, so there is no gather to hide behind each chunk
         target = FEWEST_CHUNK_TOKENS if self.resident else max(FEWEST_CHUNK_TOKENS, hidden)
         most = math.ceil(self.batch.tokens / self.cluster.ranks)
         chunk = max(self.longest, min(math.ceil(target / 1024) * 1024, max(most, self.longest)))
@@ -194,15 +194,18 @@ class StepPlanner:
         return chunk
 
     def check(self) -> None:
-        """Raises ConfigError, with what would fit, where one chunk does not."""
+        """Raises ConfigError, naming settings that would fit, if one chunk does not fit."""
         if self._fits(self.chunk_tokens):
             return
         needed = sum(self.memory([self.chunk_tokens], 1, self.batch).values())
         found = [text for text in self._ways_out() if text]
-        ways = "; ".join(found) if found else "no single change would do: take a smaller model, or more of the above"
+        ways = "; ".join(found) or (
+            "no single change is enough; use a smaller model, or several of a smaller chunk, activation checkpointing, "
+            "more ranks and an offloaded optimizer"
+        )
         raise ConfigError(
             f"represent.chunk_tokens: a step with one chunk of {self.chunk_tokens:,} tokens needs {gib(needed)} on "
-            f"each of {self.cluster.ranks} ranks, {gib(self.budget)} may be used. What would fit: {ways}."
+            f"each of {self.cluster.ranks} ranks, but {gib(self.budget)} may be used. What would fit: {ways}."
         )
 
     def _ways_out(self) -> list[str]:
@@ -237,17 +240,17 @@ class StepPlanner:
     # ---- gathers --------------------------------------------------------------------------------------------------
 
     def gather(self, *parts: str) -> Bytes:
-        """Bytes that a rank receives when the parameters of these parts (all if none is named) are gathered once."""
+        """Bytes that a rank receives when the parameters in these parts (all if none is named) are gathered once."""
         return spread(self.item * self.gathered_elements(*parts), self.cluster)
 
     @property
     def forward_seconds_a_token(self) -> float:
-        """Of the layers' matrix products."""
+        """Seconds per token of the layers' matrix products, in a forward pass."""
         return 2 * self.sizes.products / self.cluster.machine.rate
 
 
 def stays_whole(parameter: Parameter, config: RunConfig) -> bool:
-    """Whether a parameter is whole on every rank all the time."""
+    """Whether a parameter is always whole on every rank."""
     return parameter.elements <= config.engine.persistence_threshold
 
 

@@ -1,4 +1,4 @@
-"""What the planner works with and what comes out: a batch by its means, bytes on the links, and a step's plan."""
+"""The planner's input and output: a batch with mean lengths, bytes on the links, and the plan of a step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lbr_dist.plan.machine import Cluster, Machine
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A global batch, by its means. Lengths have sink and bottleneck in them."""
+    """A global batch, with mean lengths. Lengths include sink and bottleneck."""
 
     pairs: int
     documents: int
-    """At most: pairs and their hard negatives; a document that stands in a batch twice is embedded once."""
+    """At most: one per pair and its hard negatives. A document that is in a batch twice is embedded once."""
 
     query_tokens: float
     document_tokens: float
@@ -26,17 +26,17 @@ class Batch:
 
     @property
     def squares(self) -> float:
-        """The sum of the squared lengths, which attention costs; at least, since lengths vary."""
+        """The sum of the squared lengths, which attention's cost grows with. A lower bound, since lengths vary."""
         return self.pairs * self.query_tokens**2 + self.documents * self.document_tokens**2
 
     def of(self, pairs: int) -> Batch:
-        """As many texts a pair and tokens a text, but so many pairs."""
+        """The same texts per pair and tokens per text, with this many pairs."""
         return dataclasses.replace(self, pairs=pairs, documents=math.ceil(self.documents / self.pairs * pairs))
 
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """What one rank receives."""
+    """Bytes that one rank receives: from ranks of its node, and from other nodes."""
 
     within: float = 0.0
     between: float = 0.0
@@ -52,38 +52,38 @@ class Bytes:
         return self.within + self.between
 
     def seconds(self, machine: Machine) -> float:
-        """Both links carry their bytes at the same time."""
+        """Seconds to receive them; both links work at the same time."""
         return max(self.within / machine.within, self.between / machine.between)
 
 
 def spread(nbytes: float, cluster: Cluster) -> Bytes:
-    """What one rank receives of `nbytes` that are gathered or scattered over all ranks."""
+    """What one rank receives when `nbytes` are gathered or scattered over all ranks."""
     share, local = nbytes / cluster.ranks, cluster.ranks_per_node
     return Bytes(share * (local - 1), share * (cluster.ranks - local))
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A step of one rank; chunks and tokens are those of each of its `grad_accum` batches."""
+    """A step of one rank. Chunks and tokens are per batch; a step has `grad_accum` batches."""
 
     chunk_tokens: int
     chunks: int
 
     kept: int
-    """Chunks whose graphs are kept."""
+    """Chunks that keep their graphs."""
 
     tokens: int
     resident: bool
     """Whether gathered parameters stay whole until the step's end."""
 
     memory: dict[str, int]
-    """Bytes on the device by kind, at the peak."""
+    """Bytes on the device at the peak, by kind."""
 
     host: int
-    """Bytes that are offloaded to the host or its disk."""
+    """Bytes offloaded to the host or its disk."""
 
     flops: float
-    """Of a rank."""
+    """Floating-point operations of a rank."""
 
     gathers: float
     """How often the model's parameters are gathered."""
@@ -97,5 +97,5 @@ class StepPlan:
 
     @property
     def limit(self) -> str:
-        """What the step spends most of its time on."""
+        """What takes most of the step's time."""
         return max(self.seconds, key=lambda name: self.seconds[name])

@@ -182,7 +182,7 @@ REFUSED = {
     "another base": (_other_tokenizer, "its tokenizer.json is not what represent started from. Restore"),
     "a damaged checkpoint": (_torn, "rank-00001.safetensors: its checksum is"),
     "other parameters": (_other_parameters, "its parameters differ from those of the model in"),
-    "another version's config": (_other_version, "manifest.json: its config is none that this version"),
+    "another version's config": (_other_version, "manifest.json: this version of lbr-dist cannot read its config"),
 }
 
 

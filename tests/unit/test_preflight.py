@@ -66,9 +66,9 @@ def _pairs_within(config: RunConfig) -> None:
 
 
 FILES: dict[str, tuple[Callable[[RunConfig], None], str]] = {
-    "no base": (lambda c: shutil.rmtree(c.model.base), r"model.base: found '.*', which is no folder.*lbr data model"),
+    "no base": (lambda c: shutil.rmtree(c.model.base), r"model.base: found '.*', which is not a folder.*lbr data"),
     "no weights": (lambda c: Path(c.model.base, "model.safetensors").unlink(), r"has no model.safetensors"),
-    "not causal": (_encoder_only, r"config.json is of BertModel, expected one ending in ForCausalLM"),
+    "not causal": (_encoder_only, r"config.json has architecture BertModel, expected one ending in ForCausalLM"),
     "other tokenizer": (_tokenizer_of_another, r"tokenizer and model disagree: .* has vocab_size 2"),
     "no corpus": (lambda c: Path(c.data.corpus).unlink(), r"corpus.jsonl"),
     "empty corpus": (lambda c: Path(c.data.corpus).write_text(""), r"corpus.jsonl.*"),

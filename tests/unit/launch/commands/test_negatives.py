@@ -23,7 +23,7 @@ MODEL = ("--model", "MODEL")
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no model": ((), r"--model: found none, expected a model folder, or --with bm25"),
     "model asked for": (("--with", "model"), r"--model: found None, expected a model folder"),
-    "no such model": (("--model", "nowhere"), r"--model: found 'nowhere', which is no folder"),
+    "no such model": (("--model", "nowhere"), r"--model: found 'nowhere', which is not a folder"),
     "no model folder": (("--model", "."), r"--model: \. has no config.json"),
     "no pairs": ((*MODEL, "--pairs", "nowhere.jsonl"), r"nowhere.jsonl: no such file or folder"),
     "no documents": ((*MODEL, "--documents", "nowhere.jsonl"), r"nowhere.jsonl: no such file or folder"),
@@ -44,7 +44,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "ivf of bm25": (("--with", "bm25", "--index", "ivf"), r"--index: found ivf, expected exact with --with bm25"),
     "out is no .jsonl": ((*MODEL, "--out", "mined.csv"), r"--out: found 'mined.csv', expected .* ends in .jsonl"),
     "out is the pairs": ((*MODEL, "--out", "./train.jsonl"), r"--out: found 'train.jsonl', which is --pairs"),
-    "out below a file": ((*MODEL, "--out", "train.jsonl/x.jsonl"), r"--out: found .* no folder that can be written"),
+    "out below a file": ((*MODEL, "--out", "train.jsonl/x.jsonl"), r"--out: found .* is not a writable folder"),
     "out cannot be made": ((*MODEL, "--out", "/proc/x/y.jsonl"), r"/proc/x"),
     "ranks": ((*MODEL, "--ranks", "1000"), r"--ranks: found 1000, this machine has \d+ cores"),
     "no ranks": ((*MODEL, "--ranks", "0"), r"--ranks: found 0, expected one or more"),
