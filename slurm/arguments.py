@@ -26,6 +26,7 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
         help="one run per value, as a job array: --sweep seed=0,1,2. Given several times: one run per combination",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the scripts and what was checked; queue nothing")
+    parser.set_defaults(takes_overrides=True)
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:

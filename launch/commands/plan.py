@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ GPUS = ("a100-80g", "b200", "cpu", "h100", "h200")
 SAMPLE = 512
 CHARACTERS_A_TOKEN = 4.0
 GIB = 2**30
+POSITIVE = ("memory_gib", "efficiency", "tflops", "within_gbs", "between_gbs", "query_tokens", "document_tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,22 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--document-tokens", type=float, help="mean tokens per document (default: measured on the data)"
     )
+    parser.set_defaults(takes_overrides=True)
 
 
-def run(args: argparse.Namespace, config: RunConfig, say: Say) -> None:
+def run(args: argparse.Namespace, say: Say) -> None:
     """Plan and print.
 
     Raises:
         ConfigError, ModelError: the step cannot fit, or an option is out of range.
     """
+    from lbr_dist.config.file import read_config
     from lbr_dist.plan.cost import StepCost
     from lbr_dist.plan.machine import Cluster
     from lbr_dist.plan.model import graph_bytes, model_sizes
     from lbr_dist.plan.planner import HEADROOM, StepPlanner
 
-    for name in ("nodes", "gpus_per_node"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected one or more.")
+    config = read_config(args.config, args.overrides)
+    _check(args)
     machine = _machine(args)
     budget = args.memory_gib * GIB if args.memory_gib else HEADROOM * machine.memory
     folder = Path(config.model.base)
@@ -95,6 +98,15 @@ def run(args: argparse.Namespace, config: RunConfig, say: Say) -> None:
     say("\n" + _assumptions(here, machine, args))
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that is out of range."""
+    for name in ("nodes", "gpus_per_node", *POSITIVE):
+        value = getattr(args, name)
+        least = "a positive number" if name in POSITIVE else "one or more"
+        if value is not None and (value <= 0 or not math.isfinite(value)):
+            raise ConfigError(f"--{name.replace('_', '-')}: found {value:g}, expected {least}.")
+
+
 def _machine(args: argparse.Namespace) -> Machine:
     from lbr_dist.plan.machine import GB, MACHINES, available_memory
 
@@ -110,9 +122,6 @@ def _machine(args: argparse.Namespace) -> Machine:
         "within": args.within_gbs and args.within_gbs * GB,
         "between": args.between_gbs and args.between_gbs * GB,
     }
-    for name, value in given.items():
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name}: found {value}, expected a positive number.")
     return dataclasses.replace(machine, **{name: value for name, value in given.items() if value is not None})
 
 
