@@ -87,7 +87,7 @@ class Submission:
             # other versions may have written other keys
             known = {field.name for field in fields(Submission)}
             return Submission(folder, points=points, **{key: content[key] for key in content if key in known})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{folder / 'chain.json'}: cannot be read ({error}).") from None
 
 

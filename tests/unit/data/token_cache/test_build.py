@@ -247,7 +247,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     job = start(corpus, tmp_path / "cache", processes, preexec_fn=limit)
     error = job.communicate(timeout=60)[1]
     assert error.startswith(f"DataError: {tmp_path / 'cache'}: no room for the token cache of {corpus}"), error
-    assert "File too large" in error and "MB free, expected about 0." in error and "Free some space" in error
+    assert "File too large" in error and " free, expected about " in error and "Free some space" in error
     assert left_in(tmp_path / "cache") == []
 
 
