@@ -1,4 +1,4 @@
-"""Mining on real ranks: the same bytes whatever their number, and after a process was killed."""
+"""Mining on real ranks: the same bytes with any number of ranks, and after a process was killed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ DEADLINE_SECONDS = 60
 
 def mine_on(ranks: Ranks, path: Path) -> Any:
     settings = read_settings(path)
-    told: list[str] = []
-    mine(settings, Candidates.read(settings.pairs, settings.documents), ranks, told.append)
-    return told
+    printed: list[str] = []
+    mine(settings, Candidates.read(settings.pairs, settings.documents), ranks, printed.append)
+    return printed
 
 
-def chosen(data: Path, out: Path, model: Path, **changes: Any) -> Path:
-    """The settings of a mining whose work folder is prepared."""
+def prepared(data: Path, out: Path, model: Path, **changes: Any) -> Path:
+    """Prepare a work folder for mining; returns the path of its settings."""
     settings = MiningSettings(
         str(data / "train.jsonl"), str(data / "corpus.jsonl"), str(out), str(model), margin_percent=0.95, unit=7
     )
@@ -44,21 +44,21 @@ def test_the_number_of_ranks_changes_no_byte(
     index: str, two_ranks: RankPool, tiny_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     alone, together = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    mine_on(Ranks.alone(), chosen(tiny_data, alone, tiny_model, index=index))
-    told = two_ranks.run(mine_on, path=chosen(tiny_data, together, tiny_model, index=index))
+    mine_on(Ranks.alone(), prepared(tiny_data, alone, tiny_model, index=index))
+    printed = two_ranks.run(mine_on, path=prepared(tiny_data, together, tiny_model, index=index))
     assert alone.read_bytes() == together.read_bytes() and len(alone.read_bytes().splitlines()) == 80
-    assert told[0][-1] == f"written to {together}" and told[1] == []
+    assert printed[0][-1] == f"written to {together}" and printed[1] == []
     slices = {path.name: path.read_bytes() for path in Path(f"{alone}.work").glob("*.npy")}
     assert len(slices) == 14 + 12
     assert slices == {path.name: path.read_bytes() for path in Path(f"{together}.work").glob("*.npy")}
 
 
-def test_a_killed_mining_goes_on_with_another_number_of_ranks(
+def test_a_killed_mining_resumes_with_another_number_of_ranks(
     two_ranks: RankPool, tiny_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     alone, killed = tmp_path / "one.jsonl", tmp_path / "killed.jsonl"
-    mine_on(Ranks.alone(), chosen(tiny_data, alone, tiny_model, unit=1))
-    path = chosen(tiny_data, killed, tiny_model, unit=1)
+    mine_on(Ranks.alone(), prepared(tiny_data, alone, tiny_model, unit=1))
+    path = prepared(tiny_data, killed, tiny_model, unit=1)
     process = subprocess.Popen([sys.executable, "-m", "lbr_dist.launch.worker", "negatives", str(path)])
     deadline = time.monotonic() + DEADLINE_SECONDS
     while len(list(path.parent.glob("*.npy"))) < 3:
