@@ -1,4 +1,4 @@
-"""A config of a run with a tiny model and its data."""
+"""The config of a run with a tiny model and its data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lbr_dist.config import (
 
 
 def tiny_run(run_dir: Path, base: Path, files: Path, **sections: Any) -> RunConfig:
-    """Both stages in a few steps, float32; `sections` replace whole sections."""
+    """Both stages, a few steps each, in float32; `sections` replace whole sections."""
     optimizer = OptimizerConfig(lr=3e-3)
     defaults: dict[str, Any] = {
         "model": ModelConfig(base=str(base), bottleneck_tokens=4, dtype="float32"),

@@ -16,16 +16,18 @@ pytest_plugins = ["tests.slurm.fixtures"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # one suite for every machine: the tests run on the CPU unless GPU tests are asked for by name
+    # the same suite runs on every machine: on the CPU, unless GPU tests are selected with `-m gpu`
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    # tiny products in this process, beside ranks that want the cores: a second thread only waits
+    # this process only runs tiny products, and the ranks need the cores: more threads would only wait
     torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--strict-skips", action="store_true", help="fail where a test is skipped for any reason but CUDA")
+    parser.addoption(
+        "--strict-skips", action="store_true", help="fail tests that are skipped for any reason but missing CUDA"
+    )
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -69,7 +71,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[RankPool]:
-    """A pool of 2 ranks, for what need not be tried at every size."""
+    """A pool of 2 ranks, for tests that don't need every world size."""
     ranks = RankPool(2)
     yield ranks
     ranks.close()

@@ -15,7 +15,7 @@ from typing import Any
 DEADLINE_SECONDS = 240
 
 PRELOADED = ["lbr_dist.learn", "lbr_dist.represent", "tests.distributed.on_ranks", "tests.faults.on_ranks"]
-"""What the ranks are forked with: imported once, where each of 25 ranks took seconds for it."""
+"""Imported once by the fork server: otherwise each of 25 ranks spends seconds on these imports."""
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
@@ -42,7 +42,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
         except BaseException:
             pipe.send((False, traceback.format_exc()))
     group.stop()
-    os._exit(0)  # libraries take seconds to take themselves down
+    os._exit(0)  # skip the libraries' shutdown, which takes seconds
 
 
 class RankPool:

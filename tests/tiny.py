@@ -16,7 +16,7 @@ FAULTS = ("large", "small", "absent", "double", "curved", "painful", "pale", "st
 
 
 def texts() -> dict[str, str]:
-    """96 documents of different lengths; each is the only one of its organ and fault."""
+    """96 documents of different lengths, one for each organ and fault."""
     return {
         f"d{i * len(FAULTS) + j}": f"Abnormally {fault} {organ}. "
         + f"The {organ} is {fault}{' compared with what is expected' * (j % 3)}."
@@ -26,7 +26,7 @@ def texts() -> dict[str, str]:
 
 
 def pairs() -> list[dict[str, object]]:
-    """A query for each document, with a document of the same organ as its negative."""
+    """A query for each document, with another document on the same organ as its negative."""
     names = list(texts())
     return [
         {
@@ -47,7 +47,7 @@ def pieces(texts: list[tuple[int, ...]], longest: int) -> list[tuple[int, ...]]:
 
 
 def write_data(folder: Path) -> None:
-    """`corpus.jsonl`, `train.jsonl` and `test.jsonl` of the above."""
+    """Write these texts and pairs as `corpus.jsonl`, `train.jsonl` and `test.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
     corpus = [{"id": name, "text": text} for name, text in texts().items()]
     parts = {"corpus": corpus, "train": pairs()[16:], "test": pairs()[:16]}
@@ -56,7 +56,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_tokenizer(folder: Path) -> int:
-    """A byte-level BPE tokenizer trained on the texts. Returns its size."""
+    """Write a byte-level BPE tokenizer trained on the texts. Returns its size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -72,7 +72,7 @@ def write_tokenizer(folder: Path) -> int:
 
 
 def write_model(folder: Path, family: str = "llama", tied: bool = True) -> Path:
-    """A two-layer causal LM of a family, in float32, with its tokenizer."""
+    """Write a two-layer causal LM of a model family, in float32, with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder)
     settings = {
@@ -95,7 +95,7 @@ def write_model(folder: Path, family: str = "llama", tied: bool = True) -> Path:
         settings |= {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
-    with torch.no_grad():  # larger than a fresh model's, so that a fault moves the output by more than rounding
+    with torch.no_grad():  # larger than usual, so that a bug changes the output by more than rounding
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.15)

@@ -1,4 +1,4 @@
-"""What the distributed tests run on every rank of a pool. Each function returns plain tensors and numbers."""
+"""What the distributed tests run on every rank of a pool. Functions return plain tensors and numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def open_engine(ranks: Ranks, config: RunConfig, stage: StageName = "learn") -> 
 
 
 def weights(ranks: Ranks, config: RunConfig) -> dict[str, Any]:
-    """Every weight, gathered; and how many elements this rank itself holds."""
+    """Every weight, gathered; and how many elements this rank holds itself."""
     engine, _ = open_engine(ranks, config)
     gathered = {}
     for name, parameter in engine.model.named_parameters():
@@ -50,7 +50,7 @@ def gradients(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def count_reductions(engine: Engine) -> list[int]:
-    """The identities of the parameters whose gradients DeepSpeed puts up for reduction from now on."""
+    """A list that gets the id of each parameter whose gradient DeepSpeed queues for reduction from now on."""
     optimizer = engine._engine.optimizer
     name = "_DeepSpeedZeroOptimizer_Stage3__add_grad_to_ipg_bucket"
     original = getattr(optimizer, name)
@@ -65,7 +65,7 @@ def count_reductions(engine: Engine) -> list[int]:
 
 
 def learn_gradients(ranks: Ranks, config: RunConfig, sequences: list[TrainingSequence]) -> dict[str, Any]:
-    """Stage 1's gradient of one global batch, its logged values, and the parameters reduced."""
+    """Stage 1's gradient for one global batch, the logged values, and the ids of the reduced parameters."""
     engine, tokenizer = open_engine(ranks, config)
     engine.train()
     single.stir(engine.model.named_parameters())
@@ -83,9 +83,9 @@ def stage(ranks: Ranks, config: RunConfig, name: str) -> bool:
 
 
 def bad_steps(ranks: Ranks, config: RunConfig, sequences: list[TrainingSequence], bad: bool) -> dict[str, Any]:
-    """Three updates, with a gradient of one rank that is not a number and one that is too large between them.
+    """Three updates; if `bad`, with NaN gradients on one rank and one too large gradient between them.
 
-    Returns the final weights, and norm and fate of each update.
+    Returns the final weights; and for each update its gradient norm, and whether it was applied.
     """
     engine, tokenizer = open_engine(ranks, config)
     engine.train()
@@ -116,7 +116,7 @@ def bad_steps(ranks: Ranks, config: RunConfig, sequences: list[TrainingSequence]
 
 
 def head_gathers(ranks: Ranks, config: RunConfig, sequences: list[TrainingSequence]) -> tuple[int, int, int]:
-    """How many rows a step has, and how often the LM head is gathered from the ranks in each of two steps."""
+    """The number of rows in a step, and how often the LM head is gathered in each of two steps."""
     engine, tokenizer = open_engine(ranks, config)
     engine.train()
     head = engine.model.language_loss.weight

@@ -26,13 +26,13 @@ def _bytes(tensors: Any) -> int:
 
 
 def _graph_bytes(engine: Engine, row: PackedRow) -> int:
-    """Bytes of all that the graph of a chunk keeps, parameters left out."""
+    """Bytes that the graph of a chunk keeps, without parameters."""
     kept: dict[int, Tensor] = {}
     parameters = list(engine.model.parameters())
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # gathered parameters have other storages each time
+        # gathered parameters get new storages each time
         if all(storage._cdata != p.untyped_storage()._cdata for p in parameters) and not hasattr(tensor, "ds_id"):
             kept[storage._cdata] = tensor
         return tensor
@@ -45,7 +45,7 @@ def _graph_bytes(engine: Engine, row: PackedRow) -> int:
 
 
 def measure(ranks: Ranks, config: RunConfig, steps: int = 3) -> dict[str, Any]:
-    """The last of a few steps, as it was and as the planner has it."""
+    """Memory and traffic of the last of a few steps, measured and planned."""
     engine, tokenizer = open_engine(ranks, config, "represent")
     engine.train()
     pairs = load_pairs(config, TextTokenizer(Path(config.model.base)))

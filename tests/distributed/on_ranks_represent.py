@@ -25,10 +25,10 @@ from tests.distributed import single
 from tests.distributed.on_ranks import count_reductions, gradients, open_engine
 
 LEARNED = 0.3
-"""By how much a temperature's logarithm has moved."""
+"""Added to the temperature's logarithm, as if it had been trained."""
 
 Break = Callable[[], Callable[[], None]]
-"""Breaks a rule of exactness, and returns what mends it."""
+"""Breaks a rule of exactness, and returns a function that restores it."""
 
 
 def represent_gradients(
@@ -38,7 +38,7 @@ def represent_gradients(
     local_world_size: int | None = None,
     broken: Break | None = None,
 ) -> dict[str, Any]:
-    """Stage 2's gradient of one step, its logged values, and the parameters reduced."""
+    """Stage 2's gradient for one step, the logged values, and the ids of the reduced parameters."""
     if local_world_size is not None:
         ranks = replace(ranks, local_world_size=local_world_size, traffic=Traffic(local_world_size))
     engine, tokenizer = open_engine(ranks, config, "represent")
@@ -47,19 +47,19 @@ def represent_gradients(
     reduced = count_reductions(engine)
     step = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
     ranks.traffic.take()
-    mend = broken() if broken else lambda: None
+    restore = broken() if broken else lambda: None
     try:
         values = step.accumulate(batches, "key")
     finally:
-        mend()
+        restore()
     result = {"values": values, "gradients": gradients(engine), "reduced": reduced, "traffic": ranks.traffic.take()}
     engine.close()
     return result
 
 
 def refused(ranks: Ranks, config: RunConfig, batch: PairBatch, value: float | None) -> tuple[str, dict[str, Any]]:
-    """The message of a step in which the last rank's first representation is `value`, and the gradient of the next
-    step; with None the first step is left out."""
+    """The error message of a step in which the last rank's first representation is `value`, and the gradient of the
+    next step. With None, that first step is left out."""
     engine, tokenizer = open_engine(ranks, config, "represent")
     engine.train()
     step = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
@@ -88,7 +88,7 @@ def refused(ranks: Ranks, config: RunConfig, batch: PairBatch, value: float | No
 
 
 def disagree(ranks: Ranks, config: RunConfig, batch: PairBatch) -> str:
-    """The message of a step for which one rank has another batch."""
+    """The error message of a step for which one rank has a different batch."""
     engine, tokenizer = open_engine(ranks, config, "represent")
     step = ContrastiveStep(engine, config, tokenizer.sink_id, ranks)
     if ranks.rank == 1:
@@ -112,9 +112,9 @@ def _dev_pairs(ranks: Ranks, config: RunConfig, engine: Engine, tokenizer: TextT
 
 
 def measure_dev(ranks: Ranks, config: RunConfig) -> dict[str, float] | None:
-    """Stage 2's measurements on the dev pairs, the same twice; None where there are none.
+    """Stage 2's measurements on the dev pairs, taken twice with the same result; None without dev pairs.
 
-    The model is untrained, but for a temperature that has moved by `LEARNED`.
+    The model is untrained, except for a temperature whose logarithm has moved by `LEARNED`.
     """
     engine, tokenizer = open_engine(ranks, config, "represent")
     engine.train(False)
@@ -129,7 +129,7 @@ def measure_dev(ranks: Ranks, config: RunConfig) -> dict[str, float] | None:
 
 
 def modes_when_measured(ranks: Ranks, config: RunConfig) -> list[bool]:
-    """Run the whole stage; whether the model was in training mode each time that the dev pairs were measured."""
+    """Run the whole stage. Returns whether the model was in training mode at each measurement of the dev pairs."""
     original, modes = DevPairs.measure, []
 
     def measure(self: DevPairs) -> dict[str, float]:
@@ -145,7 +145,7 @@ def modes_when_measured(ranks: Ranks, config: RunConfig) -> list[bool]:
 
 
 def disagree_on_dev(ranks: Ranks, config: RunConfig) -> str:
-    """The message for dev pairs of which one rank lacks one."""
+    """The error message if one rank lacks one of the dev pairs."""
     engine, tokenizer = open_engine(ranks, config, "represent")
     try:
         _dev_pairs(ranks, config, engine, tokenizer, other=ranks.rank == 1)
@@ -156,10 +156,11 @@ def disagree_on_dev(ranks: Ranks, config: RunConfig) -> str:
     return ""
 
 
-def there_and_back(
+def gather_and_reduce(
     ranks: Ranks, counts: list[int], local_world_size: int, route: Route
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Gathered rows that say their rank, a reduced gradient that counts, and the bytes that came from other nodes."""
+    """Gathered rows that hold their rank's number, a reduced gradient of row numbers times ranks, and the bytes from
+    other nodes."""
     ranks = replace(ranks, local_world_size=local_world_size, traffic=Traffic(local_world_size))
     exchange = Exchange(ranks, route)
     gathered = exchange.gather(torch.full((counts[ranks.rank], 3), float(ranks.rank)), counts)
@@ -169,7 +170,7 @@ def there_and_back(
 
 
 def stage(ranks: Ranks, config: RunConfig, spoil: int = -1) -> bool:
-    """Run the whole stage; in the step of number `spoil` one rank's representations are not numbers."""
+    """Run the whole stage; in step number `spoil`, one rank's representations are NaN."""
     original = ContrastiveStep.accumulate
 
     def accumulate(self: ContrastiveStep, batches: list[PairBatch], key: str) -> dict[str, float]:

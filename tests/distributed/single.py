@@ -1,4 +1,4 @@
-"""The single-process truth: plain PyTorch, one sequence at a time, dense float32, no engine, no packing, no cache."""
+"""The single-process reference: plain PyTorch, one sequence at a time, dense float32, no engine, packing or cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model_of(config: RunConfig) -> tuple[LBRModel, TextTokenizer]:
 
 
 def stir(parameters: Iterable[tuple[str, Any]]) -> None:
-    """Adapters begin at zero, and a posterior's slope too, which hides most of their gradients: move them."""
+    """Move parameters that start at zero (adapters, a posterior's slope), since zeros hide most of their gradients."""
     for name, parameter in parameters:
         if ".lora_B." in name or name == "posterior.weight":
             with whole(parameter, write=True) as value:
@@ -47,7 +47,7 @@ def _bottleneck(model: LBRModel) -> Tensor:
 def _forward(model: LBRModel, inputs: Tensor, positions: Tensor, seen: Tensor, hidden: int = 0) -> Tensor:
     """Last hidden states ``[tokens, d]`` of one sequence of input embeddings under a mask ``[tokens, tokens]``.
 
-    `hidden` is the length of a text that the last tokens don't see: it takes no room in their sliding window.
+    `hidden` is the length of a text that the last tokens don't see: it does not count in their sliding window.
     """
     backbone = model.backbone
     backbone.set_attn_implementation("eager")
@@ -74,7 +74,7 @@ def _causal(tokens: int) -> Tensor:
 def learn_loss(
     model: LBRModel, sequences: list[TrainingSequence], sink: int, learn: LearnConfig, noise_key: str = ""
 ) -> Tensor:
-    """L_learn of a batch, as the head of lbr_dist/learn.py writes it."""
+    """L_learn of a batch, as defined in the docstring of lbr_dist/learn.py."""
     form = learn.bottleneck
     embed, head = model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings()
     text: list[Tensor] = []
@@ -150,7 +150,7 @@ def represent_loss(model: LBRModel, batch: PairBatch, sink: int, settings: Repre
 def contrastive_loss(
     queries: Tensor, documents: Tensor, batch: PairBatch, settings: RepresentConfig, temperature: float | Tensor
 ) -> Tensor:
-    """The loss by its definition, one query at a time, each against a list of its own negatives."""
+    """The loss from its definition: one query at a time, each with a list of its own negatives."""
     losses = []
     for width in settings.prefixes or (queries.shape[1],):
         cosines = F.normalize(queries[:, :width], dim=1) @ F.normalize(documents[:, :width], dim=1).T

@@ -1,4 +1,4 @@
-"""Stage 2 on many ranks equals one process with the whole batch, at 1, 2, 3 and 4 real ZeRO-3 ranks.
+"""Stage 2 on 1, 2, 3 and 4 real ZeRO-3 ranks equals one process with the whole batch.
 
 Tolerance, float32: the largest error of a gradient is at most 2e-5 of the largest element of that gradient.
 """
@@ -31,7 +31,8 @@ ROW = 56
 
 
 def crowded(batch: PairBatch) -> PairBatch:
-    """The batch with what real ones have: a query twice, a document that answers two, a query with two answers."""
+    """The batch with what real batches contain: a query twice, a document that answers two queries, a query with two
+    answers."""
     positives = list(batch.positives)
     positives[1] = (positives[0][0],)
     positives[2] = (positives[2][0], positives[3][0], positives[5][0])
@@ -44,8 +45,8 @@ def crowded(batch: PairBatch) -> PairBatch:
 
 
 def sparse(batch: PairBatch) -> PairBatch:
-    """Five texts, no two of which fit a chunk of 30 tokens together: with any other number of ranks than one or five,
-    some have a chunk less to run."""
+    """Five texts, no two of which fit into a chunk of 30 tokens: unless there are one or five ranks, some ranks have
+    one chunk less to run."""
     texts = [text for text in batch.texts if 10 <= len(text) <= 25][:5]
     assert len(texts) == 5
     names = [str(i) for i in range(5)]
@@ -53,7 +54,7 @@ def sparse(batch: PairBatch) -> PairBatch:
 
 
 def setting(base: Path, data: Path, folder: Path, model: dict[str, Any], **settings: Any) -> RunConfig:
-    """A run with 11 pairs a batch, one hard negative each, in chunks of `ROW` tokens unless told otherwise."""
+    """A run with 11 pairs per batch, one hard negative each, in chunks of `ROW` tokens by default."""
     defaults: dict[str, Any] = {"batch_pairs": 11, "hard_negatives": 1, "chunk_tokens": ROW, "keep_graphs": 1}
     section = RepresentConfig(**(defaults | settings))
     model_config = ModelConfig(**({"base": str(base), "bottleneck_tokens": 4, "dtype": "float32"} | model))
@@ -95,7 +96,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass
 class Truth:
-    """A case's batch, and what one process makes of it."""
+    """A case's batch, and its loss and gradient in one process."""
 
     config: RunConfig
     batch: PairBatch
@@ -105,7 +106,7 @@ class Truth:
 
 @pytest.fixture(scope="module")
 def truths(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Truth]:
-    """The truth of each case, the same for every number of ranks."""
+    """The truth for each case, computed once for all numbers of ranks."""
 
     @functools.cache
     def truth(name: str) -> Truth:
@@ -126,18 +127,18 @@ def truths(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradient(pool: RankPool, truths: Callable[[str], Truth], name: str) -> None:
+def test_gradient_equals_one_process(pool: RankPool, truths: Callable[[str], Truth], name: str) -> None:
     truth = truths(name)
     settings = truth.config.represent
     plan = share_out(truth.batch, 4, settings.chunk_tokens or 0, settings.separate_sides, pool.world_size)
     if settings.chunk_tokens == ROW:
         assert len(plan.tokens) > 2, "too few chunks to need a cache"
     if name == "a rank without a chunk" and pool.world_size > 1:
-        assert min(len(rows[-1]) for rows in plan.rows) == 0, "every rank has as many: lockstep is not tested"
+        assert min(len(rows[-1]) for rows in plan.rows) == 0, "all ranks have a last chunk: lockstep is not tested"
     for result in pool.run(on_ranks.represent_gradients, config=truth.config, batches=[truth.batch]):
         values = result["values"]
         assert values["loss"] == pytest.approx(truth.loss, rel=1e-5)
-        # the text's own states come before the bottleneck, which they never see
+        # the pooled states are the text's, which come before the bottleneck and never see it
         without = ("bottleneck",) if settings.pooling == "mean" else ()
         assert_same(result["gradients"], truth.gradients, without=without)
         reduced = result["reduced"]
@@ -146,7 +147,9 @@ def test_gradient(pool: RankPool, truths: Callable[[str], Truth], name: str) -> 
         assert values["kept_graphs"] == min(len(plan.tokens), settings.keep_graphs)  # type: ignore[type-var]
 
 
-def test_batches_in_one_step(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_gradient_accumulation_is_the_mean_over_batches(
+    pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     """Gradient accumulation: the mean of whole contrastive batches' gradients, reduced once."""
     config = setting(tiny_model, tiny_data, tmp_path, {}, grad_accum=3)
     model, tokenizer = single.model_of(config)
@@ -171,7 +174,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_engine_changes_nothing(
+def test_engine_settings_change_no_gradient(
     two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, name: str
 ) -> None:
     model_settings, engine = VARIANTS[name]
@@ -189,7 +192,7 @@ def test_engine_changes_nothing(
 def test_adapters_and_their_dropout(
     pool: RankPool, tiny_data: Path, tmp_path: Path, tied: bool, checkpointing: bool
 ) -> None:
-    """LoRA's dropout is drawn alike in both passes. The truth is one graph over the same chunks and the same draws."""
+    """LoRA's dropout is the same in both passes. The truth is one graph over the same chunks with the same draws."""
     base = tiny.write_model(tmp_path / "base", tied=tied)
     lora = LoraConfig(rank=3, alpha=6.0, dropout=0.3)
     config = setting(base, tiny_data, tmp_path / "run", {"lora": lora, "activation_checkpointing": checkpointing})
@@ -217,25 +220,25 @@ def test_adapters_and_their_dropout(
 
 @pytest.mark.parametrize("route", ["flat", "two_level"])
 @pytest.mark.parametrize("counts", [(3, 0, 2, 1), (2, 2, 2, 2)], ids=["uneven", "even"])
-def test_rows_there_and_back(pool: RankPool, route: Any, counts: tuple[int, ...]) -> None:
-    """On one node; on two nodes of two where there are four ranks."""
+def test_rows_are_gathered_and_gradients_reduced(pool: RankPool, route: Any, counts: tuple[int, ...]) -> None:
+    """On one node; with four ranks, on two nodes of two ranks."""
     mine = list(counts[: pool.world_size])
     local = 2 if pool.world_size == 4 else pool.world_size
     places = torch.arange(float(sum(mine)))[:, None].repeat(1, 3)
     factor = sum(range(1, pool.world_size + 1))
     expected = torch.cat([torch.full((n, 3), float(rank)) for rank, n in enumerate(mine)])
-    results = pool.run(on_ranks.there_and_back, counts=mine, local_world_size=local, route=route)
+    results = pool.run(on_ranks.gather_and_reduce, counts=mine, local_world_size=local, route=route)
     for rank, (gathered, reduced, between) in enumerate(results):
         assert torch.equal(gathered, expected)
         assert torch.equal(reduced, (places * factor).split(mine)[rank])
-        # of rows of 12 bytes: from two ranks of the other node, or each once a node
+        # rows have 12 bytes; each node receives them from both ranks of the other node, per rank or once per node
         most = max(mine)
         assert between == (0 if local == pool.world_size else 2 * 12 * most * (2 if route == "flat" else 1))
 
 
 @pytest.mark.parametrize("pool", [4], indirect=True, ids=["4ranks"])
 def test_two_levels_give_the_same_gradient(tiny_model: Path, tiny_data: Path, tmp_path: Path, pool: RankPool) -> None:
-    """On two nodes of two ranks each."""
+    """On two nodes with two ranks each."""
     config = setting(tiny_model, tiny_data, tmp_path, {}, exchange="auto", symmetric=True)
     model, tokenizer = single.model_of(config)
     batch = crowded(load_pairs(config, tokenizer).batch(config.represent, 0, seed=5))
@@ -248,7 +251,7 @@ def test_two_levels_give_the_same_gradient(tiny_model: Path, tiny_data: Path, tm
 def test_the_number_of_kept_graphs_changes_no_bit(
     two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """So that a resumed run may plan otherwise than the one that was saved."""
+    """So a resumed run may plan differently from the run that saved the checkpoint."""
     found = []
     for kept in (1, 2, 99):
         config = setting(tiny_model, tiny_data, tmp_path, {}, keep_graphs=kept)
@@ -260,12 +263,12 @@ def test_the_number_of_kept_graphs_changes_no_bit(
 
 
 def test_bfloat16(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """In bfloat16 the chunks' gradients add up in bfloat16. The error of all gradients together, as a share of their
-    norm, against float32: at most 0.03, and no more than 1.2 times as much in many chunks as in one."""
+    """In bfloat16 the chunks' gradients are summed in bfloat16. The error of all gradients together against float32, as
+    a share of their norm, is at most 0.03, and with many chunks at most 1.2 times that with one."""
     settings = {"batch_pairs": 80, "hard_negatives": 0}
     exact = setting(tiny_model, tiny_data, tmp_path, {}, chunk_tokens=30, **settings)
     model, tokenizer = single.model_of(exact)
-    with torch.no_grad():  # the weights that bfloat16 can hold, so that only the arithmetic differs
+    with torch.no_grad():  # round the weights to bfloat16, so that only the arithmetic differs
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
     batch = load_pairs(exact, tokenizer).batch(exact.represent, 0, seed=5)

@@ -1,5 +1,5 @@
 """What stage 2 measures on dev pairs equals plain PyTorch, one text at a time, at 1, 2, 3 and 4 ranks; and measuring
-leaves the training as it was."""
+does not change the training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def with_dev(config: RunConfig, path: Path) -> RunConfig:
-    """The run with the 19 pairs at `path`: the tiny test pairs, one query three times, and one with two answers."""
+    """The run with 19 dev pairs at `path`: the tiny test pairs, one query three more times, one with two answers."""
     rows = tiny.pairs()[:16]
     rows[3]["positive_ids"] = ["d3", "d5"]
     rows += [rows[7] | {"id": f"again{i}", "positive_ids": [f"d{i}"]} for i in (20, 40, 60)]
@@ -53,7 +53,7 @@ def with_dev(config: RunConfig, path: Path) -> RunConfig:
 
 
 def places(queries: Tensor, documents: Tensor, batch: PairBatch) -> list[int]:
-    """Each query's own document in a list of all documents that do not answer it too, the most similar first."""
+    """The rank of each query's own document by similarity, without the other documents that answer the query."""
     cosines = F.normalize(queries, dim=1) @ F.normalize(documents, dim=1).T
     found = []
     for row, (own, *known) in enumerate(batch.positives):
@@ -66,7 +66,7 @@ def places(queries: Tensor, documents: Tensor, batch: PairBatch) -> list[int]:
 def truths(
     tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[RunConfig, dict[str, float]]]:
-    """The run of each case, and what one process measures, the same for every number of ranks."""
+    """The run of each case, and what one process measures, computed once for all numbers of ranks."""
 
     @functools.cache
     @torch.no_grad()
@@ -102,28 +102,36 @@ def truths(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_measured(pool: RankPool, truths: Callable[[str], tuple[RunConfig, dict[str, float]]], name: str) -> None:
+def test_measurements_equal_one_process(
+    pool: RankPool, truths: Callable[[str], tuple[RunConfig, dict[str, float]]], name: str
+) -> None:
     config, expected = truths(name)
     assert len(set(expected.values())) == 3
     for values in pool.run(on_ranks.measure_dev, config=config):
         assert values == pytest.approx(expected, rel=1e-5)
 
 
-def test_nothing_to_measure(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_nothing_is_measured_without_dev_pairs(
+    two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     config = setting(tiny_model, tiny_data, tmp_path, {})
     never = with_dev(setting(tiny_model, tiny_data, tmp_path, {}, diagnose_every=0), tmp_path / "dev.jsonl")
     for nothing in (config, never):
         assert two_ranks.run(on_ranks.measure_dev, config=nothing) == [None, None]
 
 
-def test_ranks_with_different_pairs(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_ranks_with_different_dev_pairs_are_refused(
+    two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     config = with_dev(setting(tiny_model, tiny_data, tmp_path, {}), tmp_path / "dev.jsonl")
     for message in two_ranks.run(on_ranks.disagree_on_dev, config=config):
         assert "the ranks disagree on the dev pairs" in message and "same files" in message
 
 
-def test_measuring_changes_nothing(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """Two stages, with dev pairs and without: every step is the same bit for bit, dropout included."""
+def test_measuring_does_not_change_the_training(
+    two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The stage with and without dev pairs: every step is the same bit for bit, dropout included."""
     model = {"lora": LoraConfig(rank=2, dropout=0.2)}
     options: dict[str, Any] = {"steps": 5, "diagnose_every": 2, "learn_temperature": True, "symmetric": True}
     options["optimizer"] = OptimizerConfig(lr=3e-3, schedule="constant", warmup_fraction=0.0)
@@ -138,13 +146,13 @@ def test_measuring_changes_nothing(two_ranks: RankPool, tiny_model: Path, tiny_d
     assert [row["step"] for row in rows if keys <= set(row)] == [0, 2, 4, 5]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5] and not any(keys & set(row) for row in plain)
     losses = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
-    assert len(set(losses)) == 4, "it is not the model of now that is measured"
-    assert losses[-1] < losses[0], "what is learned does not carry over to the dev pairs"
+    assert len(set(losses)) == 4, "the current model is not the one that is measured"
+    assert losses[-1] < losses[0], "the loss on the dev pairs does not fall"
     kept = Checkpoints(measured.stage_path("represent") / "checkpoints").complete()
     assert kept[-1].step == 5 and kept[-1].score == losses[-1]
 
 
-def test_the_model_is_in_evaluation_mode(
+def test_the_model_is_measured_in_evaluation_mode(
     two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     config = with_dev(setting(tiny_model, tiny_data, tmp_path, {}, steps=2, diagnose_every=1), tmp_path / "dev.jsonl")
@@ -154,13 +162,13 @@ def test_the_model_is_in_evaluation_mode(
 def test_ranks_of_positives() -> None:
     unit = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0], [0.0, 5.0]])
     queries = torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    # best first; second to one that answers too; beside its equal; last
+    # first; behind another positive; tied with its equal; last
     positives = torch.tensor([[0, -1], [1, 0], [4, -1], [0, -1]])
     assert ranks_of_positives(queries, unit, positives).tolist() == [1, 1, 2, 5]
     many = ranks_of_positives(queries.repeat(200, 1), unit, positives.repeat(200, 1))
     assert many.tolist() == [1, 1, 2, 5] * 200
     assert ranks_of_positives(queries[:0], unit, positives[:0]).shape == (0,)
-    # a model that gives everything one vector has found nothing
+    # if all vectors are the same, the positive ranks last
     assert ranks_of_positives(torch.ones(3, 2), torch.ones(9, 2), torch.arange(3)[:, None]).tolist() == [9] * 3
     lost = ranks_of_positives(torch.full((1, 2), math.nan), torch.ones(9, 2), torch.zeros(1, 1, dtype=torch.int64))
     assert lost.tolist() == [10]

@@ -20,7 +20,9 @@ from tests.ranks import RankPool
 
 @pytest.mark.parametrize("form", ["mask", "reinject"])
 @torch.no_grad()
-def test_diagnostics(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, form: str) -> None:
+def test_diagnostics_equal_one_process(
+    pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, form: str
+) -> None:
     config = tiny_run(tmp_path, tiny_model, tiny_data)
     config = dataclasses.replace(config, learn=dataclasses.replace(config.learn, bottleneck=form, text_weight=0.0))
     model, tokenizer = single.model_of(config)
@@ -55,7 +57,7 @@ def test_diagnostics(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path
 
 def test_effective_rank() -> None:
     directions = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0))).Q
-    both = torch.cat([directions[:5], -directions[:5]])  # centred, five directions of one strength
+    both = torch.cat([directions[:5], -directions[:5]])  # centred, five directions with equal strength
     assert effective_rank(both) == pytest.approx(5.0)
     assert effective_rank(torch.ones(4, 3)) == pytest.approx(1.0)
     line = torch.linspace(-1, 1, 9)[:, None] * directions[0]

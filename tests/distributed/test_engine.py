@@ -1,4 +1,4 @@
-"""Settings of the engine that must change memory and speed alone, and the optimizer's groups."""
+"""Engine settings change only memory and speed; bad steps are skipped; the optimizer's groups and learning rate."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_settings_change_no_result(two_ranks: RankPool, plain: RunConfig, tmp_pa
 def test_activation_checkpointing_changes_no_result(
     two_ranks: RankPool, plain: RunConfig, tmp_path: Path, rank: int
 ) -> None:
-    """Also with dropout in the adapters, whose random numbers must be drawn again."""
+    """Also with dropout in the adapters: the recomputation must draw the same random numbers."""
     found = []
     for on in (False, True):
         lora = LoraConfig(rank=rank, dropout=0.2 if rank else 0.0)
@@ -71,8 +71,8 @@ def test_activation_checkpointing_changes_no_result(
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_text_of_its_own(two_ranks: RankPool, plain: RunConfig, tmp_path: Path) -> None:
-    """Stage 1 from a folder of files without ids, some of whose documents are no text."""
+def test_a_separate_corpus_for_stage_1(two_ranks: RankPool, plain: RunConfig, tmp_path: Path) -> None:
+    """A folder of files without ids, in which some documents are empty or binary."""
     folder = tmp_path / "text"
     folder.mkdir()
     texts = [*tiny.texts().values(), "", "\x00\x01binary"]
@@ -81,11 +81,11 @@ def test_text_of_its_own(two_ranks: RankPool, plain: RunConfig, tmp_path: Path) 
     data = dataclasses.replace(plain.data, corpus="not read", learn_corpus=str(folder), cache_dir=str(tmp_path / "c"))
     config = dataclasses.replace(plain, run_dir=str(tmp_path / "run"), data=data)
     two_ranks.run(on_ranks.stage, config=config, name="learn")
-    assert losses(config) == losses(plain), "the same texts in the same order"
+    assert losses(config) == losses(plain), "the texts or their order differ"
 
 
-def test_adapters_under_zero(two_ranks: RankPool, plain: RunConfig, tmp_path: Path) -> None:
-    """Checkpoint, export and frozen weights of a run with LoRA: only what has an adapter changes."""
+def test_only_layers_with_adapters_change(two_ranks: RankPool, plain: RunConfig, tmp_path: Path) -> None:
+    """After a whole stage with LoRA, the export differs from the base only in the layers with adapters."""
     model = dataclasses.replace(plain.model, lora=LoraConfig(rank=2, dropout=0.1, targets=("v_proj",)))
     config = dataclasses.replace(plain, run_dir=str(tmp_path), model=model)
     two_ranks.run(on_ranks.stage, config=config, name="learn")
@@ -102,8 +102,10 @@ def test_adapters_under_zero(two_ranks: RankPool, plain: RunConfig, tmp_path: Pa
 SEQUENCES = [TrainingSequence((5, 6, 7, 8, 9 + i), 4, (20, 21 + i, 22)) for i in range(9)]
 
 
-def test_bad_gradients_change_nothing(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """Not finite on one rank, or too large: skipped by every rank, and the run goes on as if it had never been."""
+def test_steps_with_bad_gradients_are_skipped(
+    pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """If a gradient is not finite on one rank, or too large, all ranks skip the step, and it leaves no trace."""
     config = tiny_run(tmp_path, tiny_model, tiny_data)
     good, bad = (pool.run(on_ranks.bad_steps, config=config, sequences=SEQUENCES, bad=flag) for flag in (False, True))
     assert [applied for _, applied in good[0]["updates"]] == [True] * 3
@@ -126,7 +128,7 @@ def test_the_head_is_gathered_once_a_step(two_ranks: RankPool, tiny_data: Path, 
     for rows, first, second in two_ranks.run(on_ranks.head_gathers, config=config, sequences=SEQUENCES):
         assert rows >= 3
         if resident:
-            # the first step, in which DeepSpeed takes note of the order of things, may do without
+            # in the first step, DeepSpeed still records the order of modules, and may gather more often
             assert second == 1 and first <= rows + 1
         else:
             assert second >= rows, "the test sees no gather"
@@ -136,13 +138,13 @@ def test_spike_guard(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     guard = SpikeGuard(OptimizerConfig(spike_factor=4.0, most_skipped=3))
     for step in range(16):
-        assert guard.largest_norm == math.inf, "too few norms to tell"
+        assert guard.largest_norm == math.inf, "too few norms so far"
         guard.observe(Update(1.0 + step % 3, True), "learn", step, checkpoints)
     assert guard.largest_norm == 8.0
     resumed = SpikeGuard(guard.optimizer, list(guard.norms))
     assert resumed.largest_norm == 8.0
     guard.observe(Update(50.0, False), "learn", 17, checkpoints)
-    assert guard.largest_norm == 8.0, "a skipped step says nothing of the usual"
+    assert guard.largest_norm == 8.0, "a skipped step must not change the limit"
     guard.observe(Update(2.0, True), "learn", 18, checkpoints)
     guard.observe(Update(50.0, False), "learn", 19, checkpoints)
     guard.observe(Update(math.inf, False), "learn", 20, checkpoints)
@@ -151,8 +153,8 @@ def test_spike_guard(tmp_path: Path) -> None:
     assert SpikeGuard(OptimizerConfig(spike_factor=0.0), [1.0] * 30).largest_norm == math.inf
 
 
-def test_clipping_is_always_written_out() -> None:
-    # DeepSpeed clips at 1.0 unless it is told
+def test_clipping_is_always_set() -> None:
+    # by default DeepSpeed clips at 1.0
     assert deepspeed_config(EngineConfig(), "bfloat16", 0.0)["gradient_clipping"] == 0.0
     assert deepspeed_config(EngineConfig(), "bfloat16", 0.3)["gradient_clipping"] == 0.3
 

@@ -1,4 +1,4 @@
-"""Stage 1 on many ranks equals one process, at 1, 2, 3 and 4 real ZeRO-3 ranks; `test_contrastive.py` has stage 2.
+"""Stage 1 on 1, 2, 3 and 4 real ZeRO-3 ranks equals one process; `test_contrastive.py` tests stage 2.
 
 Tolerance, float32: the largest error of a gradient is at most 2e-5 of the largest element of that gradient.
 """
@@ -32,7 +32,7 @@ def assert_same(found: single.Gradients, expected: single.Gradients, without: tu
         if name in without:
             assert found[name].abs().max() == 0 == gradient.abs().max()
             continue
-        assert gradient.abs().max() > 0, f"{name} has no gradient: the test would see nothing"
+        assert gradient.abs().max() > 0, f"{name} has no gradient: the test would check nothing"
         error = (found[name] - gradient).abs().max() / gradient.abs().max()
         assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
 
@@ -42,7 +42,7 @@ def learn_batch(tokenizer: object, learn: LearnConfig, k: int) -> list[TrainingS
     return LearnData(texts, [], drop_id=1).batch(learn, k, step=0, seed=5)
 
 
-def test_weights_are_the_files(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_sharded_weights_equal_the_files(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_run(tmp_path, tiny_model, tiny_data)
     truth = load_file(tiny_model / "model.safetensors")
     reference, _ = single.model_of(config)
@@ -51,7 +51,7 @@ def test_weights_are_the_files(pool: RankPool, tiny_model: Path, tiny_data: Path
         assert set(found) == set(truth)
         assert all(torch.equal(found[name], truth[name]) for name in truth)
         assert torch.equal(result["weights"]["bottleneck"], reference.bottleneck)
-        # rotary tables stay in float32 and exact under the sharding context
+        # rotary tables must stay exact, in float32, in the sharding context
         for name, buffer in reference.named_buffers():
             assert torch.equal(result["buffers"][name], buffer), name
         share = result["held"] / result["total"]
@@ -59,7 +59,9 @@ def test_weights_are_the_files(pool: RankPool, tiny_model: Path, tiny_data: Path
 
 
 @pytest.mark.parametrize("form", ["mask", "reinject", "none"])
-def test_learn_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, form: str) -> None:
+def test_gradient_equals_one_process(
+    pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, form: str
+) -> None:
     learn = LearnConfig(
         bottleneck=form,  # type: ignore[arg-type]
         batch_texts=13,
@@ -81,8 +83,8 @@ def test_learn_gradient(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_p
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gemma3_text"])
-def test_every_family(two_ranks: RankPool, tiny_data: Path, tmp_path: Path, family: str) -> None:
-    """Sharded loading and stage 1's gradient for the other families; qwen2 with an LM head of its own."""
+def test_other_model_families(two_ranks: RankPool, tiny_data: Path, tmp_path: Path, family: str) -> None:
+    """Sharded loading and stage 1's gradient for the other families; qwen2 with an untied LM head."""
     base = tiny.write_model(tmp_path / "base", family, tied=family != "qwen2")
     config = tiny_run(tmp_path, base, tiny_data)
     model, tokenizer = single.model_of(config)
@@ -95,7 +97,7 @@ def test_every_family(two_ranks: RankPool, tiny_data: Path, tmp_path: Path, fami
 
 
 def test_a_grown_vocabulary(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """A base with a domain's words in its vocabulary: its tables are sharded and trained like any other."""
+    """A base model with domain words in its vocabulary: its tables are sharded and trained like any other."""
     base = tmp_path / "base"
     texts = [f"Glycerophospholipid hydroxylation of the {o}: {f}." for o in tiny.ORGANS for f in tiny.FAULTS]
     corpus = tmp_path / "words.jsonl"
@@ -123,7 +125,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_objective(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, name: str) -> None:
+def test_gradient_with_other_objectives(
+    pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, name: str
+) -> None:
     learn = LearnConfig(batch_texts=13, max_text_tokens=40, row_tokens=192, **OBJECTIVES[name])
     config = tiny_run(tmp_path, tiny_model, tiny_data, learn=learn)
     model, tokenizer = single.model_of(config)
@@ -132,7 +136,7 @@ def test_objective(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: 
     plain = dataclasses.replace(learn, kl_weight=0.0, z_loss=0.0)
     without = single.learn_loss(model, sequences, tokenizer.sink_id, plain, "noise")
     loss = single.learn_loss(model, sequences, tokenizer.sink_id, learn, "noise")
-    assert abs(float((loss - without).detach())) > 0.1, "the term weighs nothing"
+    assert abs(float((loss - without).detach())) > 0.1, "the term has no effect"
     expected = single.gradients(model, loss)
     for result in pool.run(on_ranks.learn_gradients, config=config, sequences=sequences):
         assert result["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -140,8 +144,8 @@ def test_objective(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_adapters(pool: RankPool, tiny_data: Path, tmp_path: Path, tied: bool) -> None:
-    """With LoRA the gradients of adapters and bottleneck are exact, and nothing else has one."""
+def test_gradient_with_adapters(pool: RankPool, tiny_data: Path, tmp_path: Path, tied: bool) -> None:
+    """With LoRA the gradients of adapters and bottleneck are exact, and nothing else has a gradient."""
     base = tiny.write_model(tmp_path / "base", tied=tied)
     lora = LoraConfig(rank=3, alpha=6.0)
     config = tiny_run(tmp_path, base, tiny_data, model=dataclasses.replace(_model(base, 4), lora=lora))

@@ -57,8 +57,8 @@ def test_a_killed_mining_resumes_on_another_number_of_ranks(
     two_ranks: RankPool, tiny_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     alone, killed = tmp_path / "one.jsonl", tmp_path / "killed.jsonl"
-    mine_on(Ranks.alone(), chosen(tiny_data, alone, tiny_model, unit=1))
-    path = chosen(tiny_data, killed, tiny_model, unit=1)
+    mine_on(Ranks.alone(), prepared(tiny_data, alone, tiny_model, unit=1))
+    path = prepared(tiny_data, killed, tiny_model, unit=1)
     process = subprocess.Popen([sys.executable, "-m", "lbr_dist.launch.worker", "negatives", str(path)])
     deadline = time.monotonic() + DEADLINE_SECONDS
     while len(list(path.parent.glob("*.npy"))) < 3:

@@ -1,4 +1,4 @@
-"""The planner's bytes against measured ones, on two real ranks: tensors within 10 %, traffic within 1 %."""
+"""Planned bytes compared with measured bytes on two real ranks: tensors within 10 %, traffic within 1 %."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.distributed import on_ranks_plan as on_ranks
 from tests.ranks import RankPool
 
 WHOLE, A_LAYER, AGAIN = 10**9, 60_000, 0
-"""`engine.live_elements`: gathered once a step, or for every pass; with room for a layer, a recomputed layer may stay
-until its backward pass."""
+"""Values of `engine.live_elements`: parameters are gathered once per step (`WHOLE`) or for every pass (`AGAIN`). With
+`A_LAYER` they are too, but a recomputed layer may stay until its backward pass."""
 
 
 def write_model(folder: Path, family: str, tied: bool) -> Path:
-    """Three layers, wide enough that the constants don't count."""
+    """Write a model with three layers, wide enough that constant terms are negligible."""
     folder.mkdir(parents=True)
     config = AutoConfig.for_model(
         family,
@@ -72,7 +72,7 @@ def setting(base: Path, data: Path, folder: Path, engine: dict[str, Any], **mode
         (True, AGAIN, 2),
     ],
 )
-def test_traffic(
+def test_planned_traffic_equals_measured(
     two_ranks: RankPool, llama: Path, tiny_data: Path, tmp_path: Path, checkpointed: bool, live: int, kept: int
 ) -> None:
     engine = {"live_elements": live}
@@ -84,7 +84,7 @@ def test_traffic(
 
 
 @pytest.mark.parametrize(("checkpointed", "kept"), [(False, 2), (True, 1), (True, 2), (True, 99)])
-def test_what_is_gathered_for_nothing_is_bounded(
+def test_unused_prefetches_are_bounded(
     two_ranks: RankPool, llama: Path, tiny_data: Path, tmp_path: Path, checkpointed: bool, kept: int
 ) -> None:
     engine = {"live_elements": A_LAYER, "prefetch_elements": 500}
@@ -95,7 +95,7 @@ def test_what_is_gathered_for_nothing_is_bounded(
 
 
 @pytest.mark.parametrize("name", ["lora", "always whole", "bfloat16"])
-def test_traffic_of_other_settings(
+def test_planned_traffic_with_other_settings(
     two_ranks: RankPool, llama: Path, tiny_data: Path, tmp_path: Path, name: str
 ) -> None:
     models: dict[str, dict[str, Any]] = {"lora": {"lora": LoraConfig(rank=4)}, "bfloat16": {"dtype": "bfloat16"}}
@@ -106,7 +106,9 @@ def test_traffic_of_other_settings(
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "tied", "lora", "bfloat16"])
-def test_memory(two_ranks: RankPool, llama: Path, tiny_data: Path, tmp_path: Path, name: str) -> None:
+def test_planned_memory_equals_measured(
+    two_ranks: RankPool, llama: Path, tiny_data: Path, tmp_path: Path, name: str
+) -> None:
     base = llama
     if name in ("qwen3", "tied"):
         base = write_model(tmp_path / "model", "llama" if name == "tied" else name, tied=name == "tied")
@@ -116,5 +118,5 @@ def test_memory(two_ranks: RankPool, llama: Path, tiny_data: Path, tmp_path: Pat
         for kind in ("shards", "optimizer", "gradients"):
             assert found[kind] == pytest.approx(found[f"{kind}, planned"], rel=0.1), kind
         planned = graph_bytes(config.model, base, "cpu", found["lengths"]).graph(found["tokens"])
-        # tighter than what is promised: the probabilities are a twentieth of it
+        # tighter than the promised 10 %, because the probabilities are only a twentieth of it
         assert found["graph"] == pytest.approx(planned, rel=0.02)

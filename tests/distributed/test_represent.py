@@ -26,10 +26,10 @@ def entries(config: RunConfig) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_an_unusable_representation(
+def test_a_step_with_an_unusable_representation_is_skipped(
     two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, value: float
 ) -> None:
-    """Every rank refuses the step and names the text; the next step is as if it had never been."""
+    """All ranks refuse the step and name the text; the next step is not affected."""
     config = setting(tiny_model, tiny_data, tmp_path, {}, keep_graphs=2)
     _, tokenizer = single.model_of(config)
     batch = load_pairs(config, tokenizer).batch(config.represent, 0, seed=5)
@@ -42,7 +42,9 @@ def test_an_unusable_representation(
     assert all(torch.equal(found[name], gradient) for name, gradient in undisturbed.items())
 
 
-def test_ranks_with_different_batches(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_ranks_with_different_batches_are_refused(
+    two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     config = setting(tiny_model, tiny_data, tmp_path, {})
     _, tokenizer = single.model_of(config)
     batch = load_pairs(config, tokenizer).batch(config.represent, 0, seed=5)
@@ -50,7 +52,7 @@ def test_ranks_with_different_batches(two_ranks: RankPool, tiny_model: Path, tin
         assert "the ranks disagree on the global batch" in message and "same files" in message
 
 
-def test_what_is_logged(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_every_step_logs_its_values(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     config = setting(tiny_model, tiny_data, tmp_path, {}, steps=4, learn_temperature=True, symmetric=True, grad_accum=2)
     two_ranks.run(on_ranks.stage, config=config, spoil=2)
     found = entries(config)
@@ -71,7 +73,7 @@ def test_what_is_logged(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, 
 def test_a_resumed_stage_takes_the_same_batches(
     two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """With a learned temperature, dropout in two passes and other kept graphs after the restart: bit for bit."""
+    """Bit for bit: with a learned temperature, dropout in two passes, and other kept graphs after the restart."""
     model = {"lora": LoraConfig(rank=2, dropout=0.2)}
     optimizer = OptimizerConfig(lr=3e-3, schedule="constant", warmup_fraction=0.0)
 
@@ -87,7 +89,7 @@ def test_a_resumed_stage_takes_the_same_batches(
     assert run("halves", steps=4, keep_graphs=3) == whole
 
 
-def test_it_learns(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_the_loss_falls(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_run(tmp_path, tiny_model, tiny_data)
     represent = dataclasses.replace(config.represent, steps=12, batch_pairs=24)
     learn = dataclasses.replace(config.learn, steps=0)

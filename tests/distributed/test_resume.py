@@ -1,4 +1,4 @@
-"""A stage that is resumed ends as the one that was never interrupted: the same losses, bit for bit, the same model."""
+"""A resumed stage ends like one that was never interrupted: with the same losses, bit for bit, and the same model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def losses(config: RunConfig, stage: str) -> list[tuple[int, float, float]]:
 
 
 @pytest.mark.parametrize("stage", ["learn", "represent"])
-def test_resume(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, stage: str) -> None:
+def test_a_resumed_stage_equals_an_uninterrupted_one(
+    two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, stage: str
+) -> None:
     whole = tiny_run(tmp_path / "whole", tiny_model, tiny_data)
     if stage == "represent":
         whole = dataclasses.replace(whole, learn=dataclasses.replace(whole.learn, steps=0))
@@ -41,7 +43,7 @@ def test_resume(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_old_checkpoints_go(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     keep_one = CheckpointConfig(every_steps=1, keep=1)
     config = tiny_run(tmp_path, tiny_model, tiny_data, checkpoint=keep_one)
     two_ranks.run(on_ranks.stage, config=config, name="learn")
@@ -50,8 +52,10 @@ def test_old_checkpoints_go(two_ranks: RankPool, tiny_model: Path, tiny_data: Pa
     assert json.loads((folder / "latest.json").read_text())["step"] == 4
 
 
-def test_by_the_clock(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """A checkpoint where so much time has passed since the last, whatever the steps."""
+def test_checkpoints_are_also_saved_by_time(
+    two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """A checkpoint is saved when `every_minutes` have passed since the last one, whatever `every_steps` is."""
     for minutes, steps in ((1e-6, [1, 2, 3, 4]), (None, [4])):
         settings = CheckpointConfig(every_steps=1000, every_minutes=minutes, keep=9)
         config = tiny_run(tmp_path / str(minutes), tiny_model, tiny_data, checkpoint=settings)
@@ -59,9 +63,9 @@ def test_by_the_clock(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tm
         assert Checkpoints(config.stage_path("learn") / "checkpoints").steps() == steps
 
 
-def test_the_best_stay(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """Those with the lowest held-out loss, which is then measured with every checkpoint."""
-    optimizer = OptimizerConfig(lr=0.5, schedule="constant", warmup_fraction=0.0)  # worse with every step
+def test_the_best_checkpoint_is_kept(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The one with the lowest held-out loss, which is measured for every checkpoint with `keep_best`."""
+    optimizer = OptimizerConfig(lr=0.5, schedule="constant", warmup_fraction=0.0)  # so large that the loss rises
     settings = CheckpointConfig(every_steps=1, keep=1, keep_best=1)
     config = tiny_run(tmp_path, tiny_model, tiny_data, checkpoint=settings)
     config = dataclasses.replace(config, learn=dataclasses.replace(config.learn, optimizer=optimizer))
@@ -70,6 +74,6 @@ def test_the_best_stay(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, t
     scores = {row["step"]: row["heldout_target_loss"] for row in rows if row["step"]}
     assert len(scores) == 4
     best = min(scores, key=scores.__getitem__)
-    assert best != 4, "the test wants a best one that is not the last"
+    assert best != 4, "the test needs a best checkpoint that is not the last"
     found = Checkpoints(config.stage_path("learn") / "checkpoints")
     assert {manifest.step: manifest.score for manifest in found.complete()} == {best: scores[best], 4: scores[4]}

@@ -1,6 +1,6 @@
-"""Each rule that stage 2's exactness rests on, broken on purpose: the gradient is no longer the single process's.
+"""Each rule that stage 2's exactness depends on, broken on purpose: the gradient no longer equals one process's.
 
-So no rule can be lost without `test_contrastive.py` seeing it.
+So `test_contrastive.py` detects the loss of any of these rules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _patched(owner: Any, name: str, broken: Any) -> Callable[[], None]:
 
 
 def no_remote_terms() -> Callable[[], None]:
-    """A document's gradient is that of its own rank's queries alone."""
+    """A document's gradient comes only from its own rank's queries."""
 
     def reduce(self: Exchange, gradient: torch.Tensor, counts: list[int]) -> torch.Tensor:
         return gradient.split(list(counts))[self.ranks.rank]
@@ -64,12 +64,12 @@ def mean_over_ranks() -> Callable[[], None]:
 
 
 def other_dropout() -> Callable[[], None]:
-    """The second pass draws other dropout than the first."""
+    """The second pass draws different dropout from the first."""
     return _patched(grad_cache, "seed_chunk", lambda key, number: None)
 
 
 def the_last_chunk_only() -> Callable[[], None]:
-    """A chunk's gradient takes the place of the one before it."""
+    """A chunk's gradient replaces that of the chunk before it."""
     original = Engine.backward
 
     def backward(self: Engine, loss: torch.Tensor) -> None:
@@ -81,13 +81,13 @@ def the_last_chunk_only() -> Callable[[], None]:
 
 
 def other_order() -> Callable[[], None]:
-    """The gathered rows are in another order than the columns say."""
+    """The gathered rows are not in the order of the columns."""
     original = Exchange.gather
     return _patched(Exchange, "gather", lambda self, rows, counts: original(self, rows, counts).flip(0))
 
 
 def own_temperature() -> Callable[[], None]:
-    """The temperature's gradient is that of one rank's queries."""
+    """The temperature's gradient comes only from one rank's queries."""
     original = represent.surrogate
 
     def surrogate(scale: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def own_temperature() -> Callable[[], None]:
 
 
 def no_masks() -> Callable[[], None]:
-    """Known positives of a query are its negatives too."""
+    """A query's other known positives are among its negatives."""
     original = loss.padded
     return _patched(loss, "padded", lambda columns: original([row[:1] for row in columns]))
 
@@ -130,20 +130,24 @@ def largest_error(expected: single.Gradients, found: single.Gradients) -> float:
 
 
 @pytest.mark.parametrize("broken", RULES, ids=lambda rule: rule.__name__)
-def test_a_broken_rule_is_seen(
+def test_a_broken_rule_gives_a_wrong_gradient(
     two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, broken: on_ranks.Break
 ) -> None:
     expected, found = expected_and_found(two_ranks, tiny_model, tiny_data, tmp_path, broken)
     assert largest_error(expected, found) > 100 * TOLERANCE
 
 
-def test_unbroken(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """The same comparison, with nothing broken: what makes the others say something."""
+def test_without_a_broken_rule_the_gradient_is_exact(
+    two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The same comparison with nothing broken: without it the other tests would prove nothing."""
     assert largest_error(*expected_and_found(two_ranks, tiny_model, tiny_data, tmp_path, None)) < TOLERANCE
 
 
-def test_other_dropout_is_seen(two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """With graphs kept and without, dropout is alike: unless the second pass draws its own."""
+def test_other_dropout_in_the_second_pass_gives_a_wrong_gradient(
+    two_ranks: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Dropout is the same with and without kept graphs, unless the second pass draws its own."""
     from lbr_dist.config import LoraConfig
 
     found = []

@@ -1,4 +1,4 @@
-"""Work in slices, on 1 to 4 ranks: the files of one process, whoever made which part."""
+"""Encoding and tokenising, split over 1 to 4 ranks: the files equal those of one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ranks import RankPool
 
 
 def encode_on(ranks: Ranks, job: EncodeJob) -> tuple[list[str], int]:
-    """What was said, and how many parts this rank made."""
+    """The printed lines, and how many parts this rank made."""
     said: list[str] = []
     with patch.object(collection, "_write_part", wraps=collection._write_part) as write:
         encode_collection(job, ranks, said.append)
@@ -25,7 +25,7 @@ def encode_on(ranks: Ranks, job: EncodeJob) -> tuple[list[str], int]:
 
 
 def tokens_on(ranks: Ranks | None, corpus: Path, tokenizer: Path, cache: Path) -> tuple[Path, list[str], int]:
-    """The cache, what was said, and how many parts this rank made."""
+    """The cache, the printed lines, and how many parts this rank made."""
     said: list[str] = []
     with (
         patch.object(build_tokens, "_UNIT", 3000),
@@ -41,7 +41,9 @@ def assert_shared(counts: list[int], total: int) -> None:
 
 
 @pytest.mark.parametrize("ending", ["npy", "parquet"])
-def test_encoding(pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, ending: str) -> None:
+def test_encoding_is_the_same_on_any_number_of_ranks(
+    pool: RankPool, tiny_model: Path, tiny_data: Path, tmp_path: Path, ending: str
+) -> None:
     collection = tiny_data / "corpus.jsonl"
     one, more = (tmp_path / f"{name}.{ending}" for name in ("one", "more"))
     jobs = [EncodeJob(tiny_model, collection, out, part_texts=7, threads=1) for out in (one, more)]
@@ -60,7 +62,7 @@ def test_fewer_parts_than_ranks(two_ranks: RankPool, tiny_model: Path, tiny_data
     assert len((tmp_path / "v.ids").read_text().splitlines()) == 96
 
 
-def test_tokens(pool: RankPool, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_token_cache_is_the_same_on_any_number_of_ranks(pool: RankPool, tiny_model: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     rows = [{"text": text} for text in tiny.texts().values()] + [{"text": ""}]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
@@ -70,6 +72,6 @@ def test_tokens(pool: RankPool, tiny_model: Path, tmp_path: Path) -> None:
     assert_shared([count for _, _, count in found], parts)
     contents = [{path.name: path.read_bytes() for path in f.iterdir()} for f in (alone, found[0][0])]
     assert contents[0] == contents[1] and len(contents[0]) > 10
-    # one that is there is used
+    # an existing cache is used
     again = pool.run(tokens_on, corpus=corpus, tokenizer=tiny_model, cache=tmp_path / "cache")
     assert all((folder, len(said), count) == (found[0][0], 1, 0) for folder, said, count in again)

@@ -14,7 +14,7 @@ from lbr_dist.plan.model import model_sizes
 from tests.unit.plan.cases import planner
 
 
-def test_operations_of_one_pass_and_of_a_replay(base: Path) -> None:
+def test_operations_with_all_graphs_kept_and_with_one(base: Path) -> None:
     def flops(**represent: Any) -> float:
         here = planner(base, gib=2000, represent={"chunk_tokens": 8192} | represent)
         plan = StepCost(here).plan()
@@ -25,7 +25,7 @@ def test_operations_of_one_pass_and_of_a_replay(base: Path) -> None:
     assert flops(keep_graphs=1) == pytest.approx(8 - 2 / chunks, rel=0.02)
 
 
-def test_parameters_that_stay_are_gathered_once(base: Path) -> None:
+def test_resident_parameters_are_gathered_once(base: Path) -> None:
     used = model_sizes(ModelConfig(base=str(base)), base).elements("layer", "embedding", "other")
     for live, gathers in ((used + 64 * 1000, 1), (0, None)):
         here = planner(base, gib=2000, engine={"live_elements": live}, represent={"keep_graphs": 2})

@@ -16,7 +16,7 @@ from tests import tiny
 from tests.unit.plan.cases import INNER, KV, LAYER, LAYERS, VOCABULARY, D
 
 
-def test_sizes_of_a_7b_by_hand(base: Path) -> None:
+def test_sizes_of_a_7b_model(base: Path) -> None:
     sizes = model_sizes(ModelConfig(base=str(base), bottleneck_tokens=8), base)
     assert sizes.layer == LAYER
     assert sizes.elements("head") == sizes.elements("embedding") == VOCABULARY * D
@@ -24,9 +24,9 @@ def test_sizes_of_a_7b_by_hand(base: Path) -> None:
     assert sizes.products == LAYERS * (2 * D * D + 2 * D * KV + 3 * D * INNER)
 
 
-def test_graph_of_a_7b_by_hand(base: Path) -> None:
+def test_graph_of_a_7b_model(base: Path) -> None:
     graph = graph_bytes(ModelConfig(base=str(base)), base, "cuda")
-    norm = 4 * D + 4 + 2 * D + 2 * D  # the float32 copy, its scale, before and after the weight
+    norm = 4 * D + 4 + 2 * D + 2 * D  # the float32 copy, its scale, and the values before and after the weight
     attention = 2 * (2 * D + 2 * KV) + 4 * 28  # q, k, v, output and the log-sum-exp
     mlp = 2 * 4 * INNER  # gate, up, silu(gate), their product
     assert graph.layer == pytest.approx(2 * norm + attention + mlp, rel=1e-3)
@@ -57,7 +57,7 @@ def test_headers_are_read_without_weights(tmp_path: Path) -> None:
         header_shapes(folder)
 
 
-def test_a_tied_head_is_no_head_even_where_the_files_have_it(tmp_path: Path) -> None:
+def test_a_tied_head_is_not_counted_even_if_the_files_have_it(tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path / "model", tied=True)
     without = model_sizes(ModelConfig(base=str(folder)), folder)
     tensors = load_file(folder / "model.safetensors")

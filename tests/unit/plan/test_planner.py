@@ -13,7 +13,7 @@ from lbr_dist.plan.model import model_sizes
 from tests.unit.plan.cases import INNER, LAYERS, D, planner
 
 
-def test_what_stands_in_memory(base: Path) -> None:
+def test_memory_between_steps(base: Path) -> None:
     held, host = planner(base).standing(planner(base).config, model_sizes(ModelConfig(base=str(base)), base), 64)
     elements = model_sizes(ModelConfig(base=str(base)), base).elements()
     assert held["parameters: shards"] == pytest.approx(2 * elements / 64, rel=1e-4)
@@ -24,7 +24,7 @@ def test_what_stands_in_memory(base: Path) -> None:
     assert plan.host == pytest.approx(16 * elements / 64, rel=1e-4)
 
 
-def test_adapters_alone_have_gradients_and_states(base: Path) -> None:
+def test_only_adapters_have_gradients_and_states(base: Path) -> None:
     model = ModelConfig(base=str(base), bottleneck_tokens=8, lora=LoraConfig(rank=16, targets=("q_proj", "down_proj")))
     sizes = model_sizes(model, base)
     assert sizes.elements(trained=True) == LAYERS * 16 * (2 * D + D + INNER) + 8 * D
@@ -49,7 +49,7 @@ def test_the_kept_graphs_fit_and_one_more_does_not(base: Path) -> None:
     assert sum(here.memory(tokens, kept + 1, here.batch).values()) > here.budget
 
 
-def test_graphs_that_are_asked_for_are_kept(base: Path) -> None:
+def test_a_given_number_of_graphs_is_kept(base: Path) -> None:
     here = planner(base, represent={"keep_graphs": 3})
     assert here.kept([8192] * 9) == 3
     assert here.kept([8192] * 2) == 2
@@ -57,14 +57,15 @@ def test_graphs_that_are_asked_for_are_kept(base: Path) -> None:
 
 def test_planned_chunks_hide_a_gather_or_fit(base: Path) -> None:
     checkpointed = ModelConfig(base=str(base), activation_checkpointing=True)
-    # 2 bytes of each parameter over 50 GB/s, beside two operations a token at 45 % of the peak: about 9,000 tokens
+    # gathering 2 bytes per parameter at 50 GB/s takes as long as two operations per parameter for about 9,000 tokens at
+    # 45 % of the peak
     assert 8192 < planner(base, model=checkpointed, represent={"chunk_tokens": None}).chunk_tokens <= 10240
     resident = planner(base, model=checkpointed, represent={"chunk_tokens": None}, engine={"live_elements": 10**10})
     assert resident.chunk_tokens == 4096
     assert planner(base, represent={"chunk_tokens": None}, gib=50).chunk_tokens < 5000
 
 
-def test_what_cannot_fit_names_what_would(base: Path) -> None:
+def test_a_step_that_cannot_fit_names_settings_that_would(base: Path) -> None:
     with pytest.raises(ConfigError) as error:
         planner(base, represent={"chunk_tokens": 32768}, gib=72)
     message = str(error.value)
