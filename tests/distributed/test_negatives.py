@@ -29,7 +29,7 @@ def mine_on(ranks: Ranks, path: Path) -> Any:
     return printed
 
 
-def chosen(data: Path, out: Path, model: Path, **changes: Any) -> Path:
+def prepared(data: Path, out: Path, model: Path, **changes: Any) -> Path:
     """Prepare a work folder; returns the path of its settings."""
     settings = MiningSettings(
         str(data / "train.jsonl"), str(data / "corpus.jsonl"), str(out), str(model), margin_percent=0.95, unit=7
@@ -44,8 +44,8 @@ def test_the_number_of_ranks_changes_no_byte(
     index: str, two_ranks: RankPool, tiny_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     alone, together = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    mine_on(Ranks.alone(), chosen(tiny_data, alone, tiny_model, index=index))
-    printed = two_ranks.run(mine_on, path=chosen(tiny_data, together, tiny_model, index=index))
+    mine_on(Ranks.alone(), prepared(tiny_data, alone, tiny_model, index=index))
+    printed = two_ranks.run(mine_on, path=prepared(tiny_data, together, tiny_model, index=index))
     assert alone.read_bytes() == together.read_bytes() and len(alone.read_bytes().splitlines()) == 80
     assert printed[0][-1] == f"written to {together}" and printed[1] == []
     slices = {path.name: path.read_bytes() for path in Path(f"{alone}.work").glob("*.npy")}
