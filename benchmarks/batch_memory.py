@@ -89,7 +89,7 @@ def measure_step(model: Path, pairs: int) -> None:
     config = RunConfig(
         run_dir="unused",
         domain="unused",
-        model=ModelConfig(base=str(model), bottleneck_tokens=BOTTLENECK),
+        model=ModelConfig(base=str(model), bottleneck_tokens=BOTTLENECK, dtype="bfloat16"),
         data=DataConfig("unused", "unused", max_query_tokens=LONGEST, max_document_tokens=LONGEST),
         learn=LearnConfig(steps=0),
         represent=RepresentConfig(batch_pairs=pairs, chunk_tokens=CHUNK_TOKENS, keep_graphs=1),

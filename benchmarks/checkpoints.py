@@ -60,7 +60,7 @@ def measure(base: Path, folder: Path, turns: int) -> None:
     config = RunConfig(
         run_dir=str(folder / "run"),
         domain="benchmark",
-        model=ModelConfig(base=str(base)),
+        model=ModelConfig(base=str(base), dtype="bfloat16"),
         data=DataConfig(corpus="", train=""),
         learn=LearnConfig(max_text_tokens=64, row_tokens=1024),
         checkpoint=CheckpointConfig(keep=1, background=False),

@@ -101,7 +101,7 @@ def prepare(base: Path, data: Path, count: int, folder: Path) -> None:
     config = RunConfig(
         run_dir="unused",
         domain="medical",
-        model=ModelConfig(base=str(base), bottleneck_tokens=BOTTLENECK),
+        model=ModelConfig(base=str(base), bottleneck_tokens=BOTTLENECK, dtype="bfloat16"),
         data=DataConfig(corpus, train, max_query_tokens=QUERY_TOKENS, max_document_tokens=DOCUMENT_TOKENS),
     )
     model = load_model(config.model, base, TextTokenizer(base), seed=0)

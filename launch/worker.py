@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from lbr_dist.config import RunConfig, StageName
-from lbr_dist.config.file import read_config
+from lbr_dist.config.file import read_config, settle_dtype, write_config
 from lbr_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, LbrError
 from lbr_dist.ranks.process import large_imports, leave, quiet_libraries
 from lbr_dist.storage.files import make_private
@@ -28,6 +28,11 @@ def run_stages(config: RunConfig, stages: tuple[StageName, ...]) -> bool:
     minutes = config.cluster.timeout_minutes
     ranks = group.start(minutes)
     quiet_libraries()
+    if config.model.dtype == "auto":  # only the ranks know the device, and all of them take the first one's
+        gpus = 1 if ranks.device.type == "cuda" else 0
+        config = group.from_first(settle_dtype(config, gpus) if ranks.is_first else config, ranks)
+        if ranks.is_first:
+            write_config(config, config.run_path / "config.yaml")
     name = f"rank {ranks.rank} of {ranks.world_size}"
     try:
         with run_lock(config.run_path) if ranks.is_first else nullcontext():

@@ -145,6 +145,26 @@ def check_attention(config: RunConfig, gpus: int) -> None:
         raise ConfigError(f"model.attention: found {config.model.attention!r}, but {reason}. Use `auto` or another.")
 
 
+def check_dtype(config: RunConfig, asked: str, gpus: int, say: Say) -> None:
+    """Say which dtype `auto` takes, and warn of a bfloat16 that was asked for by name and would crawl.
+
+    Args:
+        config: the run, its dtype settled.
+        asked: `model.dtype` as it was given.
+        gpus: GPUs that the ranks use; 0 for CPU ranks.
+    """
+    has_units, dtype = hardware.has_bfloat16(gpus), config.model.dtype
+    device = "GPU" if gpus else "CPU"
+    if dtype == "bfloat16" and not has_units:
+        kept = "the run started with it, and keeps it" if asked == "auto" else "`auto` takes float32 here"
+        say(
+            f"warning: model.dtype: bfloat16, but this {device} has no units for it: a step takes many times as long "
+            f"as in float32 ({kept})"
+        )
+    elif asked == "auto":
+        say(f"dtype: {dtype}, since this {device} has {'' if has_units else 'no '}units for bfloat16")
+
+
 def check_offload(config: RunConfig) -> None:
     """Refuse an nvme offload that this machine cannot do.
 

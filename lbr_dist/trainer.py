@@ -32,7 +32,7 @@ from lbr_dist.export.checksums import SUMMARY
 from lbr_dist.export.folder import export, stage_settings
 from lbr_dist.metrics import MetricsLog
 from lbr_dist.model.bottleneck import LBRModel, load_model
-from lbr_dist.ranks.group import Ranks, largest, total
+from lbr_dist.ranks.group import Ranks, largest
 from lbr_dist.ranks.hardware import peak_memory
 from lbr_dist.ranks.interrupt import StopRequest, taking_stops
 from lbr_dist.ranks.traffic import by_kind
@@ -305,12 +305,12 @@ def _end(
 
 def write_summary(folder: Path, config: RunConfig, ranks: Ranks, seconds: float) -> None:
     """Write what the stage took: its last file, so a stage that has it is finished."""
-    peak = total([peak_memory(ranks.device)], ranks)[0]
+    peak = largest([peak_memory(ranks.device)], ranks)[0]
     if ranks.is_first:
         content = {
             "world_size": ranks.world_size,
             "zero_stage": config.engine.zero_stage,
             "seconds": round(seconds, 1),
-            "peak_memory_bytes": int(peak),
+            "peak_memory_bytes": peak,
         }
         write_atomic(folder / SUMMARY, json.dumps(content, indent=2) + "\n")

@@ -25,7 +25,7 @@ from typing import IO
 
 from lbr_dist.config import RunConfig
 from lbr_dist.config.cluster import JOB_STAGES, JobStage
-from lbr_dist.config.file import read_config, write_config
+from lbr_dist.config.file import read_config, settle_dtype, write_config
 from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import CheckpointError, LbrError
 from lbr_dist.export.checksums import verify_export
@@ -60,7 +60,8 @@ class StageJob:
     def __init__(self, submission: Submission, stage: JobStage, index: int = 0) -> None:
         self.submission, self.stage = submission, stage
         self.config_file = submission.config_file(index)
-        self.config: RunConfig = read_config(self.config_file)
+        # the ranks choose a dtype for `auto` when they know their device; a later attempt keeps it
+        self.config: RunConfig = settle_dtype(read_config(self.config_file), gpus=None)
         self.run_path = self.config.run_path
         self.slurm = self.config.slurm
         # the last task of an array has the array's own id: a requeue under that id would requeue all tasks

@@ -164,7 +164,9 @@ def check_plan(config: RunConfig) -> None:
     slurm = config.slurm
     if slurm.gpu_kind:
         memory = int(MACHINES[slurm.gpu_kind].memory)
-        preflight.check_plan(config, slurm.world_size, slurm.ranks_per_node, slurm.ranks_per_node, memory)
+        preflight.check_plan(
+            config.with_dtype("bfloat16"), slurm.world_size, slurm.ranks_per_node, slurm.ranks_per_node, memory
+        )
 
 
 def check_little_text(config: RunConfig, say: Say) -> None:

@@ -38,7 +38,7 @@ def main() -> None:
     config = RunConfig(
         run_dir="unused",
         domain="unused",
-        model=ModelConfig(base=str(args.model), bottleneck_tokens=8),
+        model=ModelConfig(base=str(args.model), bottleneck_tokens=8, dtype="bfloat16"),
         data=DataConfig(corpus="unused", train="unused"),
         learn=LearnConfig(bottleneck="none" if plain else "mask", row_tokens=args.row_tokens, max_text_tokens=64),
     )

@@ -54,8 +54,10 @@ def run(args: argparse.Namespace, say: Say) -> None:
     from lbr_dist.plan.machine import Cluster
     from lbr_dist.plan.model import graph_bytes, model_sizes
     from lbr_dist.plan.planner import HEADROOM, StepPlanner
+    from lbr_dist.ranks.hardware import fitting_dtype
 
     config = read_config(args.config, args.overrides)
+    config = config.with_dtype(fitting_dtype(0) if args.gpu == "cpu" else "bfloat16")
     _check(args)
     machine = _machine(args)
     budget = args.memory_gib * GIB if args.memory_gib else HEADROOM * machine.memory

@@ -61,15 +61,17 @@ def run(args: argparse.Namespace, say: Say) -> None:
 def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
     """Run the wanted stages that have steps and are not finished. Returns whether this process evaluates next."""
     from lbr_dist import preflight
-    from lbr_dist.config.file import write_config
+    from lbr_dist.config.file import settle_dtype, write_config
     from lbr_dist.export.checksums import is_finished
     from lbr_dist.ranks.hardware import count_gpus
 
+    gpus = count_gpus()
+    asked, config = config.model.dtype, settle_dtype(config, gpus)
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
     preflight.check_prefixes(config)
     preflight.check_offload(config)
-    preflight.check_attention(config, count_gpus())
+    preflight.check_attention(config, gpus)
     preflight.check_data(config)
     stages = [stage for stage in wanted if config.stage(stage).steps]
     if stages == ["represent"] and config.learn.steps and not (config.learn_export / "lbr.json").exists():
@@ -79,7 +81,6 @@ def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
             f"{config.learn_export}: not found. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
         )
     place = started_as(config.cluster.ranks)
-    gpus = count_gpus()
     ranks = place.world_size if place else preflight.check_ranks(config, gpus)
     first_here = place is None or place.local_rank == 0
     todo: tuple[StageName, ...] = tuple(stage for stage in stages if not is_finished(config, stage))
@@ -87,6 +88,7 @@ def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
         preflight.check_plan(config, ranks, place.local_world_size if place else ranks, gpus)
     if todo and first_here:
         preflight.check_disk(config, todo, say)
+        preflight.check_dtype(config, asked, gpus, say)
     resolved = config.run_path / "config.yaml"
     if place is not None:
         from lbr_dist.launch.worker import run_stages

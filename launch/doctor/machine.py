@@ -17,6 +17,7 @@ from lbr_dist.config import DataConfig
 from lbr_dist.console import size_text
 from lbr_dist.launch.doctor.findings import Finding, ask, fault, ok, warning, within
 from lbr_dist.launch.doctor.node import LOW_BYTES, check_memory, check_room, check_shared, check_temporary
+from lbr_dist.ranks.hardware import has_bfloat16
 
 OPEN_FILES = 4096
 """The more ranks, the more files, sockets and pipes each one opens; a login shell often allows only 1,024."""
@@ -102,6 +103,11 @@ def check_limits(gpus: int) -> list[Finding]:
             advice = "NCCL registers memory for InfiniBand: `ulimit -l unlimited`, or set PropagateResourceLimitsExcept"
             found.append(warning("locked memory", f"at most {size_text(locked)} (ulimit -l)", advice))
         return found
+    if has_bfloat16(0):
+        found.append(ok("bfloat16", "this CPU has units for it: model.dtype `auto` is bfloat16"))
+    else:
+        advice = "Leave model.dtype at `auto`, which is float32 here: bfloat16 would take many times as long."
+        found.append(warning("bfloat16", "this CPU has no units for it", advice))
     library = ctypes.util.find_library("tcmalloc_minimal")
     if library is None:
         advice = "A step on a CPU takes about a quarter longer without it. Run `apt-get install libtcmalloc-minimal4`."

@@ -32,7 +32,10 @@ CHANGES_NO_RESULT = (
 def forbidden_changes(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Dotted names of the fields that have changed in a run's plain config, but must not: the run could not resume."""
     below = tuple(f"{name}." for name in CHANGES_NO_RESULT)
-    return [n for n in differences(found, now) if n not in CHANGES_NO_RESULT and not n.startswith(below)]
+    names = [n for n in differences(found, now) if n not in CHANGES_NO_RESULT and not n.startswith(below)]
+    # `auto` is what the run started with, or will start with
+    dtypes = {plain.get("model", {}).get("dtype") for plain in (found, now)}
+    return [n for n in names if n != "model.dtype" or "auto" not in dtypes]
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import typing
@@ -11,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from lbr_dist.config import RunConfig, to_dict
+from lbr_dist.config import Dtype, RunConfig, to_dict
 from lbr_dist.errors import ConfigError
+from lbr_dist.ranks.hardware import fitting_dtype
 from lbr_dist.storage.files import make_private, write_atomic
 
 
@@ -131,6 +133,22 @@ def from_plain(content: Mapping[str, Any], where: Path) -> RunConfig:
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"{where}: this version of lbr-dist cannot read its config: {message}") from None
+
+
+def settle_dtype(config: RunConfig, gpus: int | None) -> RunConfig:
+    """The config with `model.dtype: auto` replaced: by what the run started with, else by what fits this machine.
+
+    Args:
+        config: the run.
+        gpus: GPUs that the ranks use here, 0 for CPU ranks; None: they run elsewhere, and `auto` may stay.
+    """
+    if config.model.dtype != "auto":
+        return config
+    with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+        found = yaml.safe_load((config.run_path / "config.yaml").read_text(encoding="utf-8"))["model"]["dtype"]
+        if found in typing.get_args(Dtype):
+            return config.with_dtype(found)
+    return config if gpus is None else config.with_dtype(fitting_dtype(gpus))
 
 
 def write_config(config: RunConfig, path: Path) -> None:

@@ -16,6 +16,7 @@ from lbr_dist.config.cluster import ClusterConfig, SlurmConfig
 from lbr_dist.config.stages import LearnConfig, RepresentConfig, require
 from lbr_dist.errors import ConfigError
 
+Dtype = Literal["bfloat16", "float32"]
 StageName = Literal["learn", "represent"]
 STAGES: tuple[StageName, ...] = ("learn", "represent")
 
@@ -56,8 +57,9 @@ class ModelConfig:
     bottleneck_tokens: int = 8
     """k, the number of bottleneck tokens after a text. 0 for baselines that pool the text itself."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of weights and activations. The optimizer always keeps float32 master weights."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of weights and activations. `auto` is bfloat16 where the device has units for it, else float32; a run keeps
+    what it started with. The optimizer always keeps float32 master weights."""
 
     activation_checkpointing: bool = False
     """Recompute each layer in backward: less memory, a third more computation."""
@@ -322,6 +324,12 @@ class RunConfig:
         """Tokens of the longest query and of the longest document in stage 2, with sink and bottleneck."""
         lengths = (self.data.max_query_tokens, self.data.max_document_tokens)
         return self.model.sequence_tokens(lengths[0]), self.model.sequence_tokens(lengths[1])
+
+    def with_dtype(self, dtype: Dtype) -> RunConfig:
+        """This config with a dtype in the place of `auto`; one that was asked for by name stays."""
+        if self.model.dtype != "auto":
+            return self
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, dtype=dtype))
 
     # ---- the run folder ---------------------------------------------------------------------------------------
 

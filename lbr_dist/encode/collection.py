@@ -29,6 +29,7 @@ import torch
 from lbr_dist.console import Progress, Say
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.records import documents
+from lbr_dist.encode.dtype import encoding_dtype
 from lbr_dist.encode.encoder import Kind, open_encoder
 from lbr_dist.encode.vectors import Vectors, check_ending, write_vectors
 from lbr_dist.errors import ConfigError, DataError, LaunchError
@@ -174,6 +175,7 @@ def _made_of(job: EncodeJob, threads: int, device: torch.device) -> dict[str, An
         "--chunk-tokens": job.chunk_tokens,
         "--part-texts": job.part_texts,
         "--threads": threads if on_cpu else None,
+        "the dtype": encoding_dtype(job.model),
         "the device": device.type if on_cpu else torch.cuda.get_device_name(device),
         "the version of torch or transformers": [version("torch"), version("transformers")],
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from lbr_dist.config import ModelConfig, sequence_tokens
 from lbr_dist.data.packing import TrainingSequence, pack_row
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
-from lbr_dist.model.backbone import read_json
+from lbr_dist.encode.dtype import encoding_dtype
 from lbr_dist.model.bottleneck import load_model
 
 Kind = Literal["query", "document"]
@@ -45,7 +45,7 @@ class Encoder:
     Args:
         folder: a model that lbr-dist exported, or any Hugging Face causal LM (mean pooling over the text by default).
         settings: pooling, prompts and lengths, for a folder that has none of its own.
-        dtype: `bfloat16` or `float32`; `auto` is float32 for a folder of float32 weights, else bfloat16.
+        dtype: `auto` is what `encoding_dtype` says.
         chunk_tokens: tokens in a forward pass, packed without padding.
 
     Raises:
@@ -63,7 +63,7 @@ class Encoder:
         self.chunk_tokens = chunk_tokens
         self.tokenizer = TextTokenizer(folder)
         if dtype == "auto":
-            dtype = "float32" if read_json(folder / "config.json").get("dtype") == "float32" else "bfloat16"
+            dtype = encoding_dtype(folder)
         k = len(self.settings.bottleneck_ids)
         config = ModelConfig(base=str(folder), bottleneck_tokens=k, dtype=dtype)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

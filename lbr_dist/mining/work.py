@@ -18,6 +18,7 @@ from typing import Any, Literal
 from lbr_dist.console import Say
 from lbr_dist.data.record_files import record_files
 from lbr_dist.data.records import write_jsonl
+from lbr_dist.encode.dtype import encoding_dtype
 from lbr_dist.errors import ConfigError
 from lbr_dist.mining.candidates import MiningRules
 from lbr_dist.storage.fingerprint import fingerprint, visible_files
@@ -123,7 +124,7 @@ def prepare(settings: MiningSettings, say: Say) -> None:
         model = Path(settings.model)
         inside = visible_files(model)
         files += inside
-        also += [str(path.relative_to(model)) for path in inside]
+        also += [*(str(path.relative_to(model)) for path in inside), encoding_dtype(model)]
     digest = fingerprint(files, len(os.sched_getaffinity(0)), folder / "hashes", also)
     content: dict[str, Any] = {"settings": asdict(settings), _FILES: digest}
     path = folder / SETTINGS

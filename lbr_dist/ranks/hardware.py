@@ -6,7 +6,7 @@ import ctypes.util
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,48 @@ def count_gpus() -> int:
 
 def gpu_bytes() -> int | None:
     """The memory of the smallest GPU, from nvidia-smi: torch would take some of it; None if that gives no answer."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    found = _ask_driver("memory.total")
+    return int(min(map(float, found))) * 2**20 if found else None
+
+
+def _ask_driver(what: str) -> list[str]:
+    """A property of every GPU, as nvidia-smi prints it; empty if it gives no answer that is a number."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-        return min(int(line) for line in answer.split()) * 2**20
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+        return found if all(float(value) >= 0 for value in found) else []
     except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+        return []
+
+
+def has_bfloat16(gpus: int) -> bool:
+    """Whether this machine's devices multiply bfloat16 in hardware.
+
+    A CPU without such units emulates it: a plain matrix product takes 80 times as long as in float32.
+
+    Args:
+        gpus: how many GPUs are used; 0: the CPU is.
+    """
+    if gpus:
+        capability = _ask_driver("compute_cap")
+        # a driver that does not answer: every GPU since 2020 has them
+        return not capability or min(float(line) for line in capability) >= 8.0
+    flags = {flag for line in _cpu_lines() for flag in line.partition(":")[2].split()}
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def fitting_dtype(gpus: int) -> Literal["bfloat16", "float32"]:
+    """The dtype that `auto` means on this machine."""
+    return "bfloat16" if has_bfloat16(gpus) else "float32"
+
+
+def _cpu_lines() -> list[str]:
+    """The lines of /proc/cpuinfo that list what the processor can do: `flags` on x86, `Features` on Arm."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.startswith(("flags", "Features"))]
 
 
 def memory() -> tuple[int, int]:

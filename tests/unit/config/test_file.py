@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lbr_dist.config import RunConfig, file, to_dict
+from lbr_dist.config import ModelConfig, RunConfig, file, to_dict
 from lbr_dist.launch import cli
+from lbr_dist.ranks.hardware import fitting_dtype
+from tests.configs import tiny_run
 from tests.unit.launch.cases import message
 
 
@@ -79,3 +82,19 @@ def test_bad_config(name: str, run: tuple[Path, RunConfig], capsys: pytest.Captu
 
     assert re.search(expected, message(capsys, "run", str(path)).replace("\n", " "))
     assert not config.run_path.exists()
+
+
+def test_a_run_keeps_the_dtype_that_it_started_with(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path / "run", tmp_path, tmp_path, model=ModelConfig(base="x", bottleneck_tokens=4))
+    assert config.model.dtype == "auto"
+    assert file.settle_dtype(config, gpus=None).model.dtype == "auto"
+    fitting = file.settle_dtype(config, gpus=0).model.dtype
+    assert fitting == fitting_dtype(0)
+    for started in ("bfloat16", "float32"):
+        file.write_config(config.with_dtype(started), config.run_path / "config.yaml")
+        assert file.settle_dtype(config, gpus=0).model.dtype == started
+        assert file.settle_dtype(config, gpus=None).model.dtype == started
+    asked = replace(config, model=replace(config.model, dtype="bfloat16"))
+    assert file.settle_dtype(asked, gpus=0) is asked
+    (config.run_path / "config.yaml").write_text("model: [")
+    assert file.settle_dtype(config, gpus=0).model.dtype == fitting

@@ -35,8 +35,13 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
+def model_config(base: Path, **settings: Any) -> ModelConfig:
+    """A folder's model in bfloat16, as GPUs run it."""
+    return ModelConfig(base=str(base), dtype="bfloat16", **settings)
+
+
 def planner(base: Path, ranks: int = 64, gib: float = 72.0, **sections: Any) -> StepPlanner:
-    model = sections.pop("model", ModelConfig(base=str(base)))
+    model = sections.pop("model", model_config(base))
     represent = RepresentConfig(**({"batch_pairs": 4096, "chunk_tokens": 8192} | sections.pop("represent", {})))
     engine = EngineConfig(**sections.pop("engine", {}))
     data = DataConfig(corpus="none", train="none", max_query_tokens=64, max_document_tokens=512)

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from lbr_dist.config import ModelConfig
 from lbr_dist.errors import ConfigError
 from lbr_dist.plan.cost import StepCost
 from lbr_dist.plan.model import model_sizes
-from tests.unit.plan.cases import planner
+from tests.unit.plan.cases import model_config, planner
 
 
 def test_operations_with_all_graphs_kept_and_with_one(base: Path) -> None:
@@ -26,7 +25,7 @@ def test_operations_with_all_graphs_kept_and_with_one(base: Path) -> None:
 
 
 def test_resident_parameters_are_gathered_once(base: Path) -> None:
-    used = model_sizes(ModelConfig(base=str(base)), base).elements("layer", "embedding", "other")
+    used = model_sizes(model_config(base), base).elements("layer", "embedding", "other")
     for live, gathers in ((used + 64 * 1000, 1), (0, None)):
         here = planner(base, gib=2000, engine={"live_elements": live}, represent={"keep_graphs": 2})
         plan = StepCost(here).plan()

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from lbr_dist.config import LoraConfig, ModelConfig
+from lbr_dist.config import LoraConfig
 from lbr_dist.errors import ConfigError
 from lbr_dist.plan.cost import StepCost
 from lbr_dist.plan.model import model_sizes
-from tests.unit.plan.cases import INNER, LAYERS, D, planner
+from tests.unit.plan.cases import INNER, LAYERS, D, model_config, planner
 
 
 def test_memory_between_steps(base: Path) -> None:
-    held, host = planner(base).standing(planner(base).config, model_sizes(ModelConfig(base=str(base)), base), 64)
-    elements = model_sizes(ModelConfig(base=str(base)), base).elements()
+    held, host = planner(base).standing(planner(base).config, model_sizes(model_config(base), base), 64)
+    elements = model_sizes(model_config(base), base).elements()
     assert held["parameters: shards"] == pytest.approx(2 * elements / 64, rel=1e-4)
     assert held["optimizer: master weights and two moments"] == pytest.approx(12 * elements / 64, rel=1e-4)
     assert host == 0
@@ -25,7 +25,7 @@ def test_memory_between_steps(base: Path) -> None:
 
 
 def test_only_adapters_have_gradients_and_states(base: Path) -> None:
-    model = ModelConfig(base=str(base), bottleneck_tokens=8, lora=LoraConfig(rank=16, targets=("q_proj", "down_proj")))
+    model = model_config(base, bottleneck_tokens=8, lora=LoraConfig(rank=16, targets=("q_proj", "down_proj")))
     sizes = model_sizes(model, base)
     assert sizes.elements(trained=True) == LAYERS * 16 * (2 * D + D + INNER) + 8 * D
     plan = StepCost(planner(base, model=model)).plan()
@@ -56,7 +56,7 @@ def test_a_given_number_of_graphs_is_kept(base: Path) -> None:
 
 
 def test_planned_chunks_hide_a_gather_or_fit(base: Path) -> None:
-    checkpointed = ModelConfig(base=str(base), activation_checkpointing=True)
+    checkpointed = model_config(base, activation_checkpointing=True)
     # gathering 2 bytes per parameter at 50 GB/s takes as long as two operations per parameter for about 9,000 tokens at
     # 45 % of the peak
     assert 8192 < planner(base, model=checkpointed, represent={"chunk_tokens": None}).chunk_tokens <= 10240
@@ -75,4 +75,4 @@ def test_a_step_that_cannot_fit_names_settings_that_would(base: Path) -> None:
     chunk = int(message.split("What would fit: represent.chunk_tokens ")[1].split(";")[0])
     planner(base, represent={"chunk_tokens": chunk})
     with pytest.raises(ConfigError, match=r"What would fit: 4 ranks; engine\.offload_optimizer cpu"):
-        planner(base, ranks=2, gib=72, model=ModelConfig(base=str(base), activation_checkpointing=True))
+        planner(base, ranks=2, gib=72, model=model_config(base, activation_checkpointing=True))
