@@ -68,7 +68,7 @@ def train(ranks: Ranks, config: RunConfig, stage: StageName) -> tuple[State, lis
 
     def batch(self: Any, *arguments: Any) -> Any:
         # learn: settings, bottleneck, step, seed; represent: settings, number, seed
-        if sys._getframe(2).f_code.co_name == "run_step" or sys._getframe(3).f_code.co_name == "run_step":
+        if sys._getframe(2).f_code.co_name == "optimizer_step" or sys._getframe(3).f_code.co_name == "optimizer_step":
             drawn.append(arguments[-2])
         return original(self, *arguments)
 

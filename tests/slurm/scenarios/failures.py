@@ -70,7 +70,7 @@ def a_full_disk(place: Place) -> None:
     submit(config, place.folder)
     wait_step(config, 7)
     ballast = place.small_disk / "ballast"
-    with ballast.open("wb") as file:
+    with ballast.open("wb", buffering=0) as file:  # a buffer would be flushed, and fail, when the file is closed
         try:
             while True:
                 file.write(b"\0" * 65536)
