@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet
 RANKS ?= 2
 
-.PHONY: demo test check format clean data system cluster testbed testbed-down
+.PHONY: demo test floors check format clean data system cluster testbed testbed-down
 
 # tcmalloc makes a CPU step about a quarter faster; python3-venv is missing on some Debian machines. A failure here is not
 # fatal.
@@ -73,6 +73,20 @@ demo: $(VENV)/installed data
 test: $(VENV)/installed cluster
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The oldest versions that setup.py admits, and the part of the suite that meets other libraries most.
+FLOORS := .venv-floors
+$(FLOORS)/installed: constraints-floors.txt setup.py pyproject.toml $(VENV)/installed
+	@test -x $(FLOORS)/bin/python || $(PYTHON) -m venv $(FLOORS)
+	@echo "installing into $(FLOORS): one to two minutes"
+	@$(FLOORS)/bin/python -m pip --quiet --quiet install --upgrade -c constraints.txt pip setuptools
+	@$(FLOORS)/bin/python -m pip --quiet --quiet install -c constraints-floors.txt --no-build-isolation -e '.[eval,mining,tracking]' pytest hypothesis
+	@touch $@
+
+floors: $(FLOORS)/installed
+	$(FLOORS)/bin/python -m pytest -q -m "not slow" tests/unit/config tests/unit/model tests/unit/export tests/unit/encode \
+		tests/unit/evaluation tests/unit/data/test_records.py tests/unit/data/test_record_files.py tests/end_to_end/test_run.py \
+		-k "not killed and not torchrun and not auto"
+
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,5 +97,5 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV) $(FLOORS)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

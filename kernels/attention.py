@@ -11,9 +11,11 @@ One function for both stages and every device. The backends compute the same thi
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +67,18 @@ def _flash_attn(
     return output
 
 
+@functools.cache
+def _takes_enable_gqa(kernel: Callable[..., object]) -> bool:
+    """Whether `varlen_attn` wants to be told of fewer key heads; torch 2.11's takes them without."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
 def _torch_varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: BottleneckLayout, scale: float, window: int | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _takes_enable_gqa(varlen_attn) else {}
     longest_query, longest_key = layout.longest
     output = varlen_attn(
         query,
@@ -81,7 +90,7 @@ def _torch_varlen(
         longest_key,
         scale=scale,
         window_size=_flash_window(window),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     assert isinstance(output, Tensor)
     return output

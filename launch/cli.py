@@ -59,7 +59,7 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
     if doctor_alone:  # the other commands' options import packages, and the doctor must run when one is missing
         add_doctor()
         return parser
-    from lbr_dist.launch.commands import checkpoints, data, encode, evaluate, plan, train
+    from lbr_dist.launch.commands import checkpoints, data, encode, evaluate, plan, train, versions
     from lbr_dist.slurm import arguments as slurm
 
     for name, run, text in (
@@ -80,6 +80,7 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
     text = "List, verify, export or prune the checkpoints of a run."
     checkpoints.add_arguments(command("checkpoints", checkpoints.run, text))
     add_doctor()
+    command("versions", versions.run, "Print the versions that a bug report needs.")
     command("config", _config, "Print every key of a config with its default and meaning.")
     evaluate.add_arguments(command("evaluate", evaluate.run, "Score a model folder on held-out pairs, next to BM25."))
     encode.add_arguments(command("encode", encode.run, "Encode a collection as vectors, in .npy or .parquet."))

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbr_dist.kernels import causal_tiles
+from lbr_dist.kernels import attention, causal_tiles
 from lbr_dist.kernels.attention import KERNELS, bottleneck_attention, choose_backend, reference_attention, why_not
 from lbr_dist.kernels.layout import BottleneckLayout
 
@@ -183,3 +183,11 @@ def test_backends_say_why_not() -> None:
     assert choose_backend("auto", "cuda", torch.float32, 64) == "sdpa"
     assert choose_backend("auto", "cpu", torch.bfloat16, 64) == "tiles"
     assert list(KERNELS)[-1] == "reference", "the slow reference is the last resort"
+
+
+def test_fewer_key_heads_are_named_only_to_a_kernel_that_asks() -> None:
+    """torch 2.11's `varlen_attn` has no `enable_gqa`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert attention._takes_enable_gqa(varlen_attn)  # the pinned torch
+    assert not attention._takes_enable_gqa(lambda query, key, value, *, scale=None, window_size=(-1, -1): query)
