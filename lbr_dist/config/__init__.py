@@ -11,6 +11,7 @@ from lbr_dist.config.run import (
     ModelConfig,
     RunConfig,
     StageName,
+    require_columns,
     sequence_tokens,
     to_dict,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "SlurmConfig",
     "StageName",
     "TargetsConfig",
+    "require_columns",
     "sequence_tokens",
     "to_dict",
 ]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbr_dist.data.record_files import Span, span_rows, spans
+from lbr_dist.data.place import Span
+from lbr_dist.data.record_files import span_rows, spans
 from lbr_dist.errors import DataError
 
 

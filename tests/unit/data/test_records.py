@@ -161,7 +161,10 @@ PAIR = {"query": "hot", "positive_ids": ["d1"]}
         ([PAIR, {**PAIR, "negative_ids": ["d9"]}], ["pairs.jsonl:2", "'d9'"]),
         ([PAIR, {"query": "hot", "positive_ids": "d1"}], ["pairs.jsonl:2", "positive_ids = 'd1'", "a list"]),
         ([PAIR, {"anchor": "hot", "positive": "x"}], ["pairs.jsonl:2", "sentence-transformers", "lbr"]),
-        ([{"question": "hot", "answer": "x"}], ["pairs.jsonl:1", "'answer', 'question'", "anchor + positive"]),
+        (
+            [{"prompt": "hot", "reply": "x"}],
+            ["pairs.jsonl:1", "'prompt', 'reply'", "anchor + positive", "data.columns"],
+        ),
         ([{**PAIR, "id": "a"}, {**PAIR, "id": "a"}], ["pairs.jsonl:2", "'a'", "pairs.jsonl:1"]),
         ([{"anchor": "hot", "positive": None}], ["pairs.jsonl:1", "positive"]),
         ([{"anchor": "hot", "positive": ["x", ""]}], ["pairs.jsonl:1", "positive = ''"]),
@@ -198,11 +201,11 @@ def test_bad_bytes_are_refused_with_their_line(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_read_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_corpus(tmp_path / "nothing.jsonl")
-    with pytest.raises(DataError, match=r"no \.jsonl, \.parquet or \.arrow"):
+    with pytest.raises(DataError, match=r"no \.jsonl, \.parquet, \.arrow, \.csv"):
         read_corpus(tmp_path)
-    (tmp_path / "corpus.csv").write_text("id,text\n")
-    with pytest.raises(DataError, match=r"\.csv.*\.parquet"):
-        read_corpus(tmp_path / "corpus.csv")
+    (tmp_path / "corpus.xlsx").write_text("id,text\n")
+    with pytest.raises(DataError, match=r"\.xlsx.*\.csv.*\.parquet"):
+        read_corpus(tmp_path / "corpus.xlsx")
     jsonl(tmp_path / "train-00000.jsonl", GOOD)
     jsonl(tmp_path / "test-00000.jsonl", GOOD)
     with pytest.raises(DataError, match="splits test, train"):

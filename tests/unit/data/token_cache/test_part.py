@@ -106,7 +106,7 @@ def test_a_process_does_not_hold_the_whole_file(tokenizer: Path, tmp_path: Path)
 import resource
 from pathlib import Path
 from lbr_dist.data.token_cache.part import TokenRules, Unit, _load, write_part
-from lbr_dist.data.record_files import Span
+from lbr_dist.data.place import Span
 _load(Path({str(tokenizer / "tokenizer.json")!r}))
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 20_000_000,) * 2)
