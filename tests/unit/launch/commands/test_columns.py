@@ -41,31 +41,23 @@ def test_columns_that_are_no_mapping(words: tuple[str, ...], says: str) -> None:
         _parsed(*(part for word in words for part in ("--columns", word)))
 
 
-@pytest.mark.parametrize(
-    ("command", "field"),
-    [
-        (("encode", "no/such/modle", "corpus.jsonl", "--out", "v.npy"), "model"),
-        (("evaluate", "no/such/modle", "--pairs", "p", "--documents", "d", "--out", "o"), "model"),
-        (
-            ("evaluate", ".", "--beside", "b=no/such/modle", "--pairs", "p", "--documents", "d", "--out", "o"),
-            "--beside b",
-        ),
-        (
-            ("data", "negatives", "--model", "no/such/modle", "--pairs", "p", "--documents", "d", "--out", "o.jsonl"),
-            "--model",
-        ),
-        (("data", "tokens", "--base", "no/such/modle", "--corpus", "c"), "--base"),
-        (("data", "vocab", "--base", "no/such/modle", "--corpus", "c", "--out", "o"), "--base"),
-    ],
-)
+DATA = ("--pairs", "p", "--documents", "d", "--out")
+MISSPELT = {
+    "encode": (("encode", "no/such/modle", "corpus.jsonl", "--out", "v.npy"), "model"),
+    "evaluate": (("evaluate", "no/such/modle", *DATA, "o"), "model"),
+    "beside": (("evaluate", ".", "--beside", "b=no/such/modle", *DATA, "o"), "--beside b"),
+    "negatives": (("data", "negatives", "--model", "no/such/modle", *DATA, "o.jsonl"), "--model"),
+    "tokens": (("data", "tokens", "--base", "no/such/modle", "--corpus", "c"), "--base"),
+    "vocab": (("data", "vocab", "--base", "no/such/modle", "--corpus", "c", "--out", "o"), "--base"),
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
 def test_a_misspelt_model_folder(
-    command: tuple[str, ...],
-    field: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    command, field = MISSPELT[name]
     said = message(capsys, *command)
     assert said.startswith(f"error: {field}: found 'no/such/modle', which is not a folder: no such folder.")
     assert not list(tmp_path.iterdir())
