@@ -9,7 +9,7 @@ import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,9 +48,23 @@ class TestSet:
 
     @staticmethod
     def read(pairs: str | Path, documents: str | Path, columns: Columns | None = None) -> TestSet:
-        """Raises DataError if a file is malformed, or the collection lacks a relevant document."""
+        """The pairs, and the collection with the positives whose texts the pairs bring along.
+
+        A text that the collection has under another id is that document. Raises DataError if a file is malformed, or
+        the collection lacks a document that a pair names by its id.
+        """
         collection = read_corpus(documents, columns)
-        return TestSet(read_pairs(pairs, collection, columns).pairs, collection)
+        found = read_pairs(pairs, collection, columns)
+        brought = {p: found.documents[p] for pair in found.pairs for p in pair.positives if p not in collection}
+        if not brought:
+            return TestSet(found.pairs, collection)
+        known = {text: name for name, text in reversed(collection.items())}
+        names = {name: known.get(text, name) for name, text in brought.items()}
+        queries = [
+            replace(pair, positives=tuple(dict.fromkeys(names.get(name, name) for name in pair.positives)))
+            for pair in found.pairs
+        ]
+        return TestSet(queries, collection | {name: text for name, text in brought.items() if names[name] == name})
 
     @property
     def qrels(self) -> dict[str, set[str]]:
