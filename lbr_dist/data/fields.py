@@ -53,6 +53,8 @@ def whole(place: Place, text: str, name: str) -> str:
     Raises:
         DataError: it has one.
     """
+    if text.isascii():  # the usual case, and known without a look at the characters
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:

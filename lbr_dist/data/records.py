@@ -93,7 +93,7 @@ def documents(path: str | Path, columns: Columns | None = None) -> Iterator[tupl
     root, file, with_ids = root_of(Path(path)), None, True
     for place, row in records(Path(path), columns):
         key = next((name for name in ("id", "_id", "docid") if row.get(name) is not None), None)
-        if place.file != file:
+        if place.file is not file:
             file, with_ids = place.file, key is not None
         if key is not None and not with_ids:
             raise place.error(

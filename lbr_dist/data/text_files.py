@@ -8,7 +8,6 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -16,6 +15,7 @@ from lbr_dist.data.place import Place, RawRecord, Span, kind, packing
 from lbr_dist.errors import DataError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_UNPACKING = (EOFError, OSError, zlib.error)
 _LONGEST_CELL = 1 << 27
 """Characters. A quote that is never closed takes the rest of the file into one cell; this bounds the memory."""
 
@@ -33,15 +33,18 @@ def json_rows(span: Span, longest: int) -> Iterator[tuple[Place, RawRecord | Non
         start = at = 0 if packed else lines.tell()
         number = 0
         while packed or at < span.last:
-            with _whole(span.file, number):
+            try:
                 line = lines.readline(longest)
+                cut = len(line) == longest and not line.endswith(b"\n")
+                if cut:
+                    _skip_line(lines)
+            except _UNPACKING as error:
+                raise _not_unpacked(span.file, number, error) from error
             if not line:
                 return
             number += 1
             place = Place(span.file, number, start)
-            if len(line) == longest and not line.endswith(b"\n"):
-                with _whole(span.file, number):
-                    _skip_line(lines)
+            if cut:
                 yield place, None
             elif line.strip():
                 yield place, _json_row(place, line)
@@ -92,8 +95,9 @@ def cell_rows(span: Span) -> Iterator[tuple[Place, RawRecord | None]]:
         while True:
             place = Place(span.file, reader.line_num + 1)
             try:
-                with _whole(span.file, reader.line_num):
-                    cells = next(reader, None)
+                cells = next(reader, None)
+            except _UNPACKING as error:
+                raise _not_unpacked(span.file, reader.line_num, error) from error
             except csv.Error as error:
                 raise place.error(
                     f"a record that cannot be read ({error})",
@@ -183,15 +187,11 @@ def _opened(file: Path) -> IO[bytes]:
     return file.open("rb")
 
 
-@contextmanager
-def _whole(file: Path, lines: int) -> Iterator[None]:
-    """Names a compressed file that cannot be unpacked, and how far it could be read."""
-    try:
-        yield
-    except (EOFError, OSError, zlib.error) as error:
-        if not packing(file):
-            raise
-        raise DataError(
-            f"{file}: found data that cannot be unpacked after line {lines} ({error}), expected a complete "
-            f"{packing(file)[1:]} file. Write or copy it again."
-        ) from error
+def _not_unpacked(file: Path, lines: int, error: Exception) -> DataError:
+    """Names a compressed file that cannot be unpacked, and how far it could be read. Raises others' errors again."""
+    if not packing(file):
+        raise error
+    return DataError(
+        f"{file}: found data that cannot be unpacked after line {lines} ({error}), expected a complete "
+        f"{packing(file)[1:]} file. Write or copy it again."
+    )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lbr_dist.data.token_cache.build import token_cache
 from lbr_dist.errors import ConfigError
+from lbr_dist.launch import cli
 from lbr_dist.launch.commands.columns import add_columns, columns_of
+from tests.configs import tiny_run
 from tests.unit.launch.cases import message
 
 
@@ -61,3 +65,17 @@ def test_a_misspelt_model_folder(
     said = message(capsys, *command)
     assert said.startswith(f"error: {field}: found 'no/such/modle', which is not a folder: no such folder.")
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_of_mapped_columns_are_those_that_a_run_reads(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the Slurm job names the columns on its command line."""
+    (tmp_path / "corpus.jsonl").write_text('{"abstract": "a pale eye", "text": "nothing"}\n')
+    config = tiny_run(tmp_path / "run", tiny_model, tmp_path)
+    data = replace(config.data, cache_dir=str(tmp_path), columns={"text": "abstract"})
+    words = ("--base", str(tiny_model), "--corpus", data.corpus, "--cache-dir", data.cache_dir)
+    assert cli.main(["data", "tokens", *words, "--columns", "text=abstract"]) == 0
+    made = {path for path in tmp_path.iterdir() if (path / "manifest.json").exists()}
+    assert {token_cache(replace(config, data=data), 1, lambda text: None).folder} == made
+    assert "1 documents" in capsys.readouterr().out
