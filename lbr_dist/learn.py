@@ -112,7 +112,8 @@ class Learn(Stage[list[TrainingSequence]]):
         texts, held_out = learn_texts(cache, config)
         pairs: list[tuple[Tokens, Tokens]] = []
         if self.settings.targets.pair:
-            found = read_pairs(config.data.train, read_corpus(config.data.corpus))
+            columns = config.data.columns
+            found = read_pairs(config.data.train, read_corpus(config.data.corpus, columns), columns)
             queries = self.tokenizer.encode([pair.query for pair in found.pairs], longest)
             documents = self.tokenizer.encode([found.documents[pair.positives[0]] for pair in found.pairs], longest)
             pairs = list(zip(queries, documents, strict=True))

@@ -19,12 +19,13 @@ from lbr_dist.checkpoint.manifest import STATE_BYTES, Checkpoints, free_bytes
 from lbr_dist.config import RunConfig, StageName, to_dict
 from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.console import Say, gib
-from lbr_dist.data.records import check_apart, check_enough, read_corpus, read_pairs
+from lbr_dist.data.records import check_apart, check_columns, check_enough, read_corpus, read_pairs
 from lbr_dist.errors import ConfigError, LaunchError, ModelError
 from lbr_dist.mining.work import MiningSettings
 from lbr_dist.ranks import hardware
 from lbr_dist.storage.files import others_who_write
 from lbr_dist.storage.headers import num_elements
+from lbr_dist.storage.hub import why_not_a_folder
 
 RANK_BYTES = 900 * 2**20  # interpreter, torch and buffers of one rank, measured on a CPU
 OPTIMIZER_BYTES = 18  # bf16 weight and gradient, fp32 gradient, master weight and two moments
@@ -52,8 +53,8 @@ def check_base(folder: Path, field: str = "model.base") -> None:
     """
     if not folder.is_dir():
         raise ModelError(
-            f"{field}: found {str(folder)!r}, which is not a folder. Give a Hugging Face causal LM folder; "
-            "`lbr data model smollm2 --out DIR` makes one."
+            f"{field}: found {str(folder)!r}, which is {why_not_a_folder(str(folder))} `lbr data model smollm2 --out "
+            "DIR` makes one."
         )
     if not (folder / "config.json").exists():
         raise ModelError(f"{field}: {folder} has no config.json, so it is not a Hugging Face model folder.")
@@ -101,14 +102,18 @@ def check_data(config: RunConfig) -> None:
         DataError: names the file and line.
     """
     data = config.data
-    corpus = read_corpus(data.corpus)
-    pairs = read_pairs(data.train, corpus)
+    if data.columns:
+        paths = (data.corpus, data.learn_corpus, data.train, data.dev, data.test, data.test_documents)
+        check_columns(data.columns, [path for path in paths if path])
+    corpus = read_corpus(data.corpus, data.columns)
+    pairs = read_pairs(data.train, corpus, data.columns)
     if config.represent.steps:
         check_enough(pairs.pairs, config.represent, data.train)
     if data.dev is not None:
-        check_apart(read_pairs(data.dev, corpus).pairs, pairs.pairs, data.dev, data.train)
+        check_apart(read_pairs(data.dev, corpus, data.columns).pairs, pairs.pairs, data.dev, data.train)
     if data.test is not None:
-        read_pairs(data.test, read_corpus(data.test_documents) if data.test_documents else corpus)
+        searched = read_corpus(data.test_documents, data.columns) if data.test_documents else corpus
+        read_pairs(data.test, searched, data.columns)
 
 
 def check_text(config: RunConfig, say: Say) -> None:

@@ -221,6 +221,7 @@ class StageJob:
             "--longest-document": data.longest_document,
         }
         words = [str(word) for option in given.items() for word in option]
+        words += [word for column in (data.columns or {}).items() for word in ("--columns", "=".join(column))]
         return self._srun(["lbr_dist.launch.cli", "data", "tokens", *words])
 
     def _ranks(self) -> Verdict:

@@ -10,7 +10,9 @@ from pathlib import Path
 from lbr_dist.config import DataConfig
 from lbr_dist.console import Say, silent
 from lbr_dist.launch.commands import negatives
+from lbr_dist.launch.commands.columns import add_columns, columns_of
 from lbr_dist.ranks.rendezvous import here
+from lbr_dist.storage.hub import model_folder
 
 DOMAINS = ("medical", "chemistry", "code")
 
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--cache-dir", default=DataConfig.cache_dir, help="data.cache_dir of the run")
     sub.add_argument("--longest-document", type=int, default=DataConfig.longest_document, help="as in the run")
     sub.add_argument("--processes", type=int, help="processes per rank (default: one per core)")
+    add_columns(sub)
     negatives.add_arguments(kind("negatives", negatives.run, "hard negatives for training pairs, by model or BM25"))
     sub = kind("model", _model, "a base model as a Hugging Face folder")
     sub.add_argument("name", choices=("smollm2",))
@@ -72,17 +75,20 @@ def _vocabulary(args: argparse.Namespace, say: Say) -> None:
     from lbr_dist.ranks.process import quiet_libraries
     from lbr_dist.vocabulary.add import add_vocabulary
 
+    base = model_folder(args.base, "--base")
     quiet_libraries()
-    say(add_vocabulary(args.base, args.corpus, args.out, args.pieces, args.min_count, say).summary())
+    say(add_vocabulary(base, args.corpus, args.out, args.pieces, args.min_count, say).summary())
 
 
 def _tokens(args: argparse.Namespace, say: Say) -> None:
     from lbr_dist.data.token_cache.build import build
 
-    cache, cores = Path(args.cache_dir).expanduser(), len(os.sched_getaffinity(0))
+    base = model_folder(args.base, "--base")
+    cache, cores, columns = Path(args.cache_dir).expanduser(), len(os.sched_getaffinity(0)), columns_of(args)
     place = here()
     if place is None or place.world_size == 1:  # needs no torch
-        tokens = build(args.corpus, args.base, cache, args.processes or cores, say, args.longest_document)
+        processes = args.processes or cores
+        tokens = build(args.corpus, base, cache, processes, say, args.longest_document, columns=columns)
         say(f"{tokens.report}\nwritten to {tokens.folder}")
         return
     from lbr_dist.ranks.group import joined
@@ -90,5 +96,5 @@ def _tokens(args: argparse.Namespace, say: Say) -> None:
     with joined() as ranks:
         tell = say if ranks.is_first else silent
         processes = args.processes or ranks.cores
-        tokens = build(args.corpus, args.base, cache, processes, tell, args.longest_document, ranks)
+        tokens = build(args.corpus, base, cache, processes, tell, args.longest_document, ranks, columns)
         tell(f"{tokens.report}\nwritten to {tokens.folder}")

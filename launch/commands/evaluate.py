@@ -7,12 +7,13 @@ from pathlib import Path
 
 from lbr_dist.console import Say
 from lbr_dist.errors import ConfigError
+from lbr_dist.launch.commands.columns import add_columns, columns_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lbr evaluate`."""
     add = parser.add_argument
-    add("model", type=Path, help="a model of ours, a sentence-transformers folder, or a causal LM")
+    add("model", help="a model of ours, a sentence-transformers folder, or a causal LM")
     add("--pairs", type=Path, required=True, help="held-out pairs")
     add("--documents", type=Path, required=True, help="the collection to search")
     add("--out", type=Path, required=True, help="folder for metrics.json and the TREC files")
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--query-prompt", default="", help="for a bare causal LM")
     add("--bm25-tokens", choices=("words", "characters"), default="words")
     add("--chunk-tokens", type=int, default=8192, help="tokens per forward pass")
+    add_columns(parser)
 
 
 def run(args: argparse.Namespace, say: Say) -> None:
@@ -33,17 +35,18 @@ def run(args: argparse.Namespace, say: Say) -> None:
     from lbr_dist.data.tokenizer import EmbeddingSettings
     from lbr_dist.evaluation.evaluate import TestSet, evaluate_folders, table
     from lbr_dist.ranks.process import quiet_libraries
+    from lbr_dist.storage.hub import model_folder
 
-    quiet_libraries()
-    test = TestSet.read(args.pairs, args.documents)
-    settings = EvaluateConfig(bm25_tokens=args.bm25_tokens, chunk_tokens=args.chunk_tokens)
-    plain = EmbeddingSettings(args.pooling, query_prompt=args.query_prompt)
-    folders = {"model": args.model}
+    folders = {"model": model_folder(args.model, "model")}
     for beside in args.beside:
         name, equals, folder = beside.partition("=")
         if not (name.isidentifier() and equals and folder) or name in ("bm25", *folders):
             raise ConfigError(f"--beside: found {beside!r}, expected NAME=FOLDER with a name not used yet.")
-        folders[name] = Path(folder)
+        folders[name] = model_folder(folder, f"--beside {name}")
+    quiet_libraries()
+    test = TestSet.read(args.pairs, args.documents, columns_of(args))
+    settings = EvaluateConfig(bm25_tokens=args.bm25_tokens, chunk_tokens=args.chunk_tokens)
+    plain = EmbeddingSettings(args.pooling, query_prompt=args.query_prompt)
     metrics = evaluate_folders(folders, test, settings, plain, 0, args.out, say)
     say(table(metrics["systems"]))
     say(f"\nwritten to {args.out}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lbr_dist.console import Say, silent
 from lbr_dist.errors import ConfigError, DataError
+from lbr_dist.launch.commands.columns import add_columns, columns_of
 
 if TYPE_CHECKING:
     from lbr_dist.mining.candidates import Candidates
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--documents", type=Path, required=True, help="the corpus that negatives are taken from")
     add("--out", type=Path, required=True, help="FILE.jsonl: the pairs with their negatives")
     add("--with", dest="miner", choices=("model", "bm25"), help="default: model, if there is --model")
-    add("--model", type=Path, help="a model of ours, a sentence-transformers folder, or a causal LM")
+    add("--model", help="a model of ours, a sentence-transformers folder, or a causal LM")
     add("--index", choices=("exact", "ivf"), default="exact", help="ivf: faiss, faster in a large corpus, not exact")
     add("--negatives", type=int, default=8, help="negatives per pair, at most")
     add("--first", type=int, default=1, help="rank of the first candidate that may be taken")
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chunk-tokens", type=int, default=8192, help="tokens per forward pass")
     add("--ranks", type=int, help="processes to start here (default: one per GPU, or one per core if memory allows)")
     add("--threads", type=int, default=1, help="threads per rank on a CPU")
+    add_columns(parser)
 
 
 def run(args: argparse.Namespace, say: Say) -> None:
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
     from lbr_dist.mining.work import MiningSettings
     from lbr_dist.ranks.hardware import count_gpus
     from lbr_dist.ranks.rendezvous import started_as
+    from lbr_dist.storage.hub import model_folder
 
     gpus = count_gpus()
     miner: Literal["model", "bm25"] = args.miner or ("model" if args.model else "bm25")
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
         pairs=str(args.pairs),
         documents=str(args.documents),
         out=str(args.out),
-        model=str(args.model) if args.model and miner == "model" else None,
+        model=str(model_folder(args.model, "--model")) if args.model and miner == "model" else None,
         miner=miner,
         index=args.index,
         negatives=args.negatives,
@@ -77,12 +80,13 @@ def run(args: argparse.Namespace, say: Say) -> None:
         chunk_tokens=args.chunk_tokens,
         threads=args.threads,
         device="cuda" if gpus else "cpu",
+        columns=columns_of(args),
     )
     place = started_as(args.ranks)
     preflight.check_mining(settings)
     ranks = 0 if place else preflight.check_mining_ranks(settings, args.ranks, gpus)
     is_first = place is None or place.rank == 0
-    candidates = Candidates.read(settings.pairs, settings.documents, say if is_first else silent)
+    candidates = Candidates.read(settings.pairs, settings.documents, say if is_first else silent, settings.columns)
     most = candidates.most_candidates()
     if most < settings.first:
         raise DataError(
@@ -152,4 +156,4 @@ def run_rank(settings_path: Path, say: Say) -> None:
     settings = read_settings(settings_path)
     with group.joined() as ranks:
         quiet_libraries()
-        mine(settings, Candidates.read(settings.pairs, settings.documents), ranks, say)
+        mine(settings, Candidates.read(settings.pairs, settings.documents, columns=settings.columns), ranks, say)

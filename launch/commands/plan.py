@@ -153,7 +153,7 @@ def _measured(config: RunConfig) -> tuple[tuple[float, float], str]:
     data = config.data
     longest = (float(data.max_query_tokens), float(data.max_document_tokens))
     try:
-        found = read_pairs(data.train, read_corpus(data.corpus))
+        found = read_pairs(data.train, read_corpus(data.corpus, data.columns), data.columns)
     except (LbrError, OSError):
         return longest, "the maximum: the data cannot be read"
     step = -(-len(found.pairs) // SAMPLE)

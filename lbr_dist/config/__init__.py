@@ -12,6 +12,7 @@ from lbr_dist.config.run import (
     ModelConfig,
     RunConfig,
     StageName,
+    require_columns,
     sequence_tokens,
     to_dict,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "SlurmConfig",
     "StageName",
     "TargetsConfig",
+    "require_columns",
     "sequence_tokens",
     "to_dict",
 ]

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lbr_dist.config import Dtype, RunConfig, to_dict
 from lbr_dist.errors import ConfigError
 from lbr_dist.ranks.hardware import fitting_dtype
 from lbr_dist.storage.files import make_private, write_atomic
+from lbr_dist.storage.hub import cached_model
 
 
 def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
@@ -106,12 +108,18 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         parsed = parser.parse_args([f"--config={path}", *overrides])
         config = parser.instantiate_classes(parsed)
         values = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
-        return RunConfig(**values)
+        return _with_cached_base(RunConfig(**values))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         message = str(error).strip()
         named = [name for name in lines if f'"{name}"' in message and not any(name in o for o in overrides)]
         place = f"{path}:{lines[max(named, key=len)]}: " if named else f"{path}: "
         raise ConfigError(f"{place}{message}") from None
+
+
+def _with_cached_base(config: RunConfig) -> RunConfig:
+    """With the folder in the Hugging Face cache as `model.base`, if that is the id of a model there."""
+    cached = None if Path(config.model.base).exists() else cached_model(config.model.base)
+    return config if cached is None else replace(config, model=replace(config.model, base=str(cached)))
 
 
 def from_plain(content: Mapping[str, Any], where: Path) -> RunConfig:

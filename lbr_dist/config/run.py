@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,21 @@ from lbr_dist.errors import ConfigError
 Dtype = Literal["bfloat16", "float32"]
 StageName = Literal["learn", "represent"]
 STAGES: tuple[StageName, ...] = ("learn", "represent")
+
+COLUMNS = ("id", "title", "text", "query", "positive", "negative", "positive_ids", "negative_ids", "source")
+"""The fields of documents and pairs that `data.columns` can read from columns of other names."""
+
+
+def require_columns(columns: Mapping[str, str], field: str) -> None:
+    """Refuse a mapping from a name that no record of ours has, or of one column to two.
+
+    Raises:
+        ConfigError: names it.
+    """
+    for ours, theirs in columns.items():
+        require(ours in COLUMNS, field, ours, f"one of our names: {', '.join(COLUMNS)}")
+        once = bool(theirs) and list(columns.values()).count(theirs) == 1
+        require(once, f"{field}: {ours}", theirs, "the name of a column, each at most once")
 
 
 def sequence_tokens(text: int, bottleneck: int, target: int = 0) -> int:
@@ -52,7 +68,8 @@ class LoraConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     base: str
-    """Folder of the base model: any Hugging Face causal LM with its tokenizer."""
+    """The base model, a Hugging Face causal LM with its tokenizer: its folder, or the Hub id of one that is in the
+    Hugging Face cache."""
 
     bottleneck_tokens: int = 8
     """k, the number of bottleneck tokens after a text. 0 for baselines that pool the text itself."""
@@ -82,10 +99,14 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     corpus: str
-    """Domain text for stage 1, and the documents that pairs name: JSONL or Parquet with `id` and `text`."""
+    """Domain text for stage 1, and the documents that pairs name: a file or folder of docs/data.md, with `text` and,
+    where pairs name documents, `id`."""
 
     train: str
-    """Training pairs: JSONL, Parquet or a Hugging Face dataset folder, in any of the formats of docs/data.md."""
+    """Training pairs: a file or folder, in any of the formats of docs/data.md."""
+
+    columns: dict[str, str] | None = None
+    """Columns of the files that have other names than ours: `{text: abstract, id: pmid}`, in all files of the run."""
 
     learn_corpus: str | None = None
     """Text for stage 1 if it is not `corpus`: records with `text`. Ids are not needed, and it may exceed memory."""
@@ -123,6 +144,7 @@ class DataConfig:
             require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "a positive number")
         for name in ("corpus", "train", "cache_dir"):
             require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "a path")
+        require_columns(self.columns or {}, "data.columns")
 
 
 @dataclass(frozen=True)

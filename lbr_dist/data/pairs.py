@@ -156,7 +156,9 @@ def load_pairs(config: RunConfig, tokenizer: TextTokenizer) -> TrainingPairs:
     Raises:
         DataError: there are fewer pairs than a batch needs, or a record cannot be used.
     """
-    return _tokenised(_read_training(config, read_corpus(config.data.corpus)), config.data, tokenizer)
+    return _tokenised(
+        _read_training(config, read_corpus(config.data.corpus, config.data.columns)), config.data, tokenizer
+    )
 
 
 def load_with_dev(config: RunConfig, tokenizer: TextTokenizer) -> tuple[TrainingPairs, TrainingPairs | None]:
@@ -166,18 +168,18 @@ def load_with_dev(config: RunConfig, tokenizer: TextTokenizer) -> tuple[Training
         DataError: as in `load_pairs`, or a development query is also trained on.
     """
     data = config.data
-    corpus = read_corpus(data.corpus)
+    corpus = read_corpus(data.corpus, data.columns)
     found = _read_training(config, corpus)
     dev = None
     if data.dev is not None and config.represent.diagnose_every:
-        held_out = read_pairs(data.dev, corpus)
+        held_out = read_pairs(data.dev, corpus, data.columns)
         check_apart(held_out.pairs, found.pairs, data.dev, data.train)
         dev = _tokenised(held_out, data, tokenizer)
     return _tokenised(found, data, tokenizer), dev
 
 
 def _read_training(config: RunConfig, corpus: Mapping[str, str]) -> PairSet:
-    found = read_pairs(config.data.train, corpus)
+    found = read_pairs(config.data.train, corpus, config.data.columns)
     check_enough(found.pairs, config.represent, config.data.train)
     return found
 

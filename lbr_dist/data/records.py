@@ -1,14 +1,18 @@
 """Corpora and pairs on disk: the only module that knows their record formats.
 
 A corpus is a list of documents with ids. A pair joins a query to the documents that answer it; it names documents of
-the corpus, or contains their texts. Both can be JSON lines, Parquet, a dataset saved by Hugging Face datasets, or a
-folder of such files. All records in a file of pairs must have the format of the first one:
+the corpus, or contains their texts. Both can be any file that `record_files` reads, or a folder of such files. All
+records in a file of pairs must have the format of the first one:
 
     lbr                     query, positive_ids [, negative_ids, source, id]
     sentence-transformers   anchor (or query), positive [, negative, negative_1.., negatives]
     tevatron                query, positive_passages [, negative_passages, query_id]; passages {docid, title, text}
+    tevatron 2              query_text, positive_document_ids [, negative_document_ids, query_id]
+    FlagEmbedding           query, pos [, neg]
     ms-swift                query, response [, rejected_response]
     ms-swift messages       messages, positive_messages [, negative_messages]
+    question and answer     question, answer [, negative, negative_1.., negatives]
+    two sentences           sentence1, sentence2 [, negative, negative_1.., negatives]
 """
 
 from __future__ import annotations
@@ -16,14 +20,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import RepresentConfig
-from lbr_dist.data.record_files import Place, RawRecord, records
-from lbr_dist.errors import DataError
+from lbr_dist.data.fields import conversation, id_of, list_of, text_of, titled_text, whole
+from lbr_dist.data.place import CELLS, Place, RawRecord, kind
+from lbr_dist.data.record_files import Columns, records, root_of
+from lbr_dist.errors import ConfigError, DataError
 from lbr_dist.storage.files import atomic_file
 
 _FORMATS = (
@@ -31,9 +38,27 @@ _FORMATS = (
     ("tevatron", ("query", "positive_passages")),
     ("sentence-transformers", ("anchor", "positive")),
     ("sentence-transformers", ("query", "positive")),
+    ("tevatron 2", ("query_text", "positive_document_ids")),
+    ("FlagEmbedding", ("query", "pos")),
     ("ms-swift", ("query", "response")),
     ("ms-swift messages", ("messages", "positive_messages")),
+    ("question and answer", ("question", "answer")),
+    ("two sentences", ("sentence1", "sentence2")),
 )
+_NAMED = {"lbr": "{}_ids", "tevatron 2": "{}_document_ids"}
+"""Formats whose pairs name documents of the corpus, and their fields of ids."""
+
+_POSITIVES = {
+    "FlagEmbedding": "pos",
+    "ms-swift": "response",
+    "question and answer": "answer",
+    "two sentences": "sentence2",
+}
+"""Formats with plain columns of texts whose positives are not in `positive`."""
+
+_NEGATIVES = {"FlagEmbedding": "neg", "ms-swift": "rejected_response"}
+"""Those whose negatives are not in `negative`, `negative_1` and so on."""
+
 _KNOWN = "; ".join(f"{name}: {' + '.join(fields)}" for name, fields in _FORMATS)
 
 
@@ -63,22 +88,34 @@ class PairSet:
 # ---- corpora ------------------------------------------------------------------------------------------------------
 
 
-def documents(path: str | Path) -> Iterator[tuple[Place, str, str]]:
+def documents(path: str | Path, columns: Columns | None = None) -> Iterator[tuple[Place, str, str]]:
     """Place, id and text of each document in file order, read lazily. Ids may repeat. Raises as in `read_corpus`."""
-    for place, row in records(Path(path)):
-        key = next((name for name in ("id", "_id", "docid") if row.get(name) is not None), "id")
-        yield place, _identifier(place, row, key), titled_text(place, row)
+    root, file, with_ids = root_of(Path(path)), None, True
+    for place, row in records(Path(path), columns):
+        key = next((name for name in ("id", "_id", "docid") if row.get(name) is not None), None)
+        if place.file is not file:
+            file, with_ids = place.file, key is not None
+        if key is not None and not with_ids:
+            raise place.error(
+                f"{key} = {row[key]!r}", "no id, as in the file's first record", "Give all its records an id, or none."
+            )
+        document = (
+            id_of(place, row, key or "id") if with_ids else whole(place, place.identifier(root), "the file's name")
+        )
+        yield place, document, whole(place, titled_text(place, row), "its text")
 
 
-def read_corpus(path: str | Path) -> dict[str, str]:
+def read_corpus(path: str | Path, columns: Columns | None = None) -> dict[str, str]:
     """Documents by id, in file order.
 
     Fields: `id` (or `_id`, `docid`), `text`, and optionally `title`, which is put before the text, as in the retrieval
-    toolkits. Raises DataError for a missing or empty file, or for a record that cannot be used (with its line).
+    toolkits; `columns` says where a file has them under other names. In a file without ids, a document's id is the
+    file's name (from the given folder on) and its line, ``corpus.jsonl:12``, or the name alone if the file is a text.
+    Raises DataError for a missing or empty file, or for a record that cannot be used (with its line).
     """
     texts: dict[str, str] = {}
     places: dict[str, Place] = {}
-    for place, document, text in documents(path):
+    for place, document, text in documents(path, columns):
         if document in texts:
             raise place.error(
                 f"duplicate document id {document!r} (first at {places[document]})",
@@ -92,10 +129,29 @@ def read_corpus(path: str | Path) -> dict[str, str]:
     return texts
 
 
+def check_columns(columns: Columns, paths: Sequence[str]) -> None:
+    """Refuse a mapping of columns that no file has: its text would be looked for under our name.
+
+    Args:
+        columns: `data.columns`.
+        paths: the files and folders of a run.
+
+    Raises:
+        ConfigError: names a column that none of their first 1,000 records has.
+    """
+    found = {name for path in paths for _, row in islice(records(Path(path)), 1000) for name in row}
+    for ours, theirs in columns.items():
+        if theirs not in found:
+            raise ConfigError(
+                f"data.columns: found {{{ours}: {theirs}}}, but no file of the run has a column {theirs!r}; they have "
+                f"{', '.join(map(repr, sorted(found)))}. Name one of these, or leave it out."
+            )
+
+
 # ---- pairs --------------------------------------------------------------------------------------------------------
 
 
-def read_pairs(path: str | Path, corpus: Mapping[str, str]) -> PairSet:
+def read_pairs(path: str | Path, corpus: Mapping[str, str], columns: Columns | None = None) -> PairSet:
     """Pairs in any known format, with the texts of their documents from `corpus` or from the records themselves.
 
     A text without an id gets one derived from its content, so that equal texts are one document. Raises DataError
@@ -103,8 +159,8 @@ def read_pairs(path: str | Path, corpus: Mapping[str, str]) -> PairSet:
     """
     reader = _PairReader(corpus)
     expected = ""
-    for place, row in records(Path(path)):
-        form = _format_of(place, row)
+    for place, row in records(Path(path), columns):
+        form, query_field = _format_of(place, row)
         expected = expected or form
         if form != expected:
             raise place.error(
@@ -112,7 +168,7 @@ def read_pairs(path: str | Path, corpus: Mapping[str, str]) -> PairSet:
                 f"{expected}, as in the first record",
                 "Put records of different formats in different files.",
             )
-        reader.add(place, row, form)
+        reader.add(place, row, form, query_field)
     if not reader.pairs:
         raise DataError(f"{path}: found no pairs, expected at least one record. Known formats: {_KNOWN}.")
     return PairSet(reader.pairs, reader.documents, reader.dropped_negatives)
@@ -171,18 +227,20 @@ class _PairReader:
         self.dropped_negatives = 0
         self.seen: dict[str, Place] = {}
 
-    def add(self, place: Place, row: RawRecord, form: str) -> None:
+    def add(self, place: Place, row: RawRecord, form: str, query_field: str) -> None:
         # toolkits that train on graded pairs mark non-matching pairs with another label
-        if row.get("label") not in (None, 1):
-            raise place.error(
-                f"label = {row['label']!r}",
-                "only matching pairs (label 1, or no label)",
-                "Remove this record, or write its text as a negative of a matching pair.",
-            )
+        for grade in ("label", "score") if form == "two sentences" else ("label",):
+            if row.get(grade) not in (None, 1, "1", "1.0", ""):
+                raise place.error(
+                    f"{grade} = {row[grade]!r}",
+                    f"only matching pairs ({grade} 1, or no {grade})",
+                    "Remove this record, or write its text as a negative of a matching pair.",
+                )
         if form == "ms-swift messages":
-            query = _conversation(place, row, "messages", row["messages"])
+            query = conversation(place, row, "messages", row["messages"])
         else:
-            query = _text(place, row, "anchor" if "anchor" in row else "query")
+            query = text_of(place, row, query_field)
+        query = whole(place, query, "the query")
         positives = self._documents(place, row, form, "positives")
         if not positives:
             raise place.error(
@@ -197,13 +255,13 @@ class _PairReader:
             query,
             positives,
             negatives,
-            source if isinstance(source, str) and source else place.file.stem,
+            whole(place, source, "source") if isinstance(source, str) and source else place.stem,
         )
         self.pairs.append(pair)
 
     def _pair_id(self, place: Place, row: RawRecord) -> str:
         key = next((name for name in ("id", "query_id") if row.get(name) is not None), None)
-        pair = _identifier(place, row, key) if key else f"{place.file.stem}-{place.number}"
+        pair = id_of(place, row, key) if key else f"{place.stem}-{place.number}"
         if pair in self.seen:
             raise place.error(
                 f"duplicate pair id {pair!r} (first at {self.seen[pair]})",
@@ -216,14 +274,14 @@ class _PairReader:
     def _documents(self, place: Place, row: RawRecord, form: str, role: str) -> tuple[str, ...]:
         """Ids of the record's positives or negatives, in order, without duplicates."""
         one = role.removesuffix("s")
-        if form == "lbr":
-            ids = _items(place, row, f"{one}_ids")
-            found = [self._known(place, _identifier(place, {one: value}, one)) for value in ids]
+        if form in _NAMED:
+            ids = list_of(place, row, _NAMED[form].format(one))
+            found = [self._known(place, id_of(place, {one: value}, one)) for value in ids]
         elif form == "tevatron":
-            found = [self._passage(place, value) for value in _items(place, row, f"{one}_passages")]
+            found = [self._passage(place, value) for value in list_of(place, row, f"{one}_passages")]
         elif form == "ms-swift messages":
             key = f"{one}_messages"
-            texts = [_conversation(place, row, key, value) for value in _items(place, row, key)]
+            texts = [conversation(place, row, key, value) for value in list_of(place, row, key)]
             found = [self._inline(place, None, text) for text in texts]
         else:
             found = [self._inline(place, None, text) for text in _columns(place, row, form, one)]
@@ -242,12 +300,13 @@ class _PairReader:
     def _passage(self, place: Place, passage: Any) -> str:
         if not isinstance(passage, dict):
             raise place.error(f"the passage {passage!r}", "an object with `docid` and `text`", "Write it that way.")
-        document = _identifier(place, passage, "docid") if passage.get("docid") is not None else None
+        document = id_of(place, passage, "docid") if passage.get("docid") is not None else None
         if document is not None and passage.get("text") is None:
             return self._known(place, document)
         return self._inline(place, document, titled_text(place, passage))
 
     def _inline(self, place: Place, document: str | None, text: str) -> str:
+        text = whole(place, text, "a document's text")
         if document is None:
             document = f"text-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
         known = self.documents.get(document, self.corpus.get(document, text))
@@ -261,80 +320,35 @@ class _PairReader:
         return document
 
 
-def _format_of(place: Place, row: RawRecord) -> str:
+def _format_of(place: Place, row: RawRecord) -> tuple[str, str]:
+    """The format of a pair, and the field of its query."""
     for name, fields in _FORMATS:
         if all(field in row for field in fields):
-            return name
+            return name, fields[0]
     raise place.error(
         f"the fields {', '.join(map(repr, sorted(row))) or '(none)'}",
         "the fields of a known format of pairs",
-        f"Known formats: {_KNOWN}.",
+        f"Known formats: {_KNOWN}. Where only a column's name differs, data.columns maps it.",
     )
 
 
 def _columns(place: Place, row: RawRecord, form: str, role: str) -> list[str]:
-    """Texts in the plain columns of sentence-transformers and ms-swift, without empty columns."""
-    if form == "ms-swift":
-        names = ["response" if role == "positive" else "rejected_response"]
-    elif role == "positive":
-        names = ["positive"]
+    """Texts in the plain columns of sentence-transformers and others, without empty columns."""
+    if role == "positive":
+        names = [_POSITIVES.get(form, "positive")]
+    elif form in _NEGATIVES:
+        names = [_NEGATIVES[form]]
     else:
         numbered = sorted((int(name[9:]), name) for name in row if re.fullmatch(r"negative_\d+", name))
         names = ["negative", *(name for _, name in numbered), "negatives"]
     texts = []
     for name in names:
         value = row.get(name)
+        if value == "" and role == "negative" and kind(place.file) in CELLS:
+            continue  # CSV has no other way to leave one out
         values = value if isinstance(value, list) else [value] if value is not None else []
-        texts += [_text(place, {name: each}, name) for each in values]
+        texts += [text_of(place, {name: each}, name) for each in values]
     return texts
-
-
-# ---- fields -------------------------------------------------------------------------------------------------------
-
-
-def _text(place: Place, row: RawRecord, name: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise _wrong(place, row, name, "a text that is not empty")
-    return value
-
-
-def titled_text(place: Place, row: RawRecord) -> str:
-    text = _text(place, row, "text")
-    title = row.get("title")
-    return f"{title.strip()} {text}" if isinstance(title, str) and title.strip() else text
-
-
-def _identifier(place: Place, row: RawRecord, name: str) -> str:
-    value = row.get(name)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value:
-        raise _wrong(place, row, name, "an id: a string or an integer")
-    return value
-
-
-def _items(place: Place, row: RawRecord, name: str) -> list[Any]:
-    value = row.get(name)
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise _wrong(place, row, name, "a list")
-    return value
-
-
-def _conversation(place: Place, row: RawRecord, name: str, turns: Any) -> str:
-    """The texts of a conversation's turns, one per line."""
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise _wrong(place, row, name, "turns {role, content}")
-    return "\n".join(_text(place, turn, "content") for turn in turns)
-
-
-def _wrong(place: Place, row: RawRecord, name: str, expected: str) -> DataError:
-    found = repr(row[name])[:80] if name in row else f"only the fields {', '.join(map(repr, sorted(row))) or '(none)'}"
-    return place.error(
-        f"{name} = {found}" if name in row else found, f"{name}: {expected}", "Fix or remove this record."
-    )
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 from lbr_dist.console import Progress, Say
-from lbr_dist.data.record_files import record_files
+from lbr_dist.data.record_files import Columns, also_read_as, record_files, root_of
 from lbr_dist.data.records import documents
 from lbr_dist.encode.dtype import encoding_dtype
 from lbr_dist.encode.encoder import Kind, open_encoder
@@ -42,7 +41,6 @@ MANIFEST = "parts.json"
 IDS = "ids"
 _SCHEMA = 1
 _LOCK = "lock"
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -61,6 +59,9 @@ class EncodeJob:
     threads: int | None = None
     """Threads per rank on a CPU; rounding depends on it. None: the number that existing parts were made with, or else
     the first rank's number of threads."""
+
+    columns: Columns | None = None
+    """As `data.columns` of a run."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError that names the option."""
@@ -166,11 +167,15 @@ def _made_of(job: EncodeJob, threads: int, device: torch.device) -> dict[str, An
     """Everything that a part's bytes depend on, by the name under which a difference is reported."""
     cores, known = len(os.sched_getaffinity(0)), job.folder / "hashes"
     inside = visible_files(job.model)
+    files, root = record_files(job.collection), root_of(job.collection)
+    read_as = also_read_as(files, job.columns)
+    if read_as:  # ids may come from the files' names
+        read_as += [str(file.relative_to(root)) for file in files]
     on_cpu = device.type == "cpu"
     return {
         "the format of the parts": _SCHEMA,
         "the model": fingerprint(inside, cores, known, [str(path.relative_to(job.model)) for path in inside]),
-        "the collection": fingerprint(record_files(job.collection), cores, known),
+        "the collection": fingerprint(files, cores, known, read_as),
         "--kind": job.kind,
         "--chunk-tokens": job.chunk_tokens,
         "--part-texts": job.part_texts,
@@ -185,7 +190,7 @@ def _write_ids(job: EncodeJob) -> int:
     """Read the whole collection, so that an error in it is reported now, and write its ids. Returns their number."""
     seen: set[str] = set()
     with (job.folder / IDS).open("w", encoding="utf-8") as file:
-        for place, name, text in documents(job.collection):
+        for place, name, _ in documents(job.collection, job.columns):
             if name in seen:
                 raise place.error(
                     f"document id {name!r} again", "each id once", "Remove one of the two, or give it an id of its own."
@@ -193,8 +198,6 @@ def _write_ids(job: EncodeJob) -> int:
             if job.out.suffix == ".npy" and name.splitlines() != [name]:
                 expected = "one line, as FILE.ids has one for each text"
                 raise place.error(f"the id {name!r}", expected, "Write FILE.parquet, or give it another id.")
-            if _SURROGATE.search(name) or _SURROGATE.search(text):
-                raise place.error("half of a surrogate pair", "whole characters", "Fix or remove this record.")
             seen.add(name)
             file.write(json.dumps(name) + "\n")
     sync(job.folder / IDS)
@@ -253,7 +256,7 @@ def _texts(job: EncodeJob, sizes: Collection[int]) -> Iterator[tuple[int, list[s
     """The texts of some parts, in order. Reads the collection once, and holds only one part in memory."""
     last = max(sizes)
     held: list[str] = []
-    for index, (_, _, text) in enumerate(documents(job.collection)):
+    for index, (_, _, text) in enumerate(documents(job.collection, job.columns)):
         number, place = divmod(index, job.part_texts)
         if place == 0 and held:
             yield number - 1, held

@@ -9,12 +9,13 @@ import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lbr_dist.config import STAGES, EvaluateConfig, RunConfig
 from lbr_dist.console import Say
+from lbr_dist.data.record_files import Columns
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
 from lbr_dist.data.tokenizer import EmbeddingSettings
 from lbr_dist.evaluation.retrieval import (
@@ -25,6 +26,7 @@ from lbr_dist.evaluation.retrieval import (
     per_query_values,
     score_run,
     to_run,
+    trec_names,
     write_qrels,
     write_trec_run,
 )
@@ -45,10 +47,24 @@ class TestSet:
     documents: dict[str, str]
 
     @staticmethod
-    def read(pairs: str | Path, documents: str | Path) -> TestSet:
-        """Raises DataError if a file is malformed, or the collection lacks a relevant document."""
-        collection = read_corpus(documents)
-        return TestSet(read_pairs(pairs, collection).pairs, collection)
+    def read(pairs: str | Path, documents: str | Path, columns: Columns | None = None) -> TestSet:
+        """The pairs, and the collection with the positives whose texts the pairs bring along.
+
+        A text that the collection has under another id is that document. Raises DataError if a file is malformed, or
+        the collection lacks a document that a pair names by its id.
+        """
+        collection = read_corpus(documents, columns)
+        found = read_pairs(pairs, collection, columns)
+        brought = {p: found.documents[p] for pair in found.pairs for p in pair.positives if p not in collection}
+        if not brought:
+            return TestSet(found.pairs, collection)
+        known = {text: name for name, text in reversed(collection.items())}
+        names = {name: known.get(text, name) for name, text in brought.items()}
+        queries = [
+            replace(pair, positives=tuple(dict.fromkeys(names.get(name, name) for name in pair.positives)))
+            for pair in found.pairs
+        ]
+        return TestSet(queries, collection | {name: text for name, text in brought.items() if names[name] == name})
 
     @property
     def qrels(self) -> dict[str, set[str]]:
@@ -167,9 +183,10 @@ def evaluate_run(config: RunConfig, say: Say = print) -> dict[str, Any]:
     Returns:
         The content of `report/metrics.json`.
     """
-    assert config.data.test is not None
+    data = config.data
+    assert data.test is not None
     began = time.perf_counter()
-    test = TestSet.read(config.data.test, config.data.test_documents or config.data.corpus)
+    test = TestSet.read(data.test, data.test_documents or data.corpus, data.columns)
     runs = _systems(config, test, say)
     systems, comparisons = score(runs, test, config.evaluate.bootstrap, config.seed, "lbr")
     metrics = {
@@ -186,7 +203,7 @@ def evaluate_run(config: RunConfig, say: Say = print) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     # the page comes last: a report that has one is complete
     (folder / "index.html").unlink(missing_ok=True)
-    _write_runs(folder, runs, test)
+    _write_runs(folder, runs, test, say)
     write_atomic(folder / "examples.json", json.dumps(examples(runs, test, config.evaluate.examples), indent=1) + "\n")
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
@@ -225,15 +242,19 @@ def evaluate_folders(
         "comparisons": comparisons,
     }
     out.mkdir(parents=True, exist_ok=True)
-    _write_runs(out, runs, test)
+    _write_runs(out, runs, test, say)
     write_atomic(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def _write_runs(folder: Path, runs: Mapping[str, Run], test: TestSet) -> None:
+def _write_runs(folder: Path, runs: Mapping[str, Run], test: TestSet, say: Say) -> None:
+    written = trec_names([*(query.id for query in test.queries), *test.documents])
+    changed = next((name for name, escaped in written.items() if name != escaped), None)
+    if changed is not None:
+        say(f"evaluate: ids with white space are percent-encoded in {folder}'s TREC files: {written[changed]}")
     for name, run in runs.items():
-        write_trec_run(folder / f"{name}.run", run, name)
-    write_qrels(folder / "test.qrels", test.qrels)
+        write_trec_run(folder / f"{name}.run", run, name, written)
+    write_qrels(folder / "test.qrels", test.qrels, written)
 
 
 def table(systems: Mapping[str, Mapping[str, Any]]) -> str:

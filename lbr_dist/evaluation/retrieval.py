@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -178,22 +179,39 @@ def to_run(query_ids: Sequence[str], document_ids: Sequence[str], scores: Tensor
 # ---- files ----------------------------------------------------------------------------------------------------
 
 
-def write_trec_run(path: Path, run: Run, tag: str) -> None:
+def trec_names(names: Iterable[str]) -> dict[str, str]:
+    """How each id is written in TREC files, whose fields end at white space.
+
+    As it is; but if an id of the collection has white space, that and every `%` are percent-encoded in all of them, so
+    that no two become the same and `urllib.parse.unquote` restores them.
+    """
+    names = list(names)
+    if all(len(name.split()) == 1 and name == name.strip() for name in names):
+        return {name: name for name in names}
+    return {name: re.sub(r"[\s%]", lambda found: quote(found[0], safe=""), name) for name in names}
+
+
+def write_trec_run(path: Path, run: Run, tag: str, names: Mapping[str, str] | None = None) -> None:
     """Write lines of `query Q0 document rank score tag`; scores keep all digits of a float32.
 
-    trec_eval sorts by score again and breaks ties by document id, so it may reorder tied documents.
+    trec_eval sorts by score again and breaks ties by document id, so it may reorder tied documents. `names` says how
+    ids are written, if not as they are; see `trec_names`.
     """
+    names = names or {}
     lines = (
-        f"{_field(query)} Q0 {_field(document)} {rank} {score:.9g} {_field(tag)}\n"
+        f"{_field(names.get(query, query))} Q0 {_field(names.get(document, document))} {rank} {score:.9g} "
+        f"{_field(tag)}\n"
         for query, ranked in run.items()
         for rank, (document, score) in enumerate(ranked, start=1)
     )
     _write(path, lines)
 
 
-def write_qrels(path: Path, qrels: Mapping[str, set[str]]) -> None:
-    """Write a line `query 0 document 1` for each relevant document, in sorted order."""
-    _write(path, (f"{_field(q)} 0 {_field(d)} 1\n" for q, relevant in qrels.items() for d in sorted(relevant)))
+def write_qrels(path: Path, qrels: Mapping[str, set[str]], names: Mapping[str, str] | None = None) -> None:
+    """Write a line `query 0 document 1` for each relevant document, in sorted order; `names` as in `write_trec_run`."""
+    names = names or {}
+    pairs = ((q, d) for q, relevant in qrels.items() for d in sorted(relevant))
+    _write(path, (f"{_field(names.get(q, q))} 0 {_field(names.get(d, d))} 1\n" for q, d in pairs))
 
 
 def _field(name: str) -> str:

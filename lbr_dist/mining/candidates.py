@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from lbr_dist.console import Say, silent
+from lbr_dist.data.record_files import Columns
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
 
 REASONS = ("positive", "same text", "other positive", "duplicate", "margin", "window")
@@ -92,11 +93,11 @@ class Candidates:
     """Query text to the positives of all pairs with this query."""
 
     @staticmethod
-    def read(pairs: str | Path, documents: str | Path, say: Say = silent) -> Candidates:
+    def read(pairs: str | Path, documents: str | Path, say: Say = silent, columns: Columns | None = None) -> Candidates:
         """Read both files; raises DataError if one cannot be used, see `read_corpus` and `read_pairs`."""
         say(f"reading {documents} and {pairs}")
-        corpus = read_corpus(documents)
-        found = read_pairs(pairs, corpus)
+        corpus = read_corpus(documents, columns)
+        found = read_pairs(pairs, corpus, columns)
         brought = {name: text for name, text in found.documents.items() if name not in corpus}
         wanted = set(brought.values())
         known: dict[str, str] = {}

@@ -234,5 +234,5 @@ def _dropped(counts: Mapping[str, int]) -> str:
 
 
 def _all_documents(settings: MiningSettings, candidates: Candidates) -> Iterable[dict[str, str]]:
-    for name, text in (read_corpus(settings.documents) | candidates.brought).items():
+    for name, text in (read_corpus(settings.documents, settings.columns) | candidates.brought).items():
         yield {"id": name, "text": text}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lbr_dist.console import Say
-from lbr_dist.data.record_files import record_files
+from lbr_dist.data.record_files import also_read_as, record_files
 from lbr_dist.data.records import write_jsonl
 from lbr_dist.encode.dtype import encoding_dtype
 from lbr_dist.errors import ConfigError
@@ -52,6 +52,7 @@ class MiningSettings:
     """Threads per rank on a CPU. Does not follow from the number of ranks, since sums may depend on it."""
 
     device: str = "cpu"
+    columns: dict[str, str] | None = None
     unit: int = 256
     """Texts per file of vectors, pairs per part: a killed rank loses at most this. Larger in large collections."""
 
@@ -119,7 +120,7 @@ def prepare(settings: MiningSettings, say: Say) -> None:
     folder = settings.work
     folder.mkdir(parents=True, exist_ok=True)
     files = [*record_files(Path(settings.pairs)), *record_files(Path(settings.documents))]
-    also = [_SCHEMA, version("torch"), version("transformers")]
+    also = [_SCHEMA, version("torch"), version("transformers"), *also_read_as(files)]
     if settings.model is not None:
         model = Path(settings.model)
         inside = visible_files(model)

@@ -17,8 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lbr_dist.console import Say, silent
+from lbr_dist.data.fields import titled_text
 from lbr_dist.data.record_files import records
-from lbr_dist.data.records import titled_text
 from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.errors import ConfigError, DataError, ModelError
 from lbr_dist.model.backbone import WeightFiles

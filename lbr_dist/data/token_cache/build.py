@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from lbr_dist.config import RunConfig
 from lbr_dist.console import Say, size_text
-from lbr_dist.data.record_files import record_files
+from lbr_dist.data.record_files import Columns, also_read_as, record_files
 from lbr_dist.data.token_cache.cache import MANIFEST, SCHEMA, TokenCache
 from lbr_dist.data.token_cache.part import DONE, TOKENIZER_FILE, Part, TokenRules, Unit, units, write_part
 from lbr_dist.data.token_cache.work import finished_numbers, finished_parts, plan_of, work_folder
@@ -66,6 +66,7 @@ def build(
     say: Say,
     max_characters: int = 10_000_000,
     ranks: Ranks | None = None,
+    columns: Columns | None = None,
 ) -> TokenCache:
     """The token cache of a corpus; built first if there is none for this content and tokenizer.
 
@@ -77,6 +78,7 @@ def build(
         say: called with each line of progress.
         max_characters: longer texts are left out and reported.
         ranks: all ranks must call this; each tokenises its share, and the first one publishes.
+        columns: `data.columns`, where the names of the files' columns differ from ours.
 
     Raises:
         DataError: the corpus cannot be used, the disk is full, or the existing cache is damaged.
@@ -89,7 +91,7 @@ def build(
         if ranks is not None and not ranks.is_first:
             folder = _help(processes, ranks)
         else:
-            folder = _find_or_make(corpus, tokenizer_folder, cache_dir, processes, say, max_characters, ranks)
+            folder = _find_or_make(corpus, tokenizer_folder, cache_dir, processes, say, max_characters, ranks, columns)
         cache = TokenCache(folder)
     say(f"{corpus}: {cache.report}")
     return cache
@@ -103,13 +105,17 @@ def _find_or_make(
     say: Say,
     max_characters: int,
     ranks: Ranks | None,
+    columns: Columns | None,
 ) -> Path:
     files = record_files(corpus)
+    # only those of the fields that are read
+    columns = {ours: theirs for ours, theirs in sorted((columns or {}).items()) if ours in ("text", "title")}
     seen = [signature(file) for file in files]
     # only the version of transformers: importing it takes seconds, and the cache may exist already
     also = [f"{SCHEMA} {max_characters} {version('transformers')} {version('tokenizers')}"]
     made_by = [path for name in _TOKENIZER_FILES if (path := tokenizer_folder / name).is_file()]
     also += [path.name for path in made_by]
+    also += also_read_as(files, columns)
     folder = cache_dir / fingerprint([*files, *made_by], processes, cache_dir / "hashes", also)
     if not folder.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -117,7 +123,7 @@ def _find_or_make(
             if not folder.exists():
                 building, can_go_on = work_folder(folder, held)
                 remove_stale(cache_dir, building)
-                made = _Build(corpus, files, folder, building, processes, say, ranks)
+                made = _Build(corpus, files, folder, building, processes, say, ranks, columns)
                 made.run(tokenizer_folder, max_characters, seen, can_go_on)
                 return folder
     _share(_Task(folder), ranks)
@@ -188,7 +194,9 @@ class _Build:
         processes: int,
         say: Say,
         ranks: Ranks | None,
+        columns: Columns,
     ) -> None:
+        self.columns = tuple(columns.items())
         self.corpus, self.files, self.folder, self.building = corpus, files, folder, building
         self.processes, self.say, self.ranks = processes, say, ranks
         self.expected = self.read = self.written = 0
@@ -200,6 +208,7 @@ class _Build:
         try:
             self.building.mkdir(exist_ok=True)
             rules = _write_tokenizer(tokenizer_folder, self.building / TOKENIZER_FILE, max_characters)
+            rules = replace(rules, columns=self.columns)
             weight = max(_UNIT, size // _MOST_UNITS)
             work = list(units(self.files, weight))
             parts = finished_parts(self.building, plan_of(self.files, weight, rules, self.building), rules)
@@ -372,4 +381,5 @@ def token_cache(config: RunConfig, processes: int, say: Say) -> TokenCache:
     data = config.data
     folder = Path(data.cache_dir).expanduser()
     corpus = Path(data.learn_corpus or data.corpus)
-    return build(corpus, Path(config.model.base), folder, processes, say, data.longest_document)
+    base = Path(config.model.base)
+    return build(corpus, base, folder, processes, say, data.longest_document, columns=data.columns)

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from lbr_dist.data.record_files import Place, Span, span_rows, spans
-from lbr_dist.data.records import titled_text
+from lbr_dist.data.fields import titled_text
+from lbr_dist.data.place import Place, Span
+from lbr_dist.data.record_files import span_rows, spans
 from lbr_dist.storage.files import sync, write_atomic
 
 DONE = "done"
@@ -52,6 +53,9 @@ class TokenRules:
 
     split_special_tokens: bool
     """Whether the text of a special token is read as plain text."""
+
+    columns: tuple[tuple[str, str], ...] = ()
+    """`data.columns`: our names of fields, and the columns that are read as them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +161,7 @@ def _texts(unit: Unit, rules: TokenRules, part: Part) -> Iterator[str]:
     # a character takes at most six bytes in JSON (an escape), and four in UTF-8
     longest_line = 6 * rules.max_characters + (1 << 16)
     for span in unit.spans:
-        for place, row in span_rows(span, ("text", "title"), longest_line):
+        for place, row in span_rows(span, ("text", "title"), longest_line, dict(rules.columns)):
             if row is None:
                 defect = ENORMOUS
             elif isinstance(row.get("text"), str) and not row["text"].strip():

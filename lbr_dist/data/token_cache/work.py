@@ -61,10 +61,13 @@ def plan_of(files: Sequence[Path], weight: int, rules: TokenRules, folder: Path)
         rules: see `TokenRules`.
         folder: contains the tokenizer's file.
     """
+    plain = asdict(rules)
+    if not plain["columns"]:
+        del plain["columns"]  # as earlier versions wrote it: their unfinished builds stay good
     return {
         "files": [[str(file), *signature(file)[:_SAME_EVERYWHERE]] for file in files],
         "weight": weight,
-        "rules": asdict(rules),
+        "rules": json.loads(json.dumps(plain)),  # as it is read back: no tuples
         "tokenizer": checksum(folder / TOKENIZER_FILE),
     }
 

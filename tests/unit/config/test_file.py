@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
+from lbr_dist import preflight
 from lbr_dist.config import ModelConfig, RunConfig, file, to_dict
+from lbr_dist.config.changes import forbidden_changes
 from lbr_dist.launch import cli
 from lbr_dist.ranks.hardware import fitting_dtype
 from tests.configs import tiny_run
@@ -33,7 +37,44 @@ def test_config_round_trip(run: tuple[Path, RunConfig], tmp_path: Path) -> None:
     assert changed.represent == config.represent
 
 
+def test_columns_are_a_mapping_that_changes_the_result(run: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    config = file.read_config(run[0], ['--data.columns={"text": "abstract", "id": "pmid"}'])
+    assert config.data.columns == {"text": "abstract", "id": "pmid"}
+    file.write_config(config, tmp_path / "again.yaml")
+    assert file.read_config(tmp_path / "again.yaml") == config == file.from_plain(to_dict(config), tmp_path)
+    assert forbidden_changes(to_dict(run[1]), to_dict(config)) == ["data.columns"]
+    before = to_dict(run[1])
+    del before["data"]["columns"]  # a run that was started before there was this field
+    assert forbidden_changes(before, to_dict(run[1])) == []
+
+
+def test_the_base_may_be_the_id_of_a_model_in_the_hugging_face_cache(
+    run: tuple[Path, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    chosen = "--model.base=some/Model-0.6B"
+    said = message(capsys, "run", str(run[0]), chosen)
+    assert "model.base: found 'some/Model-0.6B', which is not a folder" in said
+    assert "`hf download some/Model-0.6B` fetches it" in said
+    snapshot = tmp_path / "hub" / "models--some--Model-0.6B" / "snapshots" / ("a" * 40)
+    shutil.copytree(run[1].model.base, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    config = file.read_config(run[0], [chosen])
+    assert config == file.read_config(run[0], [f"--model.base={snapshot}"])
+    preflight.check_base(Path(config.model.base))
+
+
 KEYS = {
+    "a column that we do not have": (
+        'data.columns: {"texts":"abstract"}',
+        r"data.columns: found 'texts', expected one",
+    ),
+    "a column that no file has": (
+        'data.columns: {"text":"abstrct"}',
+        r"data.columns: found {text: abstrct}, but no file of the run has a column 'abstrct'; they have 'id', ",
+    ),
     "unknown key": ("learn.stepz: 3", r"config.yaml:\d+: unknown key `learn.stepz`. Did you mean `learn.steps`\?"),
     "wrong section": (
         "learn.temperature: 3",

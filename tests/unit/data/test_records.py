@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -12,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbr_dist.data.records import read_corpus, read_pairs, write_jsonl
-from lbr_dist.errors import DataError
+from lbr_dist.data.records import check_columns, read_corpus, read_pairs, write_jsonl
+from lbr_dist.errors import ConfigError, DataError
 
 CORPUS = {"d1": "Fever. A raised body temperature.", "d2": "Chill. A feeling of cold.", "d3": "Cough."}
 OURS = [
@@ -50,18 +52,44 @@ def folder(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def packed(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def cells(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def hub_folder(path: Path, rows: list[dict[str, Any]]) -> Path:
+    (path / "data").mkdir(parents=True)
+    (path / "README.md").write_text("---\nlicense: mit\n---\n")
+    for number, row in enumerate(rows):
+        parquet(path / "data" / f"train-{number:05d}-of-{len(rows):05d}.parquet", [row])
+    return path
+
+
 WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Path]] = {
     "jsonl": lambda path, rows: jsonl(path.with_suffix(".jsonl"), *rows),
     "parquet": lambda path, rows: parquet(path.with_suffix(".parquet"), rows),
     "dataset": saved_dataset,
     "folder": folder,
+    "jsonl.gz": lambda path, rows: packed(path.with_suffix(".jsonl.gz"), rows),
+    "the hub's": hub_folder,
 }
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", [*WRITERS, "csv"])
 def test_corpus_reads_the_same_from_every_kind_of_file(tmp_path: Path, kind: str) -> None:
     rows = [{"id": document, "text": text} for document, text in CORPUS.items()]
-    assert list(read_corpus(WRITERS[kind](tmp_path / "corpus", rows)).items()) == list(CORPUS.items())
+    writer = cells if kind == "csv" else WRITERS[kind]
+    path = tmp_path / ("corpus.csv" if kind == "csv" else "corpus")
+    assert list(read_corpus(writer(path, rows)).items()) == list(CORPUS.items())
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -81,6 +109,34 @@ def test_corpus_of_the_retrieval_toolkits_has_titles_and_other_id_fields(tmp_pat
     assert read_corpus(jsonl(tmp_path / "corpus.jsonl", *rows)) == {"7": "Fever Heat.", "8": "Cold."}
 
 
+def test_documents_without_ids_are_named_by_file_and_line(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "corpus.jsonl", {"text": "A"}, "", {"text": "B"})
+    assert read_corpus(path) == {"corpus.jsonl:1": "A", "corpus.jsonl:3": "B"}
+    assert read_corpus(cells(tmp_path / "a.csv", [{"text": "A\nB"}, {"text": "C"}])) == {
+        "a.csv:2": "A\nB",
+        "a.csv:4": "C",
+    }
+    (tmp_path / "notes" / "deep").mkdir(parents=True)
+    (tmp_path / "notes" / "a b.txt").write_text("A")
+    (tmp_path / "notes" / "deep" / "b.md").write_text("B")
+    assert read_corpus(tmp_path / "notes") == {"a b.txt": "A", "deep/b.md": "B"}
+    with pytest.raises(DataError, match=r"mixed\.jsonl:2: found id = 'x', expected no id, as in the file's first"):
+        read_corpus(jsonl(tmp_path / "mixed.jsonl", {"text": "A"}, {"id": "x", "text": "B"}))
+
+
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    columns = {"id": "pmid", "text": "abstract", "query": "asked", "positive_ids": "found"}
+    corpus = jsonl(tmp_path / "corpus.jsonl", {"pmid": 7, "abstract": "A", "title": "T"})
+    pairs = jsonl(tmp_path / "pairs.jsonl", {"asked": "hot", "found": ["7"]})
+    (pair,) = read_pairs(pairs, read_corpus(corpus, columns), columns).pairs
+    assert (pair.query, pair.positives) == ("hot", ("7",)) and read_corpus(corpus, columns) == {"7": "T A"}
+    check_columns(columns, [str(corpus), str(pairs)])
+    with pytest.raises(ConfigError, match=r"found \{text: abstrct\}, but no file .* they have 'abstract', 'asked'"):
+        check_columns({"text": "abstrct"}, [str(corpus), str(pairs)])
+    with pytest.raises(DataError, match=r"data\.columns: \{text: NAME\}"):
+        read_corpus(corpus, {"id": "pmid"})
+
+
 SAME = {
     "sentence-transformers": {"anchor": "hot", "positive": "A", "negative": "B", "negative_1": "C", "negative_2": None},
     "numbered in order": {"query": "hot", "positive": "A", "negative_10": "C", "negative_2": "B"},
@@ -91,6 +147,9 @@ SAME = {
         "positive_passages": [{"docid": "a", "title": "", "text": "A"}],
         "negative_passages": [{"docid": "b", "text": "B"}, {"docid": "c", "text": "C"}],
     },
+    "FlagEmbedding": {"query": "hot", "pos": ["A"], "neg": ["B", "C"], "pos_scores": [1.0], "prompt": "p"},
+    "question and answer": {"question": "hot", "answer": "A", "negatives": ["B", "C"]},
+    "two sentences": {"sentence1": "hot", "sentence2": "A", "negative_1": "B", "negative_2": "C", "score": 1.0},
     "ms-swift": {"query": "hot", "response": "A", "rejected_response": ["B", "C"], "label": 1.0},
     "ms-swift messages": {
         "messages": [{"role": "user", "content": "hot"}],
@@ -122,6 +181,51 @@ def test_equal_texts_are_one_document_and_never_their_own_negative(tmp_path: Pat
 def test_a_passage_without_text_is_taken_from_the_corpus(tmp_path: Path) -> None:
     row = {"query": "hot", "positive_passages": [{"docid": "d1"}]}
     assert read_pairs(jsonl(tmp_path / "pairs.jsonl", row), CORPUS).documents == {"d1": CORPUS["d1"]}
+
+
+def test_tevatron_2_names_documents_of_the_corpus(tmp_path: Path) -> None:
+    row = {"query_id": 3, "query_text": "hot", "positive_document_ids": ["d1"], "negative_document_ids": ["d2", "d3"]}
+    (pair,) = read_pairs(jsonl(tmp_path / "pairs.jsonl", row | {"query_image": None}), CORPUS).pairs
+    assert (pair.id, pair.query, pair.positives, pair.negatives) == ("3", "hot", ("d1",), ("d2", "d3"))
+
+
+def test_pairs_in_csv_may_lack_a_negative(tmp_path: Path) -> None:
+    rows = [{"question": "hot", "answer": "A", "negative": "B"}, {"question": "cold", "answer": "C", "negative": ""}]
+    found = read_pairs(cells(tmp_path / "pairs.csv", rows), {})
+    assert [len(pair.negatives) for pair in found.pairs] == [1, 0]
+    with pytest.raises(DataError, match=r"pairs\.csv:2: found answer = ''"):
+        read_pairs(cells(tmp_path / "pairs.csv", [rows[0] | {"answer": ""}]), {})
+
+
+def test_a_packed_file_gives_pairs_the_same_ids_and_source_as_when_it_is_unpacked(tmp_path: Path) -> None:
+    found = [read_pairs(WRITERS[kind](tmp_path / "pairs", OURS[1:]), CORPUS).pairs for kind in ("jsonl", "jsonl.gz")]
+    assert found[0] == found[1] and found[0][0].source == "pairs"
+
+
+HALF = "large heart \\ud83d cut"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"anchor": "{HALF}", "positive": "x"}}',
+        f'{{"anchor": "x", "positive": "{HALF}"}}',
+        f'{{"anchor": "x", "positive": "y", "negative": "{HALF}"}}',
+        f'{{"anchor": "x", "positive": "y", "id": "{HALF}"}}',
+        f'{{"anchor": "x", "positive": "y", "source": "{HALF}"}}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
+    good = '{"anchor": "fine \\ud83d\\ude00", "positive": "z"}'
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2: found half of a surrogate pair in .*heart \\ud83d cut"):
+        read_pairs(jsonl(tmp_path / "pairs.jsonl", good, line), {})
+
+
+@pytest.mark.parametrize("field", ["id", "text", "title"])
+def test_half_of_a_surrogate_pair_in_a_document(tmp_path: Path, field: str) -> None:
+    row = json.dumps({"id": "d2", "text": "x", "title": "y"} | {field: "HALF"}).replace("HALF", HALF)
+    with pytest.raises(DataError, match=r"corpus\.jsonl:2: found half of a surrogate pair"):
+        read_corpus(jsonl(tmp_path / "corpus.jsonl", GOOD, row))
 
 
 GOOD = {"id": "d1", "text": "x"}
@@ -161,11 +265,17 @@ PAIR = {"query": "hot", "positive_ids": ["d1"]}
         ([PAIR, {**PAIR, "negative_ids": ["d9"]}], ["pairs.jsonl:2", "'d9'"]),
         ([PAIR, {"query": "hot", "positive_ids": "d1"}], ["pairs.jsonl:2", "positive_ids = 'd1'", "a list"]),
         ([PAIR, {"anchor": "hot", "positive": "x"}], ["pairs.jsonl:2", "sentence-transformers", "lbr"]),
-        ([{"question": "hot", "answer": "x"}], ["pairs.jsonl:1", "'answer', 'question'", "anchor + positive"]),
+        (
+            [{"prompt": "hot", "reply": "x"}],
+            ["pairs.jsonl:1", "'prompt', 'reply'", "anchor + positive", "data.columns"],
+        ),
         ([{**PAIR, "id": "a"}, {**PAIR, "id": "a"}], ["pairs.jsonl:2", "'a'", "pairs.jsonl:1"]),
         ([{"anchor": "hot", "positive": None}], ["pairs.jsonl:1", "positive"]),
         ([{"anchor": "hot", "positive": ["x", ""]}], ["pairs.jsonl:1", "positive = ''"]),
         ([{"query": "hot", "response": "x", "label": 0}], ["pairs.jsonl:1", "label = 0"]),
+        ([{"sentence1": "hot", "sentence2": "x", "score": 3.2}], ["pairs.jsonl:1", "score = 3.2"]),
+        ([{"query_text": "hot", "positive_document_ids": ["d9"]}], ["pairs.jsonl:1", "'d9'"]),
+        ([{"query": "hot", "pos": []}], ["pairs.jsonl:1", "no positive"]),
         ([{"query": "hot", "positive_passages": ["x"]}], ["pairs.jsonl:1", "'x'", "docid"]),
         (
             [{"query": "hot", "positive_passages": [{"docid": "d1", "text": "y"}]}],
@@ -198,11 +308,11 @@ def test_bad_bytes_are_refused_with_their_line(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_read_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_corpus(tmp_path / "nothing.jsonl")
-    with pytest.raises(DataError, match=r"no \.jsonl, \.parquet or \.arrow"):
+    with pytest.raises(DataError, match=r"no \.jsonl, \.parquet, \.arrow, \.csv"):
         read_corpus(tmp_path)
-    (tmp_path / "corpus.csv").write_text("id,text\n")
-    with pytest.raises(DataError, match=r"\.csv.*\.parquet"):
-        read_corpus(tmp_path / "corpus.csv")
+    (tmp_path / "corpus.xlsx").write_text("id,text\n")
+    with pytest.raises(DataError, match=r"\.xlsx.*\.csv.*\.parquet"):
+        read_corpus(tmp_path / "corpus.xlsx")
     jsonl(tmp_path / "train-00000.jsonl", GOOD)
     jsonl(tmp_path / "test-00000.jsonl", GOOD)
     with pytest.raises(DataError, match="splits test, train"):

@@ -217,3 +217,21 @@ def test_existing_parts_set_the_number_of_threads(job: EncodeJob, monkeypatch: p
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(1)
+
+
+def test_texts_and_their_names_are_what_a_folder_of_them_is_encoded_from(
+    job: EncodeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name, text in list(tiny.texts().items())[:40]:
+        (folder / f"my {name}.txt").write_text(text)
+    job = replace(job, collection=folder)
+    cut_off(job, monkeypatch)
+    moved = (folder / "my d39.txt").rename(folder / "my d390.txt")  # same bytes, same order, another id
+    with pytest.raises(DataError, match="differ in the collection, expected"):
+        encode(job)
+    moved.rename(folder / "my d39.txt")
+    assert encode(job)[0].endswith("3 of 4 parts exist already")
+    names = job.out.with_suffix(".ids").read_text().splitlines()
+    assert names == sorted(path.name for path in folder.iterdir()) and len(names) == 40

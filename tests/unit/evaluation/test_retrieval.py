@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lbr_dist.evaluation.retrieval import (
     per_query_values,
     score_run,
     to_run,
+    trec_names,
     write_qrels,
     write_trec_run,
 )
@@ -212,3 +214,21 @@ def test_trec_files(tmp_path: Path) -> None:
     assert (tmp_path / "qrels.txt").read_text() == "q1 0 d1 1\nq1 0 d2 1\n"
     with pytest.raises(DataError, match="white space"):
         write_qrels(tmp_path / "qrels.txt", {"q 1": {"d"}})
+
+
+@pytest.mark.parametrize("name", ["my q1", " q", "a\tb", "a\u00a0b", "a\u2028b", "\x1f", " "])
+def test_ids_with_white_space_are_percent_encoded_in_trec_files(tmp_path: Path, name: str) -> None:
+    names = trec_names(["100%", "my%20q1", name])
+    run, qrels = {name: [("100%", 0.5), (name, 0.25)]}, {name: {"100%"}}
+    write_trec_run(tmp_path / "run.txt", run, "lbr", names)
+    write_qrels(tmp_path / "qrels.txt", qrels, names)
+    lines = [line.split() for line in (tmp_path / "run.txt").read_text().splitlines()]
+    assert [(unquote(line[0]), unquote(line[2])) for line in lines] == [(name, "100%"), (name, name)]
+    assert [len(line) for line in lines] == [6, 6] and len(set(names.values())) == 3
+    (line,) = [line.split() for line in (tmp_path / "qrels.txt").read_text().splitlines()]
+    assert [unquote(word) for word in line] == [name, "0", "100%", "1"]
+
+
+def test_ids_without_white_space_are_written_as_they_are() -> None:
+    names = ["100%", "a%20b", "é/x:1"]
+    assert trec_names(names) == dict(zip(names, names, strict=True))

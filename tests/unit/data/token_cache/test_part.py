@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lbr_dist.data.token_cache.part import TokenRules
+from lbr_dist.data.token_cache.work import plan_of
+from lbr_dist.data.tokenizer import TextTokenizer
 from lbr_dist.errors import DataError
 from tests.unit.data.token_cache.cases import ROWS, expected, jsonl, left_in, made
 
@@ -106,7 +112,7 @@ def test_a_process_does_not_hold_the_whole_file(tokenizer: Path, tmp_path: Path)
 import resource
 from pathlib import Path
 from lbr_dist.data.token_cache.part import TokenRules, Unit, _load, write_part
-from lbr_dist.data.record_files import Span
+from lbr_dist.data.place import Span
 _load(Path({str(tokenizer / "tokenizer.json")!r}))
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 20_000_000,) * 2)
@@ -120,3 +126,73 @@ assert not {{"torch", "transformers"}} & set(sys.modules), "these cost each proc
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert "documents=1" in done.stdout and "'binary': (100," in done.stdout and "'enormous': (1," in done.stdout
+
+
+# ---- other kinds of files -------------------------------------------------------------------------------------------
+
+
+def _csv(folder: Path, rows: list[dict[str, str]]) -> Path:
+    with (folder / "corpus.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["id", "title", "text"])
+        table.writeheader()
+        table.writerows(rows)
+    return folder / "corpus.csv"
+
+
+def _texts(folder: Path, rows: list[dict[str, str]]) -> Path:
+    (folder / "texts").mkdir()
+    for number, row in enumerate(rows):
+        (folder / "texts" / f"{number:03}.txt").write_text(f"{row['title']} {row['text']}")
+    return folder / "texts"
+
+
+@pytest.mark.parametrize("kind", ["csv", "texts", "jsonl.gz"])
+def test_tokens_are_the_same_from_every_kind_of_file(
+    tokenizer: Path, tmp_path: Path, small_units: None, kind: str
+) -> None:
+    if kind == "jsonl.gz":
+        corpus = tmp_path / "corpus.jsonl.gz"
+        corpus.write_bytes(gzip.compress(jsonl(tmp_path / "rows", ROWS).read_bytes()))
+    else:
+        corpus = {"csv": _csv, "texts": _texts}[kind](tmp_path, ROWS)
+    cache = made(corpus, tokenizer, tmp_path / "cache")
+    assert list(cache) == expected(tokenizer)
+    assert made(corpus, tokenizer, tmp_path / "cache").folder == cache.folder
+
+
+def test_a_bad_line_of_a_compressed_file_is_refused_with_its_line(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl(tmp_path / "rows", [*ROWS, b"{", *ROWS]).read_bytes()))
+    with pytest.raises(DataError, match=rf"corpus\.jsonl\.gz:{len(ROWS) + 1}: found a line that is not JSON"):
+        made(path, tokenizer, tmp_path / "cache")
+
+
+def test_mapped_columns_have_caches_of_their_own(tokenizer: Path, tmp_path: Path) -> None:
+    rows = [{"abstract": "a painful hand", "text": "a pale eye", "id": "1"}]
+    corpus, cache = jsonl(tmp_path / "corpus.jsonl", rows), tmp_path / "cache"
+    encode = TextTokenizer(tokenizer).encode
+    plain = made(corpus, tokenizer, cache)
+    mapped = made(corpus, tokenizer, cache, columns={"text": "abstract"})
+    assert list(plain) == encode(["a pale eye"]) and list(mapped) == encode(["a painful hand"])
+    # a mapping that does not touch the texts is none
+    assert made(corpus, tokenizer, cache, columns={"query": "asked", "id": "x"}).folder == plain.folder
+
+
+def test_the_same_bytes_under_another_ending_have_a_cache_of_their_own(tokenizer: Path, tmp_path: Path) -> None:
+    for name in ("a.csv", "a.tsv"):
+        (tmp_path / name).write_text('text\n"large\theart"\n')
+    made_of = {made(tmp_path / name, tokenizer, tmp_path / "cache").folder for name in ("a.csv", "a.tsv")}
+    assert len(made_of) == 2
+
+
+def test_the_plan_of_an_unfinished_build_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    """So that its finished parts are kept; a mapping of columns is another plan."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    rules = TokenRules("<u2", 10, False)
+    assert plan_of([], 1, rules, tmp_path)["rules"] == {
+        "dtype": "<u2",
+        "max_characters": 10,
+        "split_special_tokens": False,
+    }
+    mapped = plan_of([], 1, replace(rules, columns=(("text", "abstract"),)), tmp_path)
+    assert mapped["rules"]["columns"] == json.loads(json.dumps(mapped))["rules"]["columns"]
