@@ -80,6 +80,8 @@ def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
         )
     place = started_as(config.cluster.ranks)
     gpus = count_gpus()
+    if place is not None and place.world_size == 1 and gpus > 1 and config.cluster.ranks is None:
+        say(f"note: {place.launcher} started this process as the only rank; --ranks {gpus} uses all {gpus} GPUs")
     ranks = place.world_size if place else preflight.check_ranks(config, gpus)
     first_here = place is None or place.local_rank == 0
     todo: tuple[StageName, ...] = tuple(stage for stage in stages if not is_finished(config, stage))
