@@ -14,7 +14,8 @@ from types import FrameType
 from typing import IO
 
 from lbr_dist.errors import EXIT_HUNG, EXIT_INTERRUPTED, Interrupted, LaunchError
-from lbr_dist.ranks.hardware import allocator
+from lbr_dist.launch.first_output import FirstOutput
+from lbr_dist.ranks.hardware import allocator, omp_threads
 from lbr_dist.ranks.interrupt import taking_stops
 from lbr_dist.ranks.watchdog import STACKS_SIGNAL
 from lbr_dist.storage.files import make_private
@@ -26,6 +27,10 @@ TAIL_LINES = 25
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the launcher is killed
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.log"
 
 
 def _tail(path: Path) -> str:
@@ -76,13 +81,13 @@ def run_stage(
     lock: int | None = None,
     worker: str = "lbr_dist.launch.worker",
 ) -> None:
-    """Run one stage on `ranks` processes; the first prints to our terminal, each other one to a log file.
+    """Run one stage on `ranks` processes. Each prints to a log file, the first one to our terminal too.
 
     Args:
         stage: what the worker runs; its first argument.
         config_path: the resolved config.
         ranks: how many processes.
-        log_folder: for the logs of all ranks but the first.
+        log_folder: for the ranks' logs, `rank-N.log`.
         lock: the open file of the run's lock, which the ranks then hold too.
         worker: the module that each process runs.
 
@@ -92,12 +97,13 @@ def run_stage(
     """
     make_private(log_folder.parent)
     log_folder.mkdir(exist_ok=True)
-    cores = len(os.sched_getaffinity(0))
+    threads = omp_threads() or max(1, len(os.sched_getaffinity(0)) // ranks)
     common = os.environ | allocator()
     if lock is not None:
         common |= {HELD: str(config_path.parent.absolute())}
     processes: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []
+    first = FirstOutput(_log(log_folder, 0))
     stops = _Stops(processes)
     with tempfile.TemporaryDirectory(prefix="lbr-") as folder, taking_stops(stops.take):
         try:
@@ -108,22 +114,27 @@ def run_stage(
                     "WORLD_SIZE": str(ranks),
                     "LOCAL_WORLD_SIZE": str(ranks),
                     "LBR_RENDEZVOUS": f"file://{folder}/rendezvous",
-                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))),
+                    "OMP_NUM_THREADS": str(threads),
                 }
-                log = None if rank == 0 else (log_folder / f"rank-{rank}.log").open("wb")
-                if log is not None:
-                    logs.append(log)
+                held = () if lock is None else (lock,)
+                if rank == 0:
+                    environment |= first.environment
+                    held += first.pass_fds
+                    streams = first.streams
+                else:
+                    logs.append(_log(log_folder, rank).open("wb"))
+                    streams = {"stdout": logs[-1], "stderr": subprocess.STDOUT}
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", worker, stage, str(config_path)],
                         env=environment,
                         stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log and subprocess.STDOUT,
-                        pass_fds=() if lock is None else (lock,),
+                        pass_fds=held,
                         preexec_fn=_die_with_parent,
+                        **streams,
                     )
                 )
+            first.start()
             while any(process.poll() is None for process in processes):
                 if any(process.poll() for process in processes):
                     break
@@ -136,6 +147,7 @@ def run_stage(
                     _ask_for_stacks(processes)
         finally:
             _stop(processes)
+            first.close()
             for file in logs:
                 file.close()
     if not failed:
@@ -148,8 +160,8 @@ def run_stage(
     if code == EXIT_HUNG:
         how = "made no progress and exited"
     stacks = f"stacks are in {log_folder}/rank-*.stacks; " if code < 0 or code == EXIT_HUNG else ""
-    where = "its message is above" if rank == 0 else f"the end of {log_folder / f'rank-{rank}.log'}:\n"
-    tail = "" if rank == 0 else _tail(log_folder / f"rank-{rank}.log")
+    log = _log(log_folder, rank)
+    where, tail = ("its message is above", "") if rank == 0 else (f"the end of {log}:\n", _tail(log))
     raise LaunchError(f"{stage}: rank {rank} {how}; all ranks were stopped; {stacks}{where}{tail}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lbr_dist.config import RunConfig, StageName
 from lbr_dist.config.file import read_config
 from lbr_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, LbrError
-from lbr_dist.ranks.process import large_imports, leave, quiet_libraries
+from lbr_dist.ranks.process import copy_output, large_imports, leave, quiet_libraries
 from lbr_dist.storage.files import make_private
 from lbr_dist.storage.lock import run_lock
 
@@ -57,6 +57,7 @@ def evaluate(config: RunConfig) -> None:
 
 def main() -> int:
     stage, path = sys.argv[1:]
+    copy_output()
     try:
         if stage == "negatives":
             from lbr_dist.launch.commands.negatives import run_rank

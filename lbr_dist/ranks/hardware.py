@@ -47,8 +47,8 @@ def omp_threads() -> int | None:
     first = value.split(",")[0].strip()
     if not first.isdecimal() or not int(first):
         raise LaunchError(
-            f"OMP_NUM_THREADS: found {value!r} in the environment, expected a positive number. Set it to the threads of "
-            "one rank, or unset it."
+            f"OMP_NUM_THREADS: found {value!r} in the environment, expected a positive number. Set it to the threads "
+            "of one rank, or unset it."
         )
     return int(first)
 
