@@ -31,7 +31,7 @@ class FirstOutput:
     def __init__(self, log: Path) -> None:
         self.log = log
         log.write_bytes(b"")
-        self._file: BinaryIO = log.open("ab", buffering=0)  # both of us append whole lines
+        self._file: BinaryIO = log.open("ab", buffering=0)  # the rank appends to it too
         self._threads: list[threading.Thread] = []
         screens = {name: os.dup(number) for name, number in _OURS.items() if os.isatty(number)}
         self._ends = list(screens.values())
@@ -53,16 +53,22 @@ class FirstOutput:
         return write
 
     def _copy(self, read: int, ours: int) -> None:
-        shown = True
+        shown, begun = True, b""
         with open(read, "rb", buffering=0) as pipe:
             while chunk := pipe.read(65536):
-                with contextlib.suppress(OSError):  # a full disk costs the log
-                    self._file.write(chunk)
+                # whole lines, since the other stream goes to the same log
+                lines, end, begun = (begun + chunk).rpartition(b"\n")
+                self._note(lines + end)
                 try:
                     while shown and chunk:
                         chunk = chunk[os.write(ours, chunk) :]
                 except OSError:  # nobody reads our output any more
                     shown = False
+        self._note(begun)
+
+    def _note(self, text: bytes) -> None:
+        with contextlib.suppress(OSError):  # a full disk costs the log
+            self._file.write(text)
 
     def start(self) -> None:
         """Copy from now on: the rank has been started, and has its ends of the pipes, so ours are closed."""

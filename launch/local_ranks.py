@@ -37,6 +37,15 @@ def _tail(path: Path) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
 
 
+def _last_words(folder: Path, rank: int, ranks: int) -> str:
+    """A rank's last error, or another rank's if it has none, or the rank's last line."""
+    for other in (rank, *range(ranks)):
+        lines = [line for line in _tail(_log(folder, other)).splitlines() if line.startswith("error: ")]
+        if errors := [line for line in lines if "another rank is gone" not in line]:
+            return errors[-1].removeprefix("error: ")
+    return next((line.strip() for line in reversed(_tail(_log(folder, rank)).splitlines()) if line.strip()), "")
+
+
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         if process.poll() is None:
@@ -116,7 +125,7 @@ def run_stage(
                     "LBR_RENDEZVOUS": f"file://{folder}/rendezvous",
                     "OMP_NUM_THREADS": str(threads),
                 }
-                held = () if lock is None else (lock,)
+                held: tuple[int, ...] = () if lock is None else (lock,)
                 if rank == 0:
                     environment |= first.environment
                     held += first.pass_fds
@@ -153,7 +162,8 @@ def run_stage(
     if not failed:
         return
     if stops.name is not None or EXIT_INTERRUPTED in failed.values():
-        raise Interrupted(f"{stage}: all ranks have stopped{f' after {stops.name}' if stops.name else ''}")
+        message = f"{stage}: all ranks have stopped{f' after {stops.name}' if stops.name else ''}"
+        raise Interrupted(message, _last_words(log_folder, 0, 1) or message)
     # a rank that was killed or hung is the cause of the other ranks' failures
     rank, code = min(failed.items(), key=lambda item: (item[1] > 0, item[1] != EXIT_HUNG, item[0]))
     how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
@@ -162,7 +172,11 @@ def run_stage(
     stacks = f"stacks are in {log_folder}/rank-*.stacks; " if code < 0 or code == EXIT_HUNG else ""
     log = _log(log_folder, rank)
     where, tail = ("its message is above", "") if rank == 0 else (f"the end of {log}:\n", _tail(log))
-    raise LaunchError(f"{stage}: rank {rank} {how}; all ranks were stopped; {stacks}{where}{tail}")
+    words = _last_words(log_folder, rank, ranks) if code > 0 else ""
+    raise LaunchError(
+        f"{stage}: rank {rank} {how}; all ranks were stopped; {stacks}{where}{tail}",
+        reason=words or f"rank {rank} {how}",
+    )
 
 
 def _ask_for_stacks(processes: list[subprocess.Popen[bytes]]) -> None:

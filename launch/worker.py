@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from lbr_dist.config import RunConfig, StageName
@@ -19,8 +21,16 @@ PEER_GONE = "by peer"
 """Part of gloo's message when the other rank has closed the connection."""
 
 
-def run_stages(config: RunConfig, stages: tuple[StageName, ...]) -> bool:
-    """Run stages in this process, as one of several ranks. Returns whether this is the first rank."""
+def run_stages(
+    config: RunConfig, stages: tuple[StageName, ...], record: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> bool:
+    """Run stages in this process, as one of several ranks. Returns whether this is the first rank.
+
+    Args:
+        config: the run.
+        stages: what to run, in order.
+        record: records the run's start and end, on the first rank and under the lock; a launcher of ours has its own.
+    """
     with large_imports():
         from lbr_dist.learn import learn
         from lbr_dist.ranks import group
@@ -30,7 +40,10 @@ def run_stages(config: RunConfig, stages: tuple[StageName, ...]) -> bool:
     quiet_libraries()
     name = f"rank {ranks.rank} of {ranks.world_size}"
     try:
-        with run_lock(config.run_path) if ranks.is_first else nullcontext():
+        with contextlib.ExitStack() as held:
+            if ranks.is_first:
+                held.enter_context(run_lock(config.run_path))
+                held.enter_context(record())
             for stage in stages:
                 make_private(config.stage_path(stage))
                 stacks = config.stage_path(stage) / "logs" / f"rank-{ranks.rank}.stacks"
