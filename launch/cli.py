@@ -19,13 +19,10 @@ def _submit(args: argparse.Namespace, say: Say) -> None:
     submit.run(args, say)
 
 
-def _of_slurm(name: str) -> Command:
-    def run(args: argparse.Namespace, say: Say) -> None:
-        from lbr_dist.slurm import commands
+def _cancel(args: argparse.Namespace, say: Say) -> None:
+    from lbr_dist.slurm import cancel
 
-        getattr(commands, name)(args, say)
-
-    return run
+    cancel.run(args, say)
 
 
 def _config(args: argparse.Namespace, say: Say) -> None:
@@ -59,7 +56,7 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
     if doctor_alone:  # the other commands' options import packages, and the doctor must run when one is missing
         add_doctor()
         return parser
-    from lbr_dist.launch.commands import checkpoints, data, encode, evaluate, plan, train, versions
+    from lbr_dist.launch.commands import checkpoints, data, encode, evaluate, logs, plan, status, train, versions
     from lbr_dist.slurm import arguments as slurm
 
     for name, run, text in (
@@ -69,12 +66,11 @@ def _parser(doctor_alone: bool = False) -> argparse.ArgumentParser:
     ):
         train.add_arguments(command(name, run, text))
     slurm.add_submit_arguments(command("submit", _submit, "Queue a run's stages on Slurm, as one chain of jobs."))
-    for name, text in (
-        ("status", "The state of a submitted run: jobs, steps, losses, time left, reasons."),
-        ("logs", "The logs of a submitted run's jobs and ranks."),
-        ("cancel", "Cancel all jobs of a submitted run; what it has saved is kept."),
-    ):
-        getattr(slurm, f"add_{name}_arguments")(command(name, _of_slurm(name), text))
+    text = "The state of a run, on this machine or on Slurm: steps, losses, time left, reasons, the result."
+    status.add_arguments(command("status", status.run, text))
+    logs.add_arguments(command("logs", logs.run, "What a run's ranks print, and its jobs if it was submitted."))
+    text = "Cancel all jobs of a submitted run; what it has saved is kept."
+    slurm.add_cancel_arguments(command("cancel", _cancel, text))
     text = "Estimate what a step of stage 2 costs on a cluster: memory, traffic, time."
     plan.add_arguments(command("plan", plan.run, text))
     text = "List, verify, export or prune the checkpoints of a run."
@@ -100,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(given)
     if rest and not getattr(args, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.overrides = rest
+    args.given, args.overrides = given, rest
     try:
         code: int | None = args.run(args, say)
     except Interrupted as stopped:

@@ -14,7 +14,8 @@ from types import FrameType
 from typing import IO
 
 from lbr_dist.errors import EXIT_HUNG, EXIT_INTERRUPTED, Interrupted, LaunchError
-from lbr_dist.ranks.hardware import allocator
+from lbr_dist.launch.first_output import FirstOutput
+from lbr_dist.ranks.hardware import allocator, omp_threads
 from lbr_dist.ranks.interrupt import taking_stops
 from lbr_dist.ranks.watchdog import STACKS_SIGNAL
 from lbr_dist.storage.files import make_private
@@ -28,8 +29,21 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the launcher is killed
 
 
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.log"
+
+
 def _tail(path: Path) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
+
+
+def _last_words(folder: Path, rank: int, ranks: int) -> str:
+    """A rank's last error, or another rank's if it has none, or the rank's last line."""
+    for other in (rank, *range(ranks)):
+        lines = [line for line in _tail(_log(folder, other)).splitlines() if line.startswith("error: ")]
+        if errors := [line for line in lines if "another rank is gone" not in line]:
+            return errors[-1].removeprefix("error: ")
+    return next((line.strip() for line in reversed(_tail(_log(folder, rank)).splitlines()) if line.strip()), "")
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -76,13 +90,13 @@ def run_stage(
     lock: int | None = None,
     worker: str = "lbr_dist.launch.worker",
 ) -> None:
-    """Run one stage on `ranks` processes; the first prints to our terminal, each other one to a log file.
+    """Run one stage on `ranks` processes. Each prints to a log file, the first one to our terminal too.
 
     Args:
         stage: what the worker runs; its first argument.
         config_path: the resolved config.
         ranks: how many processes.
-        log_folder: for the logs of all ranks but the first.
+        log_folder: for the ranks' logs, `rank-N.log`.
         lock: the open file of the run's lock, which the ranks then hold too.
         worker: the module that each process runs.
 
@@ -92,12 +106,13 @@ def run_stage(
     """
     make_private(log_folder.parent)
     log_folder.mkdir(exist_ok=True)
-    cores = len(os.sched_getaffinity(0))
+    threads = omp_threads() or max(1, len(os.sched_getaffinity(0)) // ranks)
     common = os.environ | allocator()
     if lock is not None:
         common |= {HELD: str(config_path.parent.absolute())}
     processes: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []
+    first = FirstOutput(_log(log_folder, 0))
     stops = _Stops(processes)
     with tempfile.TemporaryDirectory(prefix="lbr-") as folder, taking_stops(stops.take):
         try:
@@ -108,22 +123,27 @@ def run_stage(
                     "WORLD_SIZE": str(ranks),
                     "LOCAL_WORLD_SIZE": str(ranks),
                     "LBR_RENDEZVOUS": f"file://{folder}/rendezvous",
-                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))),
+                    "OMP_NUM_THREADS": str(threads),
                 }
-                log = None if rank == 0 else (log_folder / f"rank-{rank}.log").open("wb")
-                if log is not None:
-                    logs.append(log)
+                held: tuple[int, ...] = () if lock is None else (lock,)
+                if rank == 0:
+                    environment |= first.environment
+                    held += first.pass_fds
+                    streams = first.streams
+                else:
+                    logs.append(_log(log_folder, rank).open("wb"))
+                    streams = {"stdout": logs[-1], "stderr": subprocess.STDOUT}
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", worker, stage, str(config_path)],
                         env=environment,
                         stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log and subprocess.STDOUT,
-                        pass_fds=() if lock is None else (lock,),
+                        pass_fds=held,
                         preexec_fn=_die_with_parent,
+                        **streams,
                     )
                 )
+            first.start()
             while any(process.poll() is None for process in processes):
                 if any(process.poll() for process in processes):
                     break
@@ -136,21 +156,27 @@ def run_stage(
                     _ask_for_stacks(processes)
         finally:
             _stop(processes)
+            first.close()
             for file in logs:
                 file.close()
     if not failed:
         return
     if stops.name is not None or EXIT_INTERRUPTED in failed.values():
-        raise Interrupted(f"{stage}: all ranks have stopped{f' after {stops.name}' if stops.name else ''}")
+        message = f"{stage}: all ranks have stopped{f' after {stops.name}' if stops.name else ''}"
+        raise Interrupted(message, _last_words(log_folder, 0, 1) or message)
     # a rank that was killed or hung is the cause of the other ranks' failures
     rank, code = min(failed.items(), key=lambda item: (item[1] > 0, item[1] != EXIT_HUNG, item[0]))
     how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     if code == EXIT_HUNG:
         how = "made no progress and exited"
     stacks = f"stacks are in {log_folder}/rank-*.stacks; " if code < 0 or code == EXIT_HUNG else ""
-    where = "its message is above" if rank == 0 else f"the end of {log_folder / f'rank-{rank}.log'}:\n"
-    tail = "" if rank == 0 else _tail(log_folder / f"rank-{rank}.log")
-    raise LaunchError(f"{stage}: rank {rank} {how}; all ranks were stopped; {stacks}{where}{tail}")
+    log = _log(log_folder, rank)
+    where, tail = ("its message is above", "") if rank == 0 else (f"the end of {log}:\n", _tail(log))
+    words = _last_words(log_folder, rank, ranks) if code > 0 else ""
+    raise LaunchError(
+        f"{stage}: rank {rank} {how}; all ranks were stopped; {stacks}{where}{tail}",
+        reason=words or f"rank {rank} {how}",
+    )
 
 
 def _ask_for_stacks(processes: list[subprocess.Popen[bytes]]) -> None:

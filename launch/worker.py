@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from lbr_dist.config import RunConfig, StageName
 from lbr_dist.config.file import read_config, settle_dtype, write_config
 from lbr_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, LbrError
-from lbr_dist.ranks.process import large_imports, leave, quiet_libraries
+from lbr_dist.ranks.process import copy_output, large_imports, leave, quiet_libraries
 from lbr_dist.storage.files import make_private
 from lbr_dist.storage.lock import run_lock
 
@@ -19,8 +21,16 @@ PEER_GONE = "by peer"
 """Part of gloo's message when the other rank has closed the connection."""
 
 
-def run_stages(config: RunConfig, stages: tuple[StageName, ...]) -> bool:
-    """Run stages in this process, as one of several ranks. Returns whether this is the first rank."""
+def run_stages(
+    config: RunConfig, stages: tuple[StageName, ...], record: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> bool:
+    """Run stages in this process, as one of several ranks. Returns whether this is the first rank.
+
+    Args:
+        config: the run.
+        stages: what to run, in order.
+        record: records the run's start and end, on the first rank and under the lock; a launcher of ours has its own.
+    """
     with large_imports():
         from lbr_dist.learn import learn
         from lbr_dist.ranks import group
@@ -35,7 +45,10 @@ def run_stages(config: RunConfig, stages: tuple[StageName, ...]) -> bool:
             write_config(config, config.run_path / "config.yaml")
     name = f"rank {ranks.rank} of {ranks.world_size}"
     try:
-        with run_lock(config.run_path) if ranks.is_first else nullcontext():
+        with contextlib.ExitStack() as held:
+            if ranks.is_first:
+                held.enter_context(run_lock(config.run_path))
+                held.enter_context(record())
             for stage in stages:
                 make_private(config.stage_path(stage))
                 stacks = config.stage_path(stage) / "logs" / f"rank-{ranks.rank}.stacks"
@@ -62,6 +75,7 @@ def evaluate(config: RunConfig) -> None:
 
 def main() -> int:
     stage, path = sys.argv[1:]
+    copy_output()
     try:
         if stage == "negatives":
             from lbr_dist.launch.commands.negatives import run_rank

@@ -16,7 +16,16 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL
 
 
 class LbrError(Exception):
-    """Base of every error that the user can fix; the command line prints it without a traceback."""
+    """Base of every error that the user can fix; the command line prints it without a traceback.
+
+    Args:
+        message: what is printed.
+        reason: the same in one line, for the status of a run; by default, the message's first line.
+    """
+
+    def __init__(self, message: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message.split("\n")[0]
 
 
 class ConfigError(LbrError):

@@ -10,11 +10,13 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lbr_dist.console import clock, size_text
+from lbr_dist.ranks.process import Copied
 from lbr_dist.storage.files import write_atomic
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ _SHOWN = (  # key, name on the screen, format
     ("grad_norm", "norm", ".2g"),
     ("lr", "lr", ".1e"),
 )
+_TELLING = ("skipped", "loss", "tokens_per_second", "pairs_per_second", "accuracy")
 _HELDOUT = "heldout_target_loss"
 _HELDOUT_AGAINST = ("shuffled", "without")  # endings of the losses that it is compared with
 _DEV_BESIDE = ("accuracy", "mrr")  # endings of stage 2's other metrics on the dev pairs
@@ -81,13 +84,16 @@ class MetricsLog:
         self._times = deque([(start_step, time.monotonic())], maxlen=50)
         self._last_plain = -math.inf
         live = not quiet and self.stream.isatty()
-        self._progress = _live_bar(self.stream) if live else None
+        screen = self.stream.screen if isinstance(self.stream, Copied) else self.stream
+        self._progress = _live_bar(screen) if live else None
         if self._progress is not None:
-            self._task = self._progress.add_task(stage, total=total_steps, completed=start_step, left="", values="")
+            self._task = self._progress.add_task(stage, total=total_steps, completed=start_step, left="", values=[])
 
     def __enter__(self) -> MetricsLog:
         if self._progress is not None:
             self._progress.start()
+            if isinstance(self.stream, Copied):  # what rich shows above the bar goes to the log too; it restores both
+                sys.stdout, sys.stderr = Copied(sys.stdout, self.stream.log), Copied(sys.stderr, self.stream.log)
         return self
 
     def __exit__(
@@ -134,14 +140,18 @@ class MetricsLog:
         diagnosed = _diagnosed(numbers)
         told = bool(diagnosed or numbers.get("skipped"))
         due = step >= self.total_steps or now - self._last_plain >= PLAIN_EVERY_SECONDS
-        if told or (due and self._progress is None):
+        if told or due:
             width = len(str(self.total_steps))
             head = f"{self.stage:<9} {step:>{width}}/{self.total_steps}"
-            self.say("  ".join([head, *_shown(numbers), *diagnosed, *([f"left {left}"] if trained else [])]))
+            line = "  ".join([head, *_shown(numbers), *diagnosed, *([f"left {left}"] if trained else [])])
+            if told or self._progress is None:
+                self.say(line)
+            else:
+                self._note(line)
             if trained:
                 self._last_plain = now
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, left=left, values="  ".join(_shown(numbers)))
+            self._progress.update(self._task, completed=step, left=left, values=_shown(numbers, telling=True))
 
     def say(self, message: str) -> None:
         """Print a line, above the live bar if there is one."""
@@ -149,8 +159,14 @@ class MetricsLog:
             return
         if self._progress is not None:
             self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._note(message)
         else:
             print(message, file=self.stream, flush=True)
+
+    def _note(self, message: str) -> None:
+        """Write a line to the rank's log alone: the screen has it, or has the live bar instead."""
+        if isinstance(self.stream, Copied):
+            self.stream.note(message + "\n")
 
     def _time_left(self) -> str:
         (first_step, first_time), (step, now) = self._times[0], self._times[-1]
@@ -198,26 +214,67 @@ def _tensorboard_writer(folder: Path, start_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
 
 
-def _live_bar(stream: TextIO) -> Progress:
+def _live_bar(stream: TextIO, width: int | None = None) -> Progress:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import Progress, Task
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
 
-    return Progress(
-        TextColumn("[bold]{task.description:<9}"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        TextColumn("left {task.fields[left]}"),
-        TextColumn("{task.fields[values]}", style="dim"),
-        console=Console(file=stream),
-        expand=True,
-    )
+    class Bar(Progress):  # here, since rich is not imported with this module
+        def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+            """One line for each task that fits into the terminal as it is now."""
+            table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+            for task in tasks:
+                of = (task.description, task.completed, task.total, task.fields["left"], task.fields["values"])
+                head, bar, values = bar_parts(self.console.width, *of)
+                cells: list[Any] = [Text(head, style="bold", no_wrap=True)]
+                cells += [ProgressBar(task.total, task.completed, bar)] if bar else []
+                table.add_row(*cells, Text(values, style="dim", no_wrap=True))
+            return table
+
+    return Bar(console=Console(file=stream, width=width))
 
 
-def _shown(numbers: dict[str, int | float]) -> list[str]:
-    parts = ["skipped"] if numbers.get("skipped") else []
-    parts += [f"{name} {numbers[key]:{form}}" for key, name, form in _SHOWN if key in numbers]
-    parts += [f"{_rate(numbers[key])} {unit}" for key, unit in _RATES if key in numbers]
-    return parts + [f"{name} {size_text(numbers[key])}" for key, name in _SIZES if numbers.get(key)]
+_GAP = 2
+
+
+def bar_parts(
+    width: int, stage: str, step: float, total: float | None, left: str, values: Sequence[str]
+) -> tuple[str, int, str]:
+    """What the live bar shows in a terminal of this many columns.
+
+    Stage and step are never cut; the time left comes next, then a short bar, then the values as far as they fit.
+
+    Returns:
+        Stage, step and time left; the columns of the bar, 0 for none; the values.
+    """
+    head = f"{stage:<9} {step:>{len(f'{total:.0f}')}.0f}/{total:.0f}"
+    clock_width = max(len(left), len("0:00:00"))  # so that the bar stays where it is while the time gets shorter
+    free = width - len(head) - len("left ") - clock_width - 2 * _GAP
+    if free < 0:
+        return head, 0, ""
+    head += f"{'':<{_GAP}}left {left:<{clock_width}}"
+    bar = max(6, width // 8)
+    if free < bar + _GAP:
+        return head, 0, ""
+    room, shown = free - bar - _GAP, ""
+    for value in values:
+        longer = f"{shown}{'':<{_GAP if shown else 0}}{value}"
+        if len(longer) > room:
+            break
+        shown = longer
+    return head, bar, shown
+
+
+def _shown(numbers: dict[str, int | float], telling: bool = False) -> list[str]:
+    """A step's values as text; on request, the most telling ones first."""
+    parts = {"skipped": "skipped"} if numbers.get("skipped") else {}
+    parts |= {key: f"{name} {numbers[key]:{form}}" for key, name, form in _SHOWN if key in numbers}
+    parts |= {key: f"{_rate(numbers[key])} {unit}" for key, unit in _RATES if key in numbers}
+    parts |= {key: f"{name} {size_text(numbers[key])}" for key, name in _SIZES if numbers.get(key)}
+    first = [key for key in _TELLING if telling and key in parts]
+    return [parts[key] for key in dict.fromkeys([*first, *parts])]
 
 
 def _diagnosed(numbers: dict[str, int | float]) -> list[str]:

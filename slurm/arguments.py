@@ -1,4 +1,4 @@
-"""The options of `lbr submit`, `status`, `logs` and `cancel`; what they do is in `submit.py` and `commands.py`."""
+"""The options of `lbr submit` and `lbr cancel`; what they do is in `submit.py` and `cancel.py`."""
 
 from __future__ import annotations
 
@@ -27,23 +27,6 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the scripts and what was checked; queue nothing")
     parser.set_defaults(takes_overrides=True)
-
-
-def add_status_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", type=Path, nargs="?", metavar="RUN", help="run folder (default: all in runs/)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--watch", action="store_true", help="repeat until every stage has ended")
-    parser.add_argument(
-        "--every", type=float, default=5.0, metavar="SECONDS", help="with --watch: seconds between two updates"
-    )
-
-
-def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--stage", choices=JOB_STAGES, help="stage (default: the one that ran last)")
-    parser.add_argument("--rank", type=int, help="only this rank's log (default: the job's log and rank 0's)")
-    parser.add_argument("--lines", type=int, default=50, help="print this many of the last lines of each log")
-    parser.add_argument("--follow", action="store_true", help="keep printing new lines until the stage has ended")
 
 
 def add_cancel_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,6 +36,7 @@ from lbr_dist.slurm import journal, nodes, scheduler
 from lbr_dist.slurm.journal import Outcome, Submission
 from lbr_dist.slurm.scheduler import Job, patiently
 from lbr_dist.slurm.verdict import Verdict, verdict_of
+from lbr_dist.status.stages import is_finished, saved_step
 from lbr_dist.storage.files import make_private
 
 MUCH_TEXT = 64 * 2**20
@@ -74,13 +75,13 @@ class StageJob:
 
     @property
     def step(self) -> int:
-        return journal.saved_step(self.config, self.stage)
+        return saved_step(self.config, self.stage)
 
     def run(self) -> int:
         """Run the stage. Returns the job's exit code: 0 if the stage is finished."""
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._take)
-        if journal.is_finished(self.config, self.stage):
+        if is_finished(self.config, self.stage):
             say(f"{self.stage}: already finished, nothing to do")
             return 0
         self._end_what_was_lost()
@@ -103,7 +104,7 @@ class StageJob:
         verdict = self._tokenise()
         if verdict.outcome == "finished":
             verdict = self._ranks()
-        if journal.is_finished(self.config, self.stage):  # even if a rank failed afterwards
+        if is_finished(self.config, self.stage):  # even if a rank failed afterwards
             return self._over("finished", "")
         if verdict.outcome == "finished":
             verdict = Verdict("failed", "the ranks exited without an error, but the stage is not finished")
@@ -178,7 +179,7 @@ class StageJob:
         if before == "represent" and not self.config.represent.steps:
             return
         folder = self.config.learn_export if before == "learn" else self.config.model_path
-        if not journal.is_finished(self.config, before):
+        if not is_finished(self.config, before):
             raise CheckpointError(
                 f"{folder}: {self.stage} starts from it, but {before} is not finished. `lbr submit` queues both."
             )

@@ -20,11 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from lbr_dist.checkpoint.manifest import Checkpoints
-from lbr_dist.config import RunConfig
 from lbr_dist.config.cluster import JobStage
 from lbr_dist.errors import ConfigError
-from lbr_dist.export import checksums
 from lbr_dist.storage.files import make_private, open_private, write_atomic
 
 Outcome = Literal["finished", "interrupted", "failed", "refused", "lost"]
@@ -103,12 +100,20 @@ def chain(run: Path) -> tuple[list[Submission], Path | None]:
     Raises:
         ConfigError: there is none.
     """
+    found = find(run)
+    if found is None:
+        raise ConfigError(f"{run}: found no submission. Name a run folder: the run_dir of a config for `lbr submit`.")
+    return found
+
+
+def find(run: Path) -> tuple[list[Submission], Path | None] | None:
+    """The same; None if nothing was submitted from this folder."""
     root = run.absolute()
     if found := submissions(root):
         return found, None
     if found := [each for each in submissions(root.parent.parent) if each.index_of(root) is not None]:
         return found, root
-    raise ConfigError(f"{run}: found no submission. Name a run folder: the run_dir of a config given to `lbr submit`.")
+    return None
 
 
 def new_folder(run: Path) -> Path:
@@ -204,35 +209,3 @@ def tries(run: Path, stage: JobStage) -> list[Try]:
             for name, value in entry.items():
                 setattr(found[-1], name, value)
     return found
-
-
-# ---- how far a stage is --------------------------------------------------------------------------------------------
-
-
-def saved_step(config: RunConfig, stage: JobStage) -> int:
-    """The step that a stage would resume from; 0 if it would start from scratch."""
-    if stage == "evaluate":
-        return 0
-    return max(Checkpoints(config.stage_path(stage) / "checkpoints").steps(), default=0)
-
-
-def is_finished(config: RunConfig, stage: JobStage) -> bool:
-    """Whether there is nothing left to do for a stage."""
-    if stage == "evaluate":
-        return _is_evaluated(config)
-    return checksums.is_finished(config, stage)
-
-
-def _is_evaluated(config: RunConfig) -> bool:
-    """Whether the report is there, and is that of the model as it is now."""
-    metrics, model = config.report_path / "metrics.json", config.evaluated_path
-    found = checksums.identity(model)
-    if found is None or not (config.report_path / "index.html").exists():
-        return False
-    try:
-        evaluated = json.loads(metrics.read_text(encoding="utf-8")).get("model")
-    except (OSError, ValueError, AttributeError):
-        return False
-    if evaluated is None:  # a report of an earlier version
-        return metrics.stat().st_mtime >= (model / "lbr.json").stat().st_mtime
-    return bool(evaluated == found)

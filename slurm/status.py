@@ -1,4 +1,4 @@
-"""`lbr status`: a run's chain, from Slurm, the jobs' own records and the ranks' metrics. Imports no torch.
+"""The stages of a submitted run, from Slurm, the jobs' own records and the ranks' metrics. Imports no torch.
 
 Slurm knows what is queued and running. If it has forgotten a job, and there is no accounting, the run folder still
 shows how the job ended.
@@ -7,58 +7,20 @@ shows how the job ended.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import RunConfig
-from lbr_dist.config.cluster import JOB_STAGES, JobStage
+from lbr_dist.config.cluster import JobStage
 from lbr_dist.config.file import read_config
-from lbr_dist.console import clock
 from lbr_dist.slurm import journal, scheduler
 from lbr_dist.slurm.journal import Submission
 from lbr_dist.slurm.scheduler import Job
-
-_TAIL_BYTES = 64 * 1024
-_RATES = (("tokens_per_second", "tokens/s"), ("pairs_per_second", "pairs/s"))
-
-
-@dataclass(frozen=True, slots=True)
-class StageRow:
-    """One stage of one run."""
-
-    run: str
-    label: str
-    """In a sweep, the values of this run; otherwise empty."""
-
-    stage: JobStage
-    state: str
-    """`finished`, `failed`, `cancelled`, `waiting`, `queued`, `running`, `requeued`, `not submitted`, `unknown`."""
-
-    job: str = ""
-    nodes: str = ""
-    step: int | None = None
-    steps: int | None = None
-    loss: float | None = None
-    rate: float | None = None
-    """Tokens or pairs per second."""
-
-    rate_unit: str = ""
-    left_seconds: float | None = None
-    """Training time left, at the pace of its last steps."""
-
-    limit_seconds: float | None = None
-    """Until the job's time limit."""
-
-    tries: int = 0
-    reason: str = ""
-    """Why it is waiting, or why its last attempt ended."""
+from lbr_dist.status.rows import StageRow, progress, result
+from lbr_dist.status.stages import is_finished, wanted
 
 
 def rows(run: Path) -> list[StageRow]:
@@ -79,23 +41,15 @@ def _run_rows(found: Sequence[Submission], index: int, jobs: dict[str, Job]) -> 
     latest = found[-1]
     config = read_config(latest.config_file(index))
     run = Path(latest.points[index].run_dir)
-    wanted: dict[JobStage, bool] = {
-        "learn": config.learn.steps > 0,
-        "represent": config.represent.steps > 0,
-        "evaluate": config.data.test is not None,
-    }
     rows: list[StageRow] = []
-    for stage in JOB_STAGES:
-        if wanted[stage]:
-            asked = [
-                (each, place) for each in found if stage in each.jobs and (place := each.index_of(run)) is not None
-            ]
-            submission, name = None, ""
-            if asked:
-                submission, place = asked[-1]
-                name = submission.jobs[stage] + (f"_{place}" if submission.is_sweep else "")
-            before = rows[-1] if rows else None
-            rows.append(_row(config, latest, run, index, stage, name, jobs.get(name), submission, before))
+    for stage in wanted(config):
+        asked = [(each, place) for each in found if stage in each.jobs and (place := each.index_of(run)) is not None]
+        submission, name = None, ""
+        if asked:
+            submission, place = asked[-1]
+            name = submission.jobs[stage] + (f"_{place}" if submission.is_sweep else "")
+        before = rows[-1] if rows else None
+        rows.append(_row(config, latest, run, index, stage, name, jobs.get(name), submission, before))
     return rows
 
 
@@ -119,8 +73,7 @@ def _row(
         row |= {"nodes": job.nodes, "limit_seconds": _until(job.ends) if state == "running" else None}
     elif tries:
         row["nodes"] = tries[-1].nodes
-    if stage != "evaluate":
-        row |= _progress(here, stage, state)
+    row |= progress(here, stage, state) | (result(here, stage) if state == "finished" else {})
     return StageRow(str(run), latest.points[index].label, stage, state, **row)
 
 
@@ -140,7 +93,7 @@ def _state(
     tries = journal.tries(run, stage)
     last = tries[-1].reason if tries else ""
     log = journal.log_file(run, stage)
-    if journal.is_finished(config, stage) and (job is None or job.state == "COMPLETED"):
+    if is_finished(config, stage) and (job is None or job.state == "COMPLETED"):
         return "finished", ""
     if submission is None:
         return "not submitted", ""
@@ -165,89 +118,8 @@ def _state(
     return "unknown", f"Slurm has forgotten the job, and no record says how it ended; see {log}"
 
 
-def _progress(config: RunConfig, stage: JobStage, state: str) -> dict[str, Any]:
-    """From the metrics: step, loss, pace, and the time left at that pace."""
-    assert stage != "evaluate"
-    steps = config.stage(stage).steps
-    lines = [line for line in _tail(config.stage_path(stage) / "metrics.jsonl") if line.get("step")]
-    if not lines:
-        return {"step": 0, "steps": steps}
-    last = lines[-1]
-    found: dict[str, Any] = {"step": last["step"], "steps": steps, "loss": last.get("loss")}
-    for name, unit in _RATES:
-        if name in last:
-            found |= {"rate": last[name], "rate_unit": unit}
-    if state == "running":
-        paces = [line["seconds"] for line in lines[-20:] if isinstance(line.get("seconds"), int | float)]
-        if paces:
-            found["left_seconds"] = statistics.median(paces) * (steps - last["step"])
-    return found
-
-
-def _tail(path: Path) -> list[dict[str, Any]]:
-    """The last rows of a JSONL file, without incomplete ones."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
-    return found
-
-
 def _until(moment: str) -> float | None:
     try:
         return max(0.0, datetime.fromisoformat(moment).timestamp() - time.time())
     except ValueError:
         return None
-
-
-# ---- what is printed -----------------------------------------------------------------------------------------------
-
-
-def to_json(found: Sequence[StageRow]) -> str:
-    """The rows as JSON."""
-    return json.dumps([asdict(row) for row in found], indent=1)
-
-
-def table(found: Sequence[StageRow]) -> str:
-    """The rows as a table; a stage's reason, if any, is on the line below it."""
-    lines: list[str] = []
-    run = None
-    for row in found:
-        if row.run != run:
-            run = row.run
-            lines.append(row.label or row.run)
-        lines.append("  " + _line(row))
-        if row.reason:
-            lines.append(f"{'':<13}{row.reason}")
-    return "\n".join(lines)
-
-
-def _line(row: StageRow) -> str:
-    parts = [f"{row.stage:<10} {row.state:<13}"]
-    if row.job:
-        parts.append(f"job {row.job}")
-    if row.nodes:
-        parts.append(f"on {row.nodes}")
-    if row.step is not None and (row.step or row.state in ("running", "requeued")):
-        parts.append(f"step {row.step}/{row.steps}")
-    if row.loss is not None:
-        parts.append(f"loss {row.loss:.4f}")
-    if row.rate is not None and row.state == "running":
-        parts.append(f"{row.rate:,.0f} {row.rate_unit}")
-    if row.left_seconds is not None:
-        parts.append(f"left {clock(row.left_seconds)}")
-    if row.limit_seconds is not None:
-        parts.append(f"limit in {clock(row.limit_seconds)}")
-    if row.tries > 1:
-        parts.append(f"{row.tries} attempts")
-    return "  ".join(parts).rstrip()

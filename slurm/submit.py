@@ -22,15 +22,10 @@ from lbr_dist.data.record_files import record_files
 from lbr_dist.errors import ConfigError, LaunchError, LbrError
 from lbr_dist.plan.machine import MACHINES
 from lbr_dist.slurm import scheduler
-from lbr_dist.slurm.journal import (
-    Point,
-    Submission,
-    is_finished,
-    new_folder,
-    submissions,
-)
+from lbr_dist.slurm.journal import Point, Submission, new_folder, submissions
 from lbr_dist.slurm.scheduler import SlurmError
 from lbr_dist.slurm.script import script
+from lbr_dist.status.stages import is_finished, wanted
 from lbr_dist.storage.headers import num_elements
 
 LITTLE_TEXT = 16 * 2**20
@@ -89,12 +84,10 @@ def left(config: RunConfig, first: JobStage) -> list[JobStage]:
 
     If stage 2 is finished, stage 1's export is no longer needed, and may have been deleted.
     """
-    wanted: list[JobStage] = [stage for stage in STAGES if config.stage(stage).steps]
-    wanted += ["evaluate"] if config.data.test is not None else []
     begin = JOB_STAGES.index(first)
     if config.represent.steps and is_finished(config, "represent"):
         begin = max(begin, JOB_STAGES.index("evaluate"))
-    todo = [stage for stage in wanted if JOB_STAGES.index(stage) >= begin]
+    todo = [stage for stage in wanted(config) if JOB_STAGES.index(stage) >= begin]
     return list(itertools.dropwhile(lambda stage: is_finished(config, stage), todo))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from lbr_dist.ranks.rendezvous import started_as
 
 if TYPE_CHECKING:
     from lbr_dist.config import RunConfig, StageName
+    from lbr_dist.config.cluster import JobStage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,38 +34,36 @@ def _read(args: argparse.Namespace) -> RunConfig:
 
 def learn(args: argparse.Namespace, say: Say) -> None:
     """`lbr learn`."""
-    _train(_read(args), ["learn"], say)
+    _train(args, _read(args), ["learn"], say)
 
 
 def represent(args: argparse.Namespace, say: Say) -> None:
     """`lbr represent`."""
-    _train(_read(args), ["represent"], say)
+    _train(args, _read(args), ["represent"], say)
 
 
 def run(args: argparse.Namespace, say: Say) -> None:
     """`lbr run`."""
     config = _read(args)
-    if not _train(config, ["learn", "represent"], say):
-        return
-    if config.data.test is None:
+    wanted: list[JobStage] = ["learn", "represent"]
+    if config.data.test is not None:
+        wanted.append("evaluate")
+    if _train(args, config, wanted, say) and config.data.test is None:
         say(f"model: {config.model_path} (no data.test, so nothing is evaluated)")
-        return
-    if started_as(config.cluster.ranks) is not None:
-        from lbr_dist.launch.worker import evaluate as evaluate_here
-
-        evaluate_here(config)
-        return
-    from lbr_dist.launch.local_ranks import run_stage
-
-    run_stage("evaluate", config.run_path / "config.yaml", 1, config.report_path)
 
 
-def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
-    """Run the wanted stages that have steps and are not finished. Returns whether this process evaluates next."""
+def _train(args: argparse.Namespace, config: RunConfig, wanted: Sequence[JobStage], say: Say) -> bool:
+    """Run the wanted stages that have steps and are not finished, and the evaluation if it is wanted.
+
+    Returns whether this process speaks for all ranks.
+    """
     from lbr_dist import preflight
+    from lbr_dist.config import STAGES
     from lbr_dist.config.file import settle_dtype, write_config
     from lbr_dist.export.checksums import is_finished
     from lbr_dist.ranks.hardware import count_gpus
+    from lbr_dist.status.starts import recorded
+    from lbr_dist.storage.lock import run_lock
 
     gpus = count_gpus()
     asked, config = config.model.dtype, settle_dtype(config, gpus)
@@ -73,7 +73,8 @@ def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
     preflight.check_offload(config)
     preflight.check_attention(config, gpus)
     preflight.check_data(config)
-    stages = [stage for stage in wanted if config.stage(stage).steps]
+    evaluates = "evaluate" in wanted
+    stages = [stage for stage in STAGES if stage in wanted and config.stage(stage).steps]
     if stages == ["represent"] and config.learn.steps and not (config.learn_export / "lbr.json").exists():
         from lbr_dist.errors import CheckpointError
 
@@ -81,6 +82,8 @@ def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
             f"{config.learn_export}: not found. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
         )
     place = started_as(config.cluster.ranks)
+    if place is not None and place.world_size == 1 and gpus > 1 and config.cluster.ranks is None:
+        say(f"note: {place.launcher} started this process as the only rank; --ranks {gpus} uses all {gpus} GPUs")
     ranks = place.world_size if place else preflight.check_ranks(config, gpus)
     first_here = place is None or place.local_rank == 0
     todo: tuple[StageName, ...] = tuple(stage for stage in stages if not is_finished(config, stage))
@@ -90,18 +93,23 @@ def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
         preflight.check_disk(config, todo, say)
         preflight.check_dtype(config, asked, gpus, say)
     resolved = config.run_path / "config.yaml"
+    all_of_it: list[JobStage] = [*stages, "evaluate"] if evaluates else [*stages]
+    record = partial(recorded, config.run_path, all_of_it, args.given, place.launcher if place else "lbr")
     if place is not None:
-        from lbr_dist.launch.worker import run_stages
+        from lbr_dist.launch.worker import evaluate, run_stages
 
         if "learn" in todo and first_here:
             preflight.check_text(config, say)
         if place.rank == 0:
             write_config(config, resolved)
-        return run_stages(config, todo)
+        speaks = run_stages(config, todo, record)
+        if speaks and evaluates:
+            with run_lock(config.run_path), record():
+                evaluate(config)
+        return speaks
     from lbr_dist.launch.local_ranks import run_stage
-    from lbr_dist.storage.lock import run_lock
 
-    with run_lock(config.run_path) as lock:
+    with run_lock(config.run_path) as lock, record():
         preflight.check_run_folder(config)
         if "learn" in todo:
             preflight.check_text(config, say)
@@ -112,4 +120,6 @@ def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
                 continue
             say(f"{stage}: {config.stage(stage).steps} steps on {ranks} rank{'s' if ranks > 1 else ''}")
             run_stage(stage, resolved, ranks, config.run_path / stage / "logs", lock)
+        if evaluates:
+            run_stage("evaluate", resolved, 1, config.run_path / "evaluate" / "logs", lock)
     return True

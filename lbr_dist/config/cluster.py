@@ -23,8 +23,8 @@ class ClusterConfig:
     """Where the ranks run."""
 
     ranks: int | None = None
-    """Ranks that `lbr` starts on this machine. Default: one per GPU, or 2 on a CPU. Ignored under torchrun, srun and
-    mpirun, which start the ranks themselves."""
+    """Ranks that `lbr` starts on this machine. Default: one per GPU, or 2 on a CPU. Ignored under torchrun, deepspeed,
+    mpirun and an srun of several tasks, which start the ranks themselves."""
 
     timeout_minutes: float = 30.0
     """If a rank makes no progress for this long, because it or a rank that it waits for hangs, the run ends: no step,

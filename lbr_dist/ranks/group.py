@@ -17,6 +17,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lbr_dist.errors import LaunchError
 from lbr_dist.ranks import rendezvous
+from lbr_dist.ranks.hardware import omp_threads
 from lbr_dist.ranks.peers import Peer, misplaced
 from lbr_dist.ranks.rendezvous import Placement
 from lbr_dist.ranks.traffic import Traffic
@@ -61,11 +62,12 @@ class Ranks:
 def start(timeout_minutes: float = 30.0) -> Ranks:
     """Join the process group of this process's launcher (see `rendezvous`); a lone process is its own group.
 
-    NCCL if there is a GPU for each local rank, gloo otherwise. Sets the environment variables of torchrun, since other
-    libraries read them.
+    NCCL if this process sees GPUs, gloo otherwise. Sets the environment variables of torchrun, since other libraries
+    read them.
 
     Raises:
-        LaunchError: the ranks cannot meet, or are not numbered node by node; raised on every rank.
+        LaunchError: there are fewer GPUs than ranks on this node; or the ranks cannot meet, or are not numbered node by
+            node, which is raised on every rank.
     """
     place = rendezvous.here() or Placement(0, 1, 0, 1, None, "environment")
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed reads it
@@ -75,23 +77,46 @@ def start(timeout_minutes: float = 30.0) -> Ranks:
             "WORLD_SIZE": str(place.world_size),
             "LOCAL_WORLD_SIZE": str(place.local_world_size),
         }
-    if torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank)
+    device = device_of(place, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         # otherwise DeepSpeed warns, and probes for accelerators
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        device = torch.device("cpu")
     if not dist.is_initialized():
         # a minute longer than the watchdog, whose message says more
         _join(place, "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes + 1))
     peers = _meet(place)
     cores = peers[place.rank].share_of_cores(peers)
     if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
+        torch.set_num_threads(omp_threads() or cores)
     # the same number on all ranks, since they must build the same groups
     fullest = max(peer.place.local_world_size for peer in peers)
     return Ranks(place.rank, place.world_size, place.local_rank, device, fullest, cores, Traffic(fullest))
+
+
+def device_of(place: Placement, gpus: int) -> torch.device:
+    """A rank's device: the GPU of its local rank, or the CPU if this process sees no GPU.
+
+    Args:
+        place: the rank.
+        gpus: how many GPUs this process sees.
+
+    Raises:
+        LaunchError: fewer GPUs than ranks on this node.
+    """
+    if not gpus:
+        return torch.device("cpu")
+    if gpus < place.local_world_size:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        where = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+        raise LaunchError(
+            f"rank {place.rank} on {rendezvous.node_name()}: sees {gpus} GPU{'s' if gpus > 1 else ''}{where}, but "
+            f"{place.launcher} started {place.local_world_size} ranks on this node. Each rank needs its own GPU, and "
+            "takes the one of its local rank: start one rank per GPU, and let each see all GPUs of its node (srun "
+            "--gpus-per-node, not --gpus-per-task). To train on the CPU, set CUDA_VISIBLE_DEVICES to an empty value."
+        )
+    return torch.device("cuda", place.local_rank)
 
 
 def _join(place: Placement, backend: str, timeout: timedelta) -> None:

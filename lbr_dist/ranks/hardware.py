@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes.util
+import itertools
 import os
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from lbr_dist.errors import LaunchError
 
 if TYPE_CHECKING:
     import torch
@@ -14,11 +17,40 @@ if TYPE_CHECKING:
 
 def count_gpus() -> int:
     """CUDA devices that this process sees, counted from the driver's device files."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
-    if visible is None:
+    return visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), present)
+
+
+def visible_gpus(variable: str | None, present: int) -> int:
+    """How many of a machine's GPUs CUDA shows for a value of `CUDA_VISIBLE_DEVICES`.
+
+    As CUDA's programming guide defines it: indices or UUIDs, and only those before the first that is invalid.
+    """
+    if variable is None:
         return present
-    return min(present, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
+    named = [device.strip() for device in variable.split(",")]
+    valid = itertools.takewhile(
+        lambda name: int(name) < present if name.isdecimal() else name.startswith(("GPU-", "MIG-")), named
+    )
+    return min(present, len(list(valid)))
+
+
+def omp_threads() -> int | None:
+    """Threads of a process by `OMP_NUM_THREADS`; None if it is not set. OpenMP allows a list, one for each level.
+
+    Raises:
+        LaunchError: it is no such list.
+    """
+    value = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not value:
+        return None
+    first = value.split(",")[0].strip()
+    if not first.isdecimal() or not int(first):
+        raise LaunchError(
+            f"OMP_NUM_THREADS: found {value!r} in the environment, expected a positive number. Set it to the threads "
+            "of one rank, or unset it."
+        )
+    return int(first)
 
 
 def gpu_bytes() -> int | None:

@@ -72,12 +72,26 @@ def here() -> Placement | None:
 def started_as(wanted: int | None) -> Placement | None:
     """The placement of a process that may start ranks itself; None if it should start them.
 
+    A lone process of srun, or of a launcher that sets `RANK=0` and `WORLD_SIZE=1` (Kubeflow's for a job of one pod),
+    may have the whole node, so it starts as many ranks as the user asks for.
+
     Args:
-        wanted: how many ranks the user asks for. A Slurm step of one task may have the whole node for them.
+        wanted: how many ranks the user asks for. Ignored under launchers that start every rank themselves.
+
+    Raises:
+        LaunchError: `RANK` and `WORLD_SIZE` say that there are other ranks, and another number is asked for.
     """
     place = here()
-    if place is not None and place.launcher == "srun" and place.world_size == 1 and (wanted or 1) > 1:
-        return None
+    if place is None or wanted is None or place.launcher not in ("srun", "environment"):
+        return place
+    if place.world_size == 1:
+        return None if wanted > 1 else place
+    if place.launcher == "environment" and wanted not in (place.world_size, place.local_world_size):
+        raise LaunchError(
+            f"--ranks: found {wanted}, but RANK={place.rank} and WORLD_SIZE={place.world_size} in the environment say "
+            f"that this process is one of {place.world_size} ranks that a launcher started. Leave out --ranks "
+            f"(cluster.ranks), or unset RANK and WORLD_SIZE to start {wanted} ranks on this machine."
+        )
     return place
 
 

@@ -9,9 +9,12 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from lbr_dist.errors import LaunchError
 from lbr_dist.storage.files import make_private
@@ -21,6 +24,48 @@ HELD = "LBR_RUN_LOCK"
 """Environment variable of a launcher's ranks: the run folder whose lock they share with the launcher."""
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+_WAIT = 0.5
+"""Seconds to wait for a lock: `holder` takes it for a moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that locked a run folder."""
+
+    host: str
+    process: int
+    since: str
+    job: str = ""
+    """Its Slurm job."""
+
+    def __str__(self) -> str:
+        return (
+            f"process {self.process} on {self.host}{f', Slurm job {self.job}' if self.job else ''}, since {self.since}"
+        )
+
+
+def holder(run_path: Path) -> Holder | None:
+    """Who works in a run folder now; None if nobody does. Its details may be those of an earlier holder for a moment.
+
+    Raises:
+        LaunchError: the file system has no locks, so nobody can tell.
+    """
+    try:
+        file = (run_path / LOCK).open(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _read(file.read()) or Holder("?", 0, "now")
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise LaunchError(f"{run_path}: its file system has no locks, which would tell whether it runs.") from None
+    return None
 
 
 @contextlib.contextmanager
@@ -38,12 +83,13 @@ def run_lock(run_path: Path) -> Iterator[int | None]:
     make_private(run_path)
     with (run_path / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except BlockingIOError:
             file.seek(0)
+            who = _read(file.read()) or "one that has not written its details yet"
             raise LaunchError(
-                f"{run_path}: another job is training in this run folder: {_holder(file.read())}. Wait for it, stop "
-                "it, or use another run_dir."
+                f"{run_path}: another job is training in this run folder: {who}. Wait for it, stop it, or use another "
+                "run_dir."
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -52,18 +98,26 @@ def run_lock(run_path: Path) -> Iterator[int | None]:
             print(message, file=sys.stderr, flush=True)
         file.truncate(0)
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        holder = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
-        if "SLURM_JOB_ID" in os.environ:
-            holder["job"] = os.environ["SLURM_JOB_ID"]
-        file.write(json.dumps(holder) + "\n")
+        me = Holder(socket.gethostname(), os.getpid(), now, os.environ.get("SLURM_JOB_ID", ""))
+        file.write(json.dumps(asdict(me)) + "\n")
         file.flush()
         yield file.fileno()
 
 
-def _holder(text: str) -> str:
+def _take(file: IO[str]) -> None:
+    deadline = time.monotonic() + _WAIT
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
+def _read(text: str) -> Holder | None:
     try:
-        found = json.loads(text)
-        job = f", Slurm job {found['job']}" if "job" in found else ""
-        return f"process {found['process']} on {found['host']}{job}, since {found['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "one that has not written its details yet"
+        return Holder(**json.loads(text))
+    except (ValueError, TypeError):
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,29 @@ def test_metrics_interface(finished: tuple[Path, Path, str]) -> None:
             assert 0 <= low <= values[name] <= high <= 1
     # every document contains its query's two words, so a search that works finds it
     assert metrics["systems"]["bm25"]["ndcg@10"] > 0.9
+
+
+def test_the_first_ranks_output_is_in_files(finished: tuple[Path, Path, str]) -> None:
+    """All that the command printed, but what the launcher itself said."""
+    _, run, printed = finished
+    logs = [run / stage / "logs" / "rank-0.log" for stage in ("learn", "represent", "evaluate")]
+    written = [line for log in logs for line in log.read_text().splitlines()]
+    ours = ["learn: 4 steps on 2 ranks", "represent: 4 steps on 2 ranks"]
+    said = printed[printed.index(ours[0]) :].splitlines()
+    assert [line for line in said if line not in written] == ours
+    assert any(line.startswith("represent 4/4") for line in written)
+
+
+def test_status_and_logs(finished: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """Without Slurm; from any folder."""
+    _, run, _ = finished
+    done = lbr("status", str(run), PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    score = json.loads((run / "report" / "metrics.json").read_text())["systems"]["lbr"]["ndcg@10"]
+    assert done.stdout.count("finished") == 3 and f"nDCG@10    {score:.3f} (" in done.stdout
+    assert f"model      {run / 'model'}\n" in done.stdout and str(run / "report" / "index.html") in done.stdout
+    done = lbr("logs", str(run), PATH=str(tmp_path))
+    assert done.returncode == 0 and "LBR: learn, then represent" in done.stdout
 
 
 def test_a_second_start_does_nothing(finished: tuple[Path, Path, str]) -> None:
@@ -120,6 +144,9 @@ def test_a_killed_rank_takes_the_run_down_and_it_resumes(
     assert process.returncode == 1, printed
     assert "was killed by signal SIGKILL; all ranks were stopped" in printed
     assert not workers(run)
+    told = lbr("status", str(run)).stdout
+    assert "stopped" in told and "was killed by signal SIGKILL" in told
+    assert f"to resume  lbr run {shlex.quote(str(path))} --ranks 2" in told
     done = lbr("run", str(path), "--ranks", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed after step" in done.stderr

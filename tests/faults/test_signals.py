@@ -17,6 +17,7 @@ from lbr_dist.config import RunConfig
 from lbr_dist.config.file import write_config
 from lbr_dist.errors import EXIT_INTERRUPTED, Interrupted
 from lbr_dist.ranks import interrupt
+from lbr_dist.status import local
 from tests.distributed import on_ranks
 from tests.faults.runs import assert_same_end, checkpoints, losses, run, workers
 from tests.faults.waits import Ended
@@ -62,6 +63,9 @@ def test_the_launcher_is_asked_to_stop(two_ranks: RankPool, whole: RunConfig, tm
     assert process.returncode == EXIT_INTERRUPTED, printed
     assert "learn: stopped by SIGTERM after step" in printed and "Traceback" not in printed
     assert not workers(broken.run_path)
+    (row, *_) = local.rows(broken.run_path)
+    assert row.state == "stopped" and row.reason.startswith("learn: stopped by SIGTERM after step "), row
+    assert row.resume == f"lbr learn {path} --ranks=2"
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resumed after step {printed.split('after step ')[1].split(',')[0]} from" in done.stderr

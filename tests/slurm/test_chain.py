@@ -128,7 +128,11 @@ def test_status_and_logs(finished: tuple[Path, RunConfig, dict[str, str]]) -> No
     _, config, jobs = finished
     printed = lbr("status", str(config.run_path)).stdout
     assert "finished" in printed and f"job {jobs['learn']}" in printed and "step 4/4" in printed
-    assert status(config.run_path)["learn"]["tries"] == 1
+    found = status(config.run_path)
+    assert found["learn"]["tries"] == 1 and found["learn"]["model"] == ""
+    metrics = json.loads((config.report_path / "metrics.json").read_text())
+    assert found["evaluate"]["score"] == metrics["systems"]["lbr"]["ndcg@10"]
+    assert found["evaluate"]["model"] == str(config.model_path) and str(config.model_path) in printed
     watched = lbr("status", str(config.run_path), "--watch", "--every", "1")
     assert watched.returncode == 0 and "\x1b" not in watched.stdout
     logs = lbr("logs", str(config.run_path), "--stage", "learn", "--follow")

@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "sentence_transformers", "peft", "matplotlib", "numpy"}
 """What takes a second or more to import, or brings in something that does."""
 
-NO_TORCH = ("config", "console", "errors", "slurm", "storage")
+NO_TORCH = ("config", "console", "errors", "slurm", "status", "storage")
 """Packages that a login node imports, whole: not one of their modules imports what is heavy."""
 
 KNOW_DEEPSPEED = {"engine", "model.sharding", "launch.doctor.stack"}

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,41 @@ def test_a_terminal_gets_a_bar_and_whole_lines_above_it(tmp_path: Path) -> None:
     assert "represent 2/4  skipped  loss 9.000  left 0:00\n" in shown
     assert "represent 3/4  loss 1.000  rank 77  left 0:00\n" in shown
     assert "represent" in shown and "4/4" in shown and "loss 0.250" in shown and "4,321 pairs/s" in shown
+
+
+STEP = {
+    **{"loss": 2.184, "target_loss": 3.1, "text_loss": 2.61, "accuracy": 0.91, "grad_norm": 1.2, "lr": 1e-4},
+    **{"tokens_per_second": 412_000.0, "peak_memory_bytes": 5 * 2**30},
+}
+
+
+def bar(width: int, stage: str = "learn", left: str = "3:12:40", **values: float) -> str:
+    """The live bar as a terminal of this width shows it: one line, no longer than the terminal."""
+    stream = Terminal()
+    progress = metrics._live_bar(stream, width)
+    progress.add_task(stage, total=12000, completed=310, left=left, values=metrics._shown(values, telling=True))
+    progress.console.print(progress.get_renderable())
+    (line,) = stream.getvalue().splitlines()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", line)
+    assert len(plain) <= width and "…" not in plain, plain
+    return " ".join(plain.replace("━", " ").replace("╸", " ").replace("╺", " ").split())
+
+
+def test_the_bar_shows_stage_step_and_time_left_first() -> None:
+    assert bar(80, **STEP) == "learn 310/12000 left 3:12:40 loss 2.184 412,000 tok/s"
+    assert bar(60, **STEP) == "learn 310/12000 left 3:12:40 loss 2.184"
+    assert bar(120, **STEP) == (
+        "learn 310/12000 left 3:12:40 loss 2.184 412,000 tok/s accuracy 0.91 target 3.10 text 2.61"
+    )
+    pairs = {"loss": 0.25, "kl": 0.013, "accuracy": 0.5, "pairs_per_second": 321.0}
+    assert bar(80, "represent", "0:22", **pairs) == "represent 310/12000 left 0:22 loss 0.250 321 pairs/s"
+    assert bar(80, **STEP, skipped=1) == "learn 310/12000 left 3:12:40 skipped loss 2.184"
+
+
+def test_the_bar_of_a_narrow_terminal_keeps_the_step() -> None:
+    assert bar(40, **STEP) == "learn 310/12000 left 3:12:40"
+    assert bar(40, left="101:12:40", **STEP) == "learn 310/12000 left 101:12:40"
+    assert bar(24, **STEP) == "learn 310/12000"
 
 
 def test_the_file_is_complete_when_the_stage_dies(tmp_path: Path) -> None:

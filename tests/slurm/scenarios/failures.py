@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lbr_dist.slurm import journal
 from lbr_dist.slurm.journal import Try
+from lbr_dist.status.stages import saved_step
 from tests.faults.runs import assert_same_end, checkpoints
 from tests.slurm import chains
 from tests.slurm.chains import lbr, outcomes, ranks, send, submit, tries, wait, wait_over, wait_step
@@ -79,7 +80,7 @@ def a_full_disk(place: Place) -> None:
     found = wait_over(config.run_path)
     assert found["learn"]["state"] == "failed" and "Make room" in found["learn"]["reason"], found
     ballast.unlink()
-    saved = journal.saved_step(config, "learn")
+    saved = saved_step(config, "learn")
     assert saved >= 5 and checkpoints(config).verify(saved).step == saved
 
 

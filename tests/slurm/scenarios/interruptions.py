@@ -8,6 +8,7 @@ import time
 from lbr_dist.config import RunConfig
 from lbr_dist.ranks.interrupt import END_TIME
 from lbr_dist.slurm import journal
+from lbr_dist.status.stages import saved_step
 from tests.faults.runs import assert_same_end
 from tests.slurm import chains
 from tests.slurm.chains import lbr, outcomes, ranks, send, status, submit, tries, wait, wait_over, wait_step
@@ -66,7 +67,7 @@ def scancelled(place: Place) -> None:
     assert later["learn"]["state"] == "cancelled" and later["learn"]["reason"] == "by scancel", later
     later = status(config.run_path, **chains.forgotten(place.folder / "without", accounting=False))
     assert "it was cancelled" in later["learn"]["reason"], later
-    saved = journal.saved_step(config, "learn")
+    saved = saved_step(config, "learn")
     assert saved >= 10
     wait("no rank is left", lambda: not ranks(config), config.run_path, 30)
     submit(config, place.folder)

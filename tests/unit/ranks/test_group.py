@@ -10,8 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 import lbr_dist
-from lbr_dist.ranks.rendezvous import PORTS
+from lbr_dist.errors import LaunchError
+from lbr_dist.ranks.group import device_of
+from lbr_dist.ranks.rendezvous import PORTS, Placement
 from tests.unit.ranks.environments import OPENMPI, STEP
 
 JOIN = """
@@ -90,3 +95,26 @@ def test_mpirun_without_mpi4py_is_told_what_to_install(tmp_path: Path) -> None:
     path = os.pathsep.join((str(tmp_path), str(Path(lbr_dist.__file__).parents[1])))
     ((code, _, error),) = start(OPENMPI | {"PYTHONPATH": path})
     assert code == 1 and "the package mpi4py is not installed" in error and "pip install 'lbr-dist[mpi]'" in error
+
+
+def test_a_rank_takes_the_gpu_of_its_local_rank() -> None:
+    assert device_of(Placement(5, 8, 1, 4, "env://", "torchrun"), 4) == torch.device("cuda", 1)
+    assert device_of(Placement(5, 8, 1, 4, "env://", "torchrun"), 0) == torch.device("cpu")
+
+
+def test_fewer_gpus_than_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if each task sees a GPU of its own: no rank could find the one of its local rank."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    says = r"rank 5 on .*: sees 1 GPU \(CUDA_VISIBLE_DEVICES=3\), but srun started 4 ranks on this node.*gpus-per-node"
+    for local_rank in (0, 1):
+        with pytest.raises(LaunchError, match=says):
+            device_of(Placement(5, 8, local_rank, 4, "env://", "srun"), 1)
+
+
+@pytest.mark.gpu
+def test_ranks_without_a_gpu_are_refused_by_real_ranks() -> None:
+    count = torch.cuda.device_count()
+    url = {"LBR_RENDEZVOUS": "tcp://127.0.0.1:1", "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
+    size = {"WORLD_SIZE": str(count + 1), "LOCAL_WORLD_SIZE": str(count + 1)}
+    ((code, _, error),) = start(url | size | {"RANK": str(count), "LOCAL_RANK": str(count)})
+    assert code == 1 and f"sees {count} GPU" in error and f"lbr started {count + 1} ranks on this node" in error, error

@@ -1,4 +1,4 @@
-"""What a machine has: bfloat16 units, memory, GPUs."""
+"""What a machine has, and what the environment's variables say about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lbr_dist.errors import LaunchError
 from lbr_dist.ranks import hardware
+from lbr_dist.ranks.hardware import omp_threads, visible_gpus
 
 FLAGS = {
     "Xeon with AMX": ("flags\t\t: fpu sse2 avx2 avx512f avx512_bf16 amx_bf16 amx_tile amx_int8", True),
@@ -45,3 +47,38 @@ def test_bfloat16_of_gpus(printed: str | None, expected: bool, tmp_path: Path, m
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path) + ":/usr/bin:/bin")
     assert hardware.has_bfloat16(gpus=2) is expected
+
+
+@pytest.mark.parametrize(
+    ("variable", "count"),
+    [
+        (None, 4),
+        ("", 0),
+        ("-1", 0),
+        ("2", 1),
+        ("0,3", 2),
+        (" 0, 1", 2),
+        ("0,-1,1", 1),  # nothing after the first that is invalid
+        ("0,7,1", 1),
+        ("NoDevFiles", 0),
+        ("GPU-8932f937-d72c,GPU-6a3b", 2),
+        ("MIG-4b1c", 1),
+    ],
+)
+def test_visible_gpus(variable: str | None, count: int) -> None:
+    assert visible_gpus(variable, 4) == count
+
+
+@pytest.mark.parametrize(("value", "threads"), [("3", 3), ("4,2", 4), (" 4 , 2", 4), ("", None), (None, None)])
+def test_omp_threads(monkeypatch: pytest.MonkeyPatch, value: str | None, threads: int | None) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert omp_threads() == threads
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "many", ",4"])
+def test_wrong_omp_threads_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    with pytest.raises(LaunchError, match=f"OMP_NUM_THREADS: found '{value}'"):
+        omp_threads()

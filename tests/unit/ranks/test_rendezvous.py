@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lbr_dist.errors import LaunchError
-from lbr_dist.ranks.rendezvous import PORTS, Placement, first_host, launcher_of, placement
+from lbr_dist.ranks import rendezvous
+from lbr_dist.ranks.rendezvous import PORTS, Placement, first_host, launcher_of, placement, started_as
 from tests.unit.ranks.environments import BATCH, BY_HAND, DEEPSPEED, HYDRA, LBR, MASTER, OPENMPI, STEP, TORCHRUN
 
 
@@ -133,6 +134,45 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
 def test_contradictory_variables_are_refused(environment: dict[str, str], says: str) -> None:
     with pytest.raises(LaunchError, match=says):
         placement(environment)
+
+
+ONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | MASTER
+"""What Kubeflow's operator sets in a job of one pod."""
+
+ONE_TASK = STEP | {
+    **{"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"},
+    **{"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"},
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted", "starts"),
+    [
+        ({}, 2, True),
+        (ONE, 2, True),
+        (ONE, 1, False),
+        (ONE, None, False),
+        (ONE_TASK, 2, True),
+        (ONE_TASK, None, False),
+        (BY_HAND, 8, False),
+        (BY_HAND, 4, False),  # on each node
+        (BY_HAND, None, False),
+        (TORCHRUN, 3, False),
+        (LBR, 3, False),
+    ],
+)
+def test_who_starts_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], wanted: int | None, starts: bool
+) -> None:
+    monkeypatch.setattr(rendezvous, "here", lambda: placement(environment))
+    place = started_as(wanted)
+    assert place == (None if starts else placement(environment))
+
+
+def test_another_number_of_ranks_than_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "here", lambda: placement(BY_HAND))
+    with pytest.raises(LaunchError, match=r"--ranks: found 2, but RANK=5 and WORLD_SIZE=8 .* unset RANK"):
+        started_as(2)
 
 
 def test_a_batch_script_that_inherits_a_step(tmp_path: Path) -> None:
