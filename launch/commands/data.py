@@ -72,10 +72,11 @@ def _model(args: argparse.Namespace, say: Say) -> None:
 
 
 def _vocabulary(args: argparse.Namespace, say: Say) -> None:
+    base = model_folder(args.base, "--base")  # before torch is imported
+
     from lbr_dist.ranks.process import quiet_libraries
     from lbr_dist.vocabulary.add import add_vocabulary
 
-    base = model_folder(args.base, "--base")
     quiet_libraries()
     say(add_vocabulary(base, args.corpus, args.out, args.pieces, args.min_count, say).summary())
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lbr_dist.console import Say, silent
 from lbr_dist.launch.commands.columns import add_columns, columns_of
+from lbr_dist.storage.hub import model_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +29,6 @@ def run(args: argparse.Namespace, say: Say) -> None:
     Raises:
         ConfigError, DataError, ModelError, LaunchError: see the messages.
     """
-    from lbr_dist.storage.hub import model_folder
-
     model, columns = model_folder(args.model, "model"), columns_of(args)  # before torch is imported
 
     from lbr_dist.encode.collection import EncodeJob, encode_collection

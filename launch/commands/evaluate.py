@@ -8,6 +8,7 @@ from pathlib import Path
 from lbr_dist.console import Say
 from lbr_dist.errors import ConfigError
 from lbr_dist.launch.commands.columns import add_columns, columns_of
+from lbr_dist.storage.hub import model_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,18 +32,19 @@ def run(args: argparse.Namespace, say: Say) -> None:
     Raises:
         ConfigError, DataError, ModelError: see the messages.
     """
-    from lbr_dist.config import EvaluateConfig
-    from lbr_dist.data.tokenizer import EmbeddingSettings
-    from lbr_dist.evaluation.evaluate import TestSet, evaluate_folders, table
-    from lbr_dist.ranks.process import quiet_libraries
-    from lbr_dist.storage.hub import model_folder
-
+    # before torch is imported
     folders = {"model": model_folder(args.model, "model")}
     for beside in args.beside:
         name, equals, folder = beside.partition("=")
         if not (name.isidentifier() and equals and folder) or name in ("bm25", *folders):
             raise ConfigError(f"--beside: found {beside!r}, expected NAME=FOLDER with a name not used yet.")
         folders[name] = model_folder(folder, f"--beside {name}")
+
+    from lbr_dist.config import EvaluateConfig
+    from lbr_dist.data.tokenizer import EmbeddingSettings
+    from lbr_dist.evaluation.evaluate import TestSet, evaluate_folders, table
+    from lbr_dist.ranks.process import quiet_libraries
+
     quiet_libraries()
     test = TestSet.read(args.pairs, args.documents, columns_of(args))
     settings = EvaluateConfig(bm25_tokens=args.bm25_tokens, chunk_tokens=args.chunk_tokens)
