@@ -67,9 +67,14 @@ def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
 
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
+    preflight.check_positions(config)
     preflight.check_prefixes(config)
     preflight.check_offload(config)
     preflight.check_attention(config, count_gpus())
+    place = started_as(config.cluster.ranks)
+    first_here = place is None or place.local_rank == 0
+    if first_here:
+        preflight.check_family(Path(config.model.base))
     preflight.check_data(config)
     stages = [stage for stage in wanted if config.stage(stage).steps]
     if stages == ["represent"] and config.learn.steps and not (config.learn_export / "lbr.json").exists():
@@ -78,10 +83,8 @@ def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:
         raise CheckpointError(
             f"{config.learn_export}: not found. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
         )
-    place = started_as(config.cluster.ranks)
     gpus = count_gpus()
     ranks = place.world_size if place else preflight.check_ranks(config, gpus)
-    first_here = place is None or place.local_rank == 0
     todo: tuple[StageName, ...] = tuple(stage for stage in stages if not is_finished(config, stage))
     if "represent" in todo and first_here:
         preflight.check_plan(config, ranks, place.local_world_size if place else ranks, gpus)
