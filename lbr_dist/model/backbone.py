@@ -40,7 +40,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: BottleneckLayout,
+    layout: BottleneckLayout | None = None,
     backend: Backend = "auto",
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -56,6 +56,13 @@ def attend(
     unknown = [name for name, value in asked.items() if value is not None and value is not False]
     if unknown:
         raise ModelError(f"{type(module).__name__} asks for {', '.join(unknown)}, which our attention doesn't have")
+    if layout is None:
+        raise ModelError(f"{type(module).__name__} doesn't hand on where the row's sequences are")
+    if key.shape[-1] != value.shape[-1]:
+        raise ModelError(
+            f"{type(module).__name__} has keys of {key.shape[-1]} elements and values of {value.shape[-1]}, our "
+            "attention has one width for both"
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # the batch is one packed row
     output = bottleneck_attention(q, k, v, layout, scale=scaling, window=sliding_window, backend=backend)
     return output[None], None
