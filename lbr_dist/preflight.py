@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lbr_dist.checkpoint.manifest import STATE_BYTES, Checkpoints, free_bytes
-from lbr_dist.config import RunConfig, StageName, to_dict
+from lbr_dist.config import RunConfig, StageName, sequence_tokens, to_dict
 from lbr_dist.config.changes import CHANGES_NO_RESULT, forbidden_changes
 from lbr_dist.console import Say, gib
 from lbr_dist.data.records import check_apart, check_columns, check_enough, read_corpus, read_pairs
@@ -24,7 +24,7 @@ from lbr_dist.errors import ConfigError, LaunchError, ModelError
 from lbr_dist.mining.work import MiningSettings
 from lbr_dist.ranks import hardware
 from lbr_dist.storage.files import others_who_write
-from lbr_dist.storage.headers import num_elements
+from lbr_dist.storage.headers import check_plain_weights, num_elements
 from lbr_dist.storage.hub import why_not_a_folder
 
 RANK_BYTES = 900 * 2**20  # interpreter, torch and buffers of one rank, measured on a CPU
@@ -42,7 +42,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def check_base(folder: Path, field: str = "model.base") -> None:
-    """Refuse a folder that is not a causal LM with safetensors and a tokenizer that fits it.
+    """Refuse a folder that is not a causal LM with plain safetensors and a tokenizer that fits it.
+
+    `check_family` looks further, but needs torch.
 
     Args:
         folder: the folder to check.
@@ -67,6 +69,7 @@ def check_base(folder: Path, field: str = "model.base") -> None:
         )
     if not any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise ModelError(f"{field}: {folder} has no model.safetensors. Save the model again with save_pretrained.")
+    check_plain_weights(folder, config)
     if not (folder / "tokenizer.json").exists():
         raise ModelError(f"{field}: {folder} has no tokenizer.json. Save its fast tokenizer into the folder.")
     tokenizer = _json(folder / "tokenizer.json")
@@ -78,6 +81,44 @@ def check_base(folder: Path, field: str = "model.base") -> None:
             f"{field}: tokenizer and model disagree: {folder / 'tokenizer.json'} goes up to id {highest}, "
             f"config.json has vocab_size {config['vocab_size']}. They belong to different models."
         )
+
+
+def check_family(folder: Path) -> None:
+    """Try the base's family on a small copy, and compare its files with its config. Imports torch, and takes seconds.
+
+    Raises:
+        ModelError: says what would be wrong.
+    """
+    from lbr_dist.model import probe
+
+    probe.check_family(folder, "model.base")
+    probe.check_weights(folder)
+
+
+def check_positions(config: RunConfig) -> None:
+    """Refuse sequences that are longer than the base has positions.
+
+    Raises:
+        ConfigError: names the fields that make them as long.
+    """
+    positions = _json(Path(config.model.base) / "config.json").get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return
+    k, learn, data = config.model.bottleneck_tokens, config.learn, config.data
+    uses = []
+    if learn.steps:
+        name = "learn.max_text_tokens"
+        longest = sequence_tokens(learn.max_text_tokens, k, learn.max_text_tokens)
+        uses.append((name, learn.max_text_tokens, longest, f"1 + 2 x {name} + model.bottleneck_tokens"))
+    if config.represent.steps or data.test is not None:
+        for name, length in zip(("max_query_tokens", "max_document_tokens"), config.sequence_lengths, strict=True):
+            uses.append((f"data.{name}", getattr(data, name), length, f"1 + data.{name} + model.bottleneck_tokens"))
+    for name, found, longest, sum_of in uses:
+        if longest > positions:
+            raise ConfigError(
+                f"{name}: found {found}, which makes sequences of {longest} tokens ({sum_of}). {config.model.base} has "
+                f"{positions} positions (max_position_embeddings in config.json). Lower {name}, or use another base."
+            )
 
 
 def check_prefixes(config: RunConfig) -> None:

@@ -60,6 +60,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
         say(f"nothing was queued: {len(points)} run(s), {', '.join(stages)}")
         return
     for _, config in points:
+        preflight.check_family(Path(config.model.base))
         check_plan(config)
         if "learn" in left(config, args.first):
             check_little_text(config, say)
@@ -101,6 +102,7 @@ def check(config: RunConfig, first: JobStage, say: Say) -> None:
         raise ConfigError(f"run_dir: found {config.run_dir!r}, expected a path without colons, for PYTHONPATH.")
     preflight.check_run_folder(config)
     preflight.check_base(Path(config.model.base))
+    preflight.check_positions(config)
     preflight.check_prefixes(config)
     preflight.check_data(config)
     todo = left(config, first)

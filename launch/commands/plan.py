@@ -50,6 +50,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
         ConfigError, ModelError: the step cannot fit, or an option is out of range.
     """
     from lbr_dist.config.file import read_config
+    from lbr_dist.model.probe import check_family
     from lbr_dist.plan.cost import StepCost
     from lbr_dist.plan.machine import Cluster
     from lbr_dist.plan.model import graph_bytes, model_sizes
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
     machine = _machine(args)
     budget = args.memory_gib * GIB if args.memory_gib else HEADROOM * machine.memory
     folder = Path(config.model.base)
+    check_family(folder)
     sizes = model_sizes(config.model, folder)
     batch, lengths = _batch(config, args)
     typical = [round(batch.query_tokens)] * 8 + [round(batch.document_tokens)] * round(

@@ -14,7 +14,9 @@ from lbr_dist.config import ModelConfig, sequence_tokens
 from lbr_dist.data.packing import TrainingSequence, pack_row
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.encode.dtype import encoding_dtype
+from lbr_dist.errors import ModelError
 from lbr_dist.model.bottleneck import load_model
+from lbr_dist.model.probe import check_family
 
 Kind = Literal["query", "document"]
 
@@ -61,7 +63,8 @@ class Encoder:
     ) -> None:
         self.settings = EmbeddingSettings.read(folder) or settings or EmbeddingSettings("mean")
         self.chunk_tokens = chunk_tokens
-        self.tokenizer = TextTokenizer(folder)
+        check_family(folder, "model")
+        self.folder, self.tokenizer = folder, TextTokenizer(folder)
         if dtype == "auto":
             dtype = encoding_dtype(folder)
         k = len(self.settings.bottleneck_ids)
@@ -77,6 +80,9 @@ class Encoder:
             texts: without prompts; the prompt of `kind` is prepended.
             kind: `query` or `document`.
             progress: called with the number of texts done and their total.
+
+        Raises:
+            ModelError: a text is longer than the model has positions.
         """
         s, k = self.settings, len(self.settings.bottleneck_ids)
         prompt, longest = (
@@ -86,6 +92,7 @@ class Encoder:
         vectors = torch.empty(len(tokens), int(self.model.backbone.config.hidden_size))
         # longest first, so that rows fill well, and running out of memory shows at once
         by_length = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+        self._check_positions(max((sequence_tokens(len(t), k) for t in tokens), default=0), kind)
         chunk_tokens = max(self.chunk_tokens, sequence_tokens(longest, k))
         done = 0
         for members in _chunks([sequence_tokens(len(tokens[i]), k) for i in by_length], chunk_tokens):
@@ -97,6 +104,14 @@ class Encoder:
             if progress is not None:
                 progress(done, len(tokens))
         return vectors
+
+    def _check_positions(self, longest: int, kind: Kind) -> None:
+        positions = getattr(self.model.backbone.config, "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise ModelError(
+                f"{self.folder}: has {positions} positions (max_position_embeddings in config.json), the longest "
+                f"{kind} takes {longest}. Cut max_{kind}_tokens in lbr.json, or shorten the texts."
+            )
 
 
 class SentenceTransformersEncoder:

@@ -6,7 +6,8 @@ Works for an ordinary model and for one that is being sharded; a rank never hold
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,30 +24,51 @@ from lbr_dist.errors import ModelError
 from lbr_dist.kernels.attention import Backend, bottleneck_attention
 from lbr_dist.kernels.layout import BottleneckLayout
 from lbr_dist.model.sharding import exact_buffers, full_shape, is_sharded, whole
+from lbr_dist.storage.headers import check_plain_weights, full_name
 
 ATTENTION = "lbr_bottleneck"
+UNUSED = ("position_ids", "use_cache")
+"""What transformers tells an attention that doesn't change its result: rotation comes before it, there is no cache."""
+
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: BottleneckLayout,
+    layout: BottleneckLayout | None = None,
     backend: Backend = "auto",
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    **others: Any,
 ) -> tuple[Tensor, None]:
+    """Our attention, as transformers calls it. The attention's dropout is left out: the method trains without it.
+
+    Raises:
+        ModelError: the layer asks for something that changes the result and that we don't have.
+    """
+    asked = {name: value for name, value in others.items() if name not in UNUSED} | {"attention_mask": attention_mask}
+    unknown = [name for name, value in asked.items() if value is not None and value is not False]
+    if unknown:
+        raise ModelError(f"{type(module).__name__} asks for {', '.join(unknown)}, which our attention doesn't have")
+    if layout is None:
+        raise ModelError(f"{type(module).__name__} doesn't hand on where the row's sequences are")
+    if key.shape[-1] != value.shape[-1]:
+        raise ModelError(
+            f"{type(module).__name__} has keys of {key.shape[-1]} elements and values of {value.shape[-1]}, our "
+            "attention has one width for both"
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # the batch is one packed row
     output = bottleneck_attention(q, k, v, layout, scale=scaling, window=sliding_window, backend=backend)
     return output[None], None
 
 
-AttentionInterface.register(ATTENTION, _attend)
+AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
@@ -84,7 +106,10 @@ def open_weights(path: Path) -> Iterator[Any]:
 
 
 class WeightFiles:
-    """The safetensors of a folder, one or many, read tensor by tensor."""
+    """The safetensors of a folder, one or many, read tensor by tensor by the names they have in a causal LM.
+
+    A folder may hold the backbone alone, whose tensors lack the prefix `model.` (Qwen3-Embedding does).
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -102,17 +127,25 @@ class WeightFiles:
         missing = sorted(name for name in set(self.files.values()) if not (folder / name).exists())
         if missing:
             raise ModelError(f"{folder / WEIGHTS_INDEX}: names {', '.join(missing)}, missing in the folder.")
+        self.stored = {full_name(name, self.files): name for name in self.files}
+        """The name in its file of each tensor."""
 
     def __contains__(self, name: str) -> bool:
-        return name in self.files
+        return name in self.stored
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[tuple[Any, str]]:
+        stored = self.stored[name]
+        with open_weights(self.folder / self.files[stored]) as tensors:
+            yield tensors, stored
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with open_weights(self.folder / self.files[name]) as tensors:
-            return tuple(tensors.get_slice(name).get_shape())
+        with self._open(name) as (tensors, stored):
+            return tuple(tensors.get_slice(stored).get_shape())
 
     def read(self, name: str) -> Tensor:
-        with open_weights(self.folder / self.files[name]) as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
+        with self._open(name) as (tensors, stored):
+            tensor: Tensor = tensors.get_tensor(stored)
             return tensor
 
 
@@ -125,26 +158,56 @@ def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
     return names
 
 
-def _copy_weights(model: PreTrainedModel, files: WeightFiles) -> None:
+def match_weights(model: PreTrainedModel, files: WeightFiles) -> dict[str, str]:
+    """The tensor that each parameter is read from, by the parameter's first name.
+
+    Raises:
+        ModelError: a tensor is missing, of another shape than the config asks for, or taken by nothing.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = _tied_names(model)
     sources: dict[str, str] = {}
     missing = []
-    for name, aliases in _tied_names(model).items():
+    for name, aliases in named.items():
         source = next((alias for alias in aliases if alias in files), None)
         if source is None:
             missing.append(name)
         else:
             sources[name] = source
+    # older files also hold the rotary table, which follows from the config
+    patterns = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$")
+    ignored = [re.compile(pattern) for pattern in patterns]
+    taken = {alias for aliases in named.values() for alias in aliases}
+    extra = [
+        stored
+        for name, stored in files.stored.items()
+        if name not in taken and not any(pattern.search(name) for pattern in ignored)
+    ]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        unknown = f" They have {_some(extra)} instead." if extra else ""
         raise ModelError(
-            f"{files.folder}: the weights lack {', '.join(missing[:3])}{more}, which its config.json requires. "
+            f"{files.folder}: the weights lack {_some(missing)}, which its config.json requires.{unknown} "
             "The folder's config and weights belong to different models, or the download is incomplete."
         )
-    for name, source in sources.items():  # on every rank, before the first collective
+    for name, source in sources.items():
         found, expected = files.shape(source), tuple(full_shape(parameters[name]))
         if found != expected:
             raise ModelError(f"{files.folder}: {source} has shape {found}, its config.json requires {expected}.")
+    if extra:
+        raise ModelError(
+            f"{files.folder}: the weights have {_some(extra)}, which the model that its config.json describes doesn't "
+            "take. Without them it would be another model than was saved. Save it again with save_pretrained."
+        )
+    return sources
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _copy_weights(model: PreTrainedModel, files: WeightFiles) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sources = match_weights(model, files)  # on every rank, before the first collective
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     for name, source in sources.items():
         with whole(parameters[name], write=True) as value:
@@ -162,9 +225,9 @@ def build_backbone(folder: Path, dtype: torch.dtype, inside: AbstractContextMana
         inside: the context to build it in: for sharding, or the meta device.
 
     Raises:
-        ModelError: not a causal LM.
+        ModelError: not a causal LM, or its weights are quantized.
     """
-    read_json(folder / "config.json")
+    check_plain_weights(folder, read_json(folder / "config.json"))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with inside, no_init_weights():

@@ -30,16 +30,26 @@ from lbr_dist.model.backbone import embedding_table, load_backbone
 class LanguageModelLoss(nn.Module):
     """The LM head and its loss as one module, so that ZeRO-3 gathers the head once for all of its chunks."""
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, scale: float = 1.0) -> None:
         super().__init__()
         assert isinstance(head.weight, nn.Parameter)
         self.weight = head.weight
+        self.scale = scale
 
     def forward(
         self, hidden: Tensor, labels: Tensor, groups: Tensor, weights: Tensor, z_weight: float
     ) -> tuple[Tensor, Tensor]:
         """See `linear_cross_entropy`."""
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
         return linear_cross_entropy(hidden, self.weight, labels, groups, weights, z_weight)
+
+
+def logit_scale(config: Any) -> float:
+    """What the family's LM head multiplies its logits with. `probe.py` checks it against transformers' own loss."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides by it
+    return scale * (scaling if config.model_type == "hyperclovax" else 1.0 / scaling)
 
 
 class Posterior(nn.Module):
@@ -111,7 +121,7 @@ class LBRModel(nn.Module):
         dtype = bottleneck.dtype
         start = None if temperature is None else torch.tensor([math.log(temperature)], dtype=dtype)
         self.log_temperature = None if start is None else nn.Parameter(start)
-        self.language_loss = LanguageModelLoss(backbone.get_output_embeddings())
+        self.language_loss = LanguageModelLoss(backbone.get_output_embeddings(), logit_scale(backbone.config))
 
     @property
     def fast_parameters(self) -> list[nn.Parameter]:

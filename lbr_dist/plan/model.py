@@ -26,7 +26,7 @@ from lbr_dist.kernels.causal_tiles import kept_probabilities
 from lbr_dist.kernels.layout import BottleneckLayout
 from lbr_dist.model.adapters import add_adapters
 from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX, read_json
-from lbr_dist.storage.headers import tensor_shapes
+from lbr_dist.storage.headers import full_name, tensor_shapes
 
 PROBE_TOKENS = 256
 """Tokens in the row that is measured. A graph is linear in them, except for attention probabilities on a CPU."""
@@ -130,7 +130,7 @@ def header_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
     shapes: dict[str, tuple[int, ...]] = {}
     for name in files:
         shapes |= tensor_shapes(folder / name)
-    return shapes
+    return {full_name(name, shapes): shape for name, shape in shapes.items()}
 
 
 def _hf_config(folder: Path) -> Any:

@@ -77,7 +77,7 @@ def write_grown(
     files = WeightFiles(base)
     added = 0
     for file in sorted(set(files.files.values())):
-        inside = [name for name in tables if files.files[name] == file]
+        inside = [files.stored[name] for name in tables if files.files[files.stored[name]] == file]
         if not inside:
             shutil.copyfile(base / file, out / file)
             continue

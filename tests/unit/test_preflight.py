@@ -96,6 +96,52 @@ def test_bad_files(name: str, run: tuple[Path, RunConfig], capsys: pytest.Captur
     assert not (config.run_path / "learn").exists()
 
 
+def _quantized(config: RunConfig) -> None:
+    path = Path(config.model.base) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+
+
+def _softcapped(config: RunConfig) -> None:
+    tiny.write_model(Path(config.model.base), "gemma2")
+
+
+def _longer(config: RunConfig) -> None:
+    path = Path(config.model.base) / "config.json"
+    path.write_text(path.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+
+
+BASES: dict[str, tuple[Callable[[RunConfig], None], str]] = {
+    "quantized": (_quantized, r"config.json: found quantization_config \(fp8\)"),
+    "a family": (_softcapped, r"model.base: .*'gemma2', which is not supported: Gemma2Attention asks for softcap"),
+    "missing weights": (_longer, r"the weights lack model.layers.2\..* and 6 more"),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_is_refused_before_anything_is_read(
+    name: str, run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, config = run
+    spoil, expected = BASES[name]
+    spoil(config)
+    capsys.readouterr()
+    Path(config.data.corpus).unlink()  # it would be missed if it were read first
+    assert re.search(expected, message(capsys, "run", str(path)))
+    assert not Path(config.data.cache_dir).exists()
+
+
+def test_more_tokens_than_positions(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    path, config = run
+    base = Path(config.model.base) / "config.json"
+    for positions, field, tokens in ((84, "learn.max_text_tokens", 85), (52, "data.max_document_tokens", 53)):
+        base.write_text(json.dumps(json.loads(base.read_text()) | {"max_position_embeddings": positions}))
+        steps = () if field.startswith("learn") else ("--learn.steps=0",)
+        said = message(capsys, "run", str(path), *steps)
+        assert f"{field}: found {48 if steps else 40}, which makes sequences of {tokens} tokens" in said
+        assert f"has {positions} positions (max_position_embeddings in config.json)" in said
+        preflight.check_positions(file.read_config(path, [*steps, f"--{field}=16"]))
+
+
 def test_bad_development_pairs(run: tuple[Path, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
     """A mistake is reported with the file's name before a rank starts; pairs without one pass."""
     path, config = run
