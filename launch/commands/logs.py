@@ -14,6 +14,9 @@ from lbr_dist.errors import ConfigError
 from lbr_dist.launch.commands.status import is_submitted, rows
 from lbr_dist.status.rows import LIVING
 
+_LOOK_EVERY = 3.0
+"""Seconds without a new line until `--follow` asks again whether the stage has ended."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace, say: Say) -> None:
                     say(f"==> {path} <==")
                     told = path
                 say(line.rstrip("\n"))
-            if not added and time.monotonic() - looked > 3:
+            if not added and time.monotonic() - looked > _LOOK_EVERY:
                 looked = time.monotonic()
                 if not any(
                     row.state in LIVING for row in rows(folder) if row.stage == stage and row.run == str(folder)

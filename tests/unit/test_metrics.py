@@ -180,14 +180,15 @@ def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_gets_a_bar_and_whole_lines_above_it(tmp_path: Path) -> None:
+def test_a_terminal_gets_a_bar_and_whole_lines_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     stream = Terminal()
     with MetricsLog(tmp_path, "represent", 4, stream=stream) as log:
         log.log(1, loss=1.5)
         log.say("checkpoint [bold] saved")
         log.log(2, loss=9.0, skipped=1)
         log.log(3, loss=1.0, effective_rank=77.0)
-        log.log(4, loss=0.25, pairs_per_second=4321.0)
+        log.log(4, loss=0.25, kl=0.5, accuracy=0.5, alignment=1.0, grad_norm=2.0, pairs_per_second=4321.0)
     shown = stream.getvalue()
     assert "checkpoint [bold] saved\n" in shown
     assert "represent 2/4  skipped  loss 9.000  left 0:00\n" in shown

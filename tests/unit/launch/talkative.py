@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from lbr_dist.errors import LaunchError
@@ -22,7 +23,10 @@ def main() -> None:
     if os.environ["RANK"] != "0":
         print("I am the second", flush=True)
         return
-    print("from Python")
+    print("from Python", flush=True)
+    log, deadline = Path(path).parent / "logs" / "rank-0.log", time.monotonic() + 30
+    while "from Python" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
     print("a warning", file=sys.stderr)
     sys.stdout.flush()
     os.write(2, b"from a library\n")
@@ -31,6 +35,8 @@ def main() -> None:
         log.say("checkpoint [saved]")
         print("printed beside the bar", flush=True)
         log.log(2, loss=1.25)
+    if stage == "much":  # more than a pipe holds, less than two do
+        print("much\n" * 20_000, end="")
     print("at the end")
     if stage == "fails":
         print("error: the fault", file=sys.stderr)

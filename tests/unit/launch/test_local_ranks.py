@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 LINES = ("from Python", "a warning", "from a library", "checkpoint [saved]", "printed beside the bar", "at the end")
@@ -85,3 +86,14 @@ def test_output_that_nobody_reads_does_not_stop_the_run(tmp_path: Path) -> None:
     subprocess.run(command(tmp_path), stdout=write, stderr=subprocess.DEVNULL, timeout=120, check=True)
     os.close(write)
     assert "at the end" in logs(tmp_path)[0]
+
+
+def test_a_slow_reader_gets_the_last_line(tmp_path: Path) -> None:
+    """The rank has exited long before the reader takes its last lines."""
+    environment = os.environ | {"STAGE": "much"}
+    with subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "from Python\n"
+        time.sleep(2)
+        assert process.stdout.read().endswith("much\nat the end\n")
+    assert process.returncode == 0 and logs(tmp_path)[0].count("much\n") == 20_000

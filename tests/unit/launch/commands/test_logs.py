@@ -8,6 +8,7 @@ import time
 import pytest
 
 from lbr_dist.launch import cli
+from lbr_dist.launch.commands import logs
 from lbr_dist.status import starts
 from lbr_dist.storage.lock import run_lock
 from tests.unit.launch.cases import message
@@ -38,7 +39,8 @@ def test_no_such_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert "learn/logs/rank-4.log: no such log." in said and "rank-0.log, rank-1.log" in said
 
 
-def test_following_a_log_ends_with_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_following_a_log_ends_with_the_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_LOOK_EVERY", 0.2)
     config = make_run("a")
     path = write_log(config, "learn", 0, ["one"])
     began = threading.Event()
