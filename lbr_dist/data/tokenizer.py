@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tokenizers import processors
+from tokenizers import Tokenizer, normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lbr_dist.config import DataConfig, Pooling, sequence_tokens
 from lbr_dist.errors import ModelError
 
 SETTINGS_FILE = "lbr.json"
+
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+"""What is stripped from both ends of a text: Unicode's White_Space, as the exported tokenizer.json does it."""
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,16 @@ class EmbeddingSettings:
     document_prompt: str = ""
     max_query_tokens: int = 64
     max_document_tokens: int = 512
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the vector is a mean over several tokens."""
+        return self.pooling in ("bottleneck_mean", "mean")
+
+    @property
+    def max_tokens(self) -> int:
+        """Longer texts are cut to this many tokens: queries and documents alike, since most servers know one length."""
+        return max(self.max_query_tokens, self.max_document_tokens)
 
     @staticmethod
     def of(data: DataConfig, pooling: Pooling, bottleneck_ids: tuple[int, ...] = ()) -> EmbeddingSettings:
@@ -74,7 +89,7 @@ class TextTokenizer:
             self.hf: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, TypeError) as error:  # a class whose kind of vocabulary is not the file's
             raise ModelError(f"{folder}: found no tokenizer that transformers can load ({error}).") from None
         if not self.hf.is_fast:
             raise ModelError(f"{folder}: its tokenizer has no tokenizer.json. Save it again as a fast tokenizer.")
@@ -84,6 +99,11 @@ class TextTokenizer:
         self.drop_id: int = next(i for i in dropped if i is not None)
 
     @property
+    def sink(self) -> tuple[int, str]:
+        """The sink's id and text."""
+        return self.sink_id, self.hf.convert_ids_to_tokens(self.sink_id)
+
+    @property
     def highest_id(self) -> int:
         return max(int(i) for i in self.hf.get_vocab().values())
 
@@ -91,7 +111,7 @@ class TextTokenizer:
         """Token ids of each text, without special tokens, truncated to `max_tokens`."""
         if not texts:
             return []
-        stripped = [text.strip() for text in texts]
+        stripped = [text.strip(WHITE_SPACE) for text in texts]
         ids = self.hf(stripped, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [tuple(i if max_tokens is None else i[:max_tokens]) for i in ids]
 
@@ -103,27 +123,58 @@ class TextTokenizer:
                 f"model's embeddings end at {vocabulary - 1}. They belong to different models."
             )
 
-    def with_bottleneck(self, count: int, max_tokens: int) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-        """A tokenizer that adds the sink before and the bottleneck after every text.
-
-        Args:
-            count: k, the number of bottleneck tokens.
-            max_tokens: longer texts are truncated; the bottleneck still follows.
-
-        Returns:
-            The tokenizer to export, and the ids of the bottleneck tokens.
-        """
+    def with_bottleneck(self, count: int) -> tuple[int, ...]:
+        """Add k = `count` bottleneck tokens to the vocabulary, as special tokens; returns their ids."""
         names = [bottleneck_token(j) for j in range(1, count + 1)]
         self.hf.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
-        ids = tuple(self.hf.convert_tokens_to_ids(names))
-        sink = self.hf.convert_ids_to_tokens(self.sink_id)
-        self.hf.backend_tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[attr-defined]
+        return tuple(self.hf.convert_tokens_to_ids(names))
+
+    def write(self, folder: Path, bottleneck_ids: Sequence[int], max_tokens: int) -> None:
+        """Write a tokenizer that strips a text, adds the sink before it and the bottleneck after it.
+
+        All of this is in tokenizer.json. Its class is `PreTrainedTokenizerFast`, which every version of transformers
+        knows and which takes tokenizer.json as it is. The class of a model family builds parts of it anew, and loses
+        the bottleneck.
+
+        Args:
+            folder: gets `tokenizer.json` and `tokenizer_config.json`.
+            bottleneck_ids: see `with_bottleneck`.
+            max_tokens: longer texts are truncated; the bottleneck still follows.
+        """
+        backend = Tokenizer.from_str(self.hf.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        backend.no_padding()
+        backend.no_truncation()
+        own = backend.normalizer
+        if not _strips(own):
+            strip = normalizers.Strip()
+            backend.normalizer = strip if own is None else normalizers.Sequence([strip, own])  # type: ignore[list-item]
+        sink, *names = self.hf.convert_ids_to_tokens([self.sink_id, *bottleneck_ids])
+        backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
             single=[sink, "$A", *names],
             pair=[sink, "$A", "$B", *names],
-            special_tokens=[(sink, self.sink_id), *zip(names, ids, strict=True)],
+            special_tokens=[(sink, self.sink_id), *zip(names, bottleneck_ids, strict=True)],
         )
-        self.hf.model_max_length = sequence_tokens(max_tokens, count)
-        if self.hf.pad_token is None:
-            self.hf.pad_token = sink
-        self.hf.padding_side = "right"
-        return self.hf, ids
+        backend.save(str(folder / "tokenizer.json"))
+        named = {name: str(token) for name in NAMED_TOKENS if (token := getattr(self.hf, name)) is not None}
+        content = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": sink,
+            **named,
+            "additional_special_tokens": names,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": sequence_tokens(max_tokens, len(bottleneck_ids)),
+            "padding_side": "right",
+            "truncation_side": "right",
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": bool(getattr(self.hf, "split_special_tokens", False)),
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _strips(normalizer: normalizers.Normalizer | None) -> bool:
+    """Whether a normalizer is already that of an export: stage 2 starts from one."""
+    if normalizer is None:
+        return False
+    content = json.loads(normalizer.__getstate__())
+    first = content["normalizers"][0] if content["type"] == "Sequence" else content
+    return bool(first == json.loads(normalizers.Strip().__getstate__()))

@@ -69,6 +69,15 @@ class Encoder:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(config, folder, self.tokenizer, seed=0).to(self.device).eval()
 
+    def _tokens(self, texts: Sequence[str], kind: Kind) -> list[tuple[int, ...]]:
+        prompt = self.settings.query_prompt if kind == "query" else self.settings.document_prompt
+        return self.tokenizer.encode([prompt + text for text in texts], self.settings.max_tokens)
+
+    def ids(self, texts: Sequence[str], kind: Kind) -> list[tuple[int, ...]]:
+        """What the model sees of each text: token ids with sink and bottleneck."""
+        sink, bottleneck = (self.tokenizer.sink_id,), self.settings.bottleneck_ids
+        return [sink + tokens + bottleneck for tokens in self._tokens(texts, kind)]
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor:
         """Unit-norm embeddings, ``[texts, d]`` float32 on the CPU.
@@ -79,14 +88,11 @@ class Encoder:
             progress: called with the number of texts done and their total.
         """
         s, k = self.settings, len(self.settings.bottleneck_ids)
-        prompt, longest = (
-            (s.query_prompt, s.max_query_tokens) if kind == "query" else (s.document_prompt, s.max_document_tokens)
-        )
-        tokens = self.tokenizer.encode([prompt + text for text in texts], longest)
+        tokens = self._tokens(texts, kind)
         vectors = torch.empty(len(tokens), int(self.model.backbone.config.hidden_size))
         # longest first, so that rows fill well, and running out of memory shows at once
         by_length = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-        chunk_tokens = max(self.chunk_tokens, sequence_tokens(longest, k))
+        chunk_tokens = max(self.chunk_tokens, sequence_tokens(s.max_tokens, k))
         done = 0
         for members in _chunks([sequence_tokens(len(tokens[i]), k) for i in by_length], chunk_tokens):
             chosen = [by_length[i] for i in members]
