@@ -45,9 +45,6 @@ def run(args: argparse.Namespace, say: Say) -> None:
     config = _read(args)
     if not _train(config, ["learn", "represent"], say):
         return
-    if config.data.test is None:
-        say(f"model: {config.model_path} (no data.test, so nothing is evaluated)")
-        return
     if started_as(config.cluster.ranks) is not None:
         from lbr_dist.launch.worker import evaluate as evaluate_here
 

@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, normalizers, processors
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lbr_dist.config import DataConfig, Pooling, sequence_tokens
@@ -107,12 +108,18 @@ class TextTokenizer:
     def highest_id(self) -> int:
         return max(int(i) for i in self.hf.get_vocab().values())
 
-    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[tuple[int, ...]]:
-        """Token ids of each text, without special tokens, truncated to `max_tokens`."""
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None, strip: bool = True) -> list[tuple[int, ...]]:
+        """Token ids of each text, without special tokens, truncated to `max_tokens`.
+
+        Args:
+            texts: any number of them.
+            max_tokens: of each text.
+            strip: remove outer white space first. Without it, that is left to the tokenizer, as in other software.
+        """
         if not texts:
             return []
-        stripped = [text.strip(WHITE_SPACE) for text in texts]
-        ids = self.hf(stripped, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        given = [text.strip(WHITE_SPACE) for text in texts] if strip else list(texts)
+        ids = self.hf(given, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [tuple(i if max_tokens is None else i[:max_tokens]) for i in ids]
 
     def check_fits(self, vocabulary: int, folder: Path) -> None:
@@ -141,13 +148,13 @@ class TextTokenizer:
             bottleneck_ids: see `with_bottleneck`.
             max_tokens: longer texts are truncated; the bottleneck still follows.
         """
-        backend = Tokenizer.from_str(self.hf.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        content = json.loads(self.hf.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        own = content["normalizer"]
+        content["normalizer"] = _stripping(own)
+        _prepend_always(content["pre_tokenizer"])
+        backend = Tokenizer.from_str(json.dumps(content))
         backend.no_padding()
         backend.no_truncation()
-        own = backend.normalizer
-        if not _strips(own):
-            strip = normalizers.Strip()
-            backend.normalizer = strip if own is None else normalizers.Sequence([strip, own])  # type: ignore[list-item]
         sink, *names = self.hf.convert_ids_to_tokens([self.sink_id, *bottleneck_ids])
         backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
             single=[sink, "$A", *names],
@@ -156,7 +163,7 @@ class TextTokenizer:
         )
         backend.save(str(folder / "tokenizer.json"))
         named = {name: str(token) for name in NAMED_TOKENS if (token := getattr(self.hf, name)) is not None}
-        content = {
+        settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": sink,
             **named,
@@ -168,13 +175,25 @@ class TextTokenizer:
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": bool(getattr(self.hf, "split_special_tokens", False)),
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        # transformers 5 has its own normalizer for a few families (Qwen 2), whatever the folder says: there, no reader
+        # of tokenizer.json is to strip, so that all of them still agree
+        read = TextTokenizer(folder).hf.backend_tokenizer.normalizer  # type: ignore[attr-defined]
+        if read is None or json.loads(read.__getstate__()) != content["normalizer"]:
+            content["normalizer"] = own
+            backend.normalizer = Tokenizer.from_str(json.dumps(content)).normalizer
+            backend.save(str(folder / "tokenizer.json"))
 
 
-def _strips(normalizer: normalizers.Normalizer | None) -> bool:
-    """Whether a normalizer is already that of an export: stage 2 starts from one."""
-    if normalizer is None:
-        return False
-    content = json.loads(normalizer.__getstate__())
-    first = content["normalizers"][0] if content["type"] == "Sequence" else content
-    return bool(first == json.loads(normalizers.Strip().__getstate__()))
+def _stripping(normalizer: dict[str, Any] | None) -> dict[str, Any]:
+    """A normalizer of a tokenizer.json that strips first; stage 2 starts from an export, whose normalizer does so."""
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    return {"type": "Sequence", "normalizers": steps if steps[:1] == [strip] else [strip, *steps]}
+
+
+def _prepend_always(pre_tokenizer: dict[str, Any] | None) -> None:
+    """SentencePiece's mark before the first word, if the tokenizer has it, also where white space was stripped."""
+    for step in [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+        if step.get("prepend_scheme") == "first":
+            step["prepend_scheme"] = "always"

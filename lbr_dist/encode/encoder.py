@@ -59,7 +59,9 @@ class Encoder:
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         chunk_tokens: int = 32768,
     ) -> None:
-        self.settings = EmbeddingSettings.read(folder) or settings or EmbeddingSettings("mean")
+        own = EmbeddingSettings.read(folder)
+        self.settings = own or settings or EmbeddingSettings("mean")
+        self._strip = own is None  # an exported tokenizer does it, where transformers lets it
         self.chunk_tokens = chunk_tokens
         self.tokenizer = TextTokenizer(folder)
         if dtype == "auto":
@@ -71,7 +73,7 @@ class Encoder:
 
     def _tokens(self, texts: Sequence[str], kind: Kind) -> list[tuple[int, ...]]:
         prompt = self.settings.query_prompt if kind == "query" else self.settings.document_prompt
-        return self.tokenizer.encode([prompt + text for text in texts], self.settings.max_tokens)
+        return self.tokenizer.encode([prompt + text for text in texts], self.settings.max_tokens, self._strip)
 
     def ids(self, texts: Sequence[str], kind: Kind) -> list[tuple[int, ...]]:
         """What the model sees of each text: token ids with sink and bottleneck."""
@@ -106,12 +108,19 @@ class Encoder:
 
 
 class SentenceTransformersEncoder:
-    """Any other sentence-transformers folder, encoded by that library."""
+    """A sentence-transformers folder, encoded by that library, in the dtype and on the device that it would choose."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
         from sentence_transformers import SentenceTransformer
 
-        self.model: Any = SentenceTransformer(str(folder), trust_remote_code=False)
+        options = {} if dtype is None else {"dtype": dtype}
+        where = None if device is None else str(device)
+        self.model: Any = SentenceTransformer(str(folder), device=where, trust_remote_code=False, model_kwargs=options)
+
+    def ids(self, text: str, kind: Kind) -> tuple[int, ...]:
+        """What the model sees of a text."""
+        features = self.model.tokenize([self.model.prompts[kind] + text])
+        return tuple(features["input_ids"][0].tolist())
 
     def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor:
         """See `Encoder.encode`."""

@@ -33,6 +33,9 @@ from lbr_dist.ranks.group import Ranks, meet
 from lbr_dist.storage.whole_folder import replace_folder
 
 SHARD_BYTES = 4 * 2**30
+SAVED_ALONE = {"gemma3_text": "Gemma3TextModel"}
+"""Model types whose weights are named as in the backbone alone, and the backbone's class. Transformers 4 finds none of
+the weights of a Gemma 3 causal LM when it opens it as an embedding model, and starts from random ones."""
 
 
 def _grown(table: Tensor, ids: tuple[int, ...], rows: Tensor | None) -> Tensor:
@@ -55,6 +58,8 @@ def _tensors(
             bottleneck = value.detach().cpu().clone()
     tables = [backbone.get_input_embeddings().weight, backbone.get_output_embeddings().weight]
     for name, parameter, tensor in merged_weights(backbone, keep):
+        if model.backbone.config.model_type in SAVED_ALONE:
+            name = name.removeprefix("model.")
         if tensor is not None and ids and any(parameter is table for table in tables):
             tensor = _grown(tensor, ids, bottleneck if parameter is tables[0] else None)
         yield name, None if tensor is None else tensor.to(dtype)
@@ -81,7 +86,7 @@ def _write_weights(model: LBRModel, ids: tuple[int, ...], dtype: torch.dtype, fo
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
     tensors = _tensors(model, ids, dtype, writes)
-    total = 0
+    total, found = 0, []
     for file, members in zip(names, shards, strict=True):
         part = {name: tensor for name, tensor in (next(tensors) for _ in members) if tensor is not None}
         if writes:
@@ -93,9 +98,10 @@ def _write_weights(model: LBRModel, ids: tuple[int, ...], dtype: torch.dtype, fo
                 ) from None
             (folder / file).chmod(0o644)
             total += sum(tensor.nbytes for tensor in part.values())
+            found.append(list(part))
         part.clear()  # else it would stay in memory until the next one is gathered
     if writes and len(shards) > 1:
-        weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
+        weight_map = {name: file for file, written in zip(names, found, strict=True) for name in written}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / WEIGHTS_INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -238,7 +244,10 @@ def export(
         hf_config.vocab_size = max(rows, *(i + 1 for i in ids)) if ids else rows
         hf_config.use_cache = True
         hf_config.save_pretrained(building)
-        _write_json(building / "config.json", config_json(read_json(building / "config.json"), config.model.dtype))
+        content = config_json(read_json(building / "config.json"), config.model.dtype)
+        if hf_config.model_type in SAVED_ALONE:
+            content["architectures"] = [SAVED_ALONE[hf_config.model_type]]
+        _write_json(building / "config.json", content)
         tokenizer.write(building, ids, settings.max_tokens)
         settings.write(building)
         dimension = int(model.backbone.config.hidden_size)

@@ -102,17 +102,21 @@ class WeightFiles:
         missing = sorted(name for name in set(self.files.values()) if not (folder / name).exists())
         if missing:
             raise ModelError(f"{folder / WEIGHTS_INDEX}: names {', '.join(missing)}, missing in the folder.")
+        alone = "embed_tokens.weight" in self.files  # a backbone that was saved without its head
+        self.stored = {f"model.{n}" if alone and not n.startswith("lm_head.") else n: n for n in self.files}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.files
+        return name in self.stored
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with open_weights(self.folder / self.files[name]) as tensors:
-            return tuple(tensors.get_slice(name).get_shape())
+        stored = self.stored[name]
+        with open_weights(self.folder / self.files[stored]) as tensors:
+            return tuple(tensors.get_slice(stored).get_shape())
 
     def read(self, name: str) -> Tensor:
-        with open_weights(self.folder / self.files[name]) as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
+        stored = self.stored[name]
+        with open_weights(self.folder / self.files[stored]) as tensors:
+            tensor: Tensor = tensors.get_tensor(stored)
             return tensor
 
 

@@ -138,12 +138,16 @@ def test_the_old_versions_are_old(exports: Exported) -> None:
 def test_one_vector_everywhere(exports: Exported, case: Case) -> None:
     folder = exports.folders[case.name]
     encoder = Encoder(folder, dtype="float32", chunk_tokens=192)
-    for kind in ("query", "document"):
-        expected = encoder.ids(TEXTS, kind)
-        limit = 1 + encoder.settings.max_tokens + len(encoder.settings.bottleneck_ids)
-        assert max(map(len, expected)) == limit, "no text is too long"
-        vectors = encoder.encode(TEXTS, kind).numpy()
-        for which, reading in exports.readings.items():
+    limit = 1 + encoder.settings.max_tokens + len(encoder.settings.bottleneck_ids)
+    for which, reading in exports.readings.items():
+        # transformers 5 lets no tokenizer of this family strip, and sentence-transformers 5 strips by itself
+        alone = case.family == "qwen2" and which == "old"
+        for kind in ("query", "document"):
+            prompt = encoder.settings.query_prompt if kind == "query" else encoder.settings.document_prompt
+            texts = [(prompt + text).strip().removeprefix(prompt) for text in TEXTS] if alone else TEXTS
+            expected = encoder.ids(texts, kind)
+            assert max(map(len, expected)) == limit, "no text is too long"
+            vectors = encoder.encode(texts, kind).numpy()
             assert reading.ids(folder, kind) == expected, which
             np.testing.assert_allclose(reading.vectors(folder, kind), vectors, rtol=0, atol=1e-5, err_msg=which)
 
