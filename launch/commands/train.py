@@ -52,7 +52,8 @@ def run(args: argparse.Namespace, say: Say) -> None:
         return
     from lbr_dist.launch.local_ranks import run_stage
 
-    run_stage("evaluate", config.run_path / "config.yaml", 1, config.report_path)
+    logs = config.report_path if config.data.test is not None else config.run_path
+    run_stage("evaluate", config.run_path / "config.yaml", 1, logs)
 
 
 def _train(config: RunConfig, wanted: Sequence[StageName], say: Say) -> bool:

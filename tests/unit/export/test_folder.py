@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -126,3 +127,16 @@ def test_other_folders(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Non
     (folder / "lbr.json").unlink()  # what is left is any sentence-transformers model
     found = open_encoder(folder, None, 96).encode(TEXTS, "query")
     torch.testing.assert_close(found, vectors, rtol=0, atol=1e-5)
+
+
+def test_weights_are_of_the_run_s_dtype(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Whatever the model holds in memory; and config.json says the same, under its old and its new name."""
+    float32 = ModelConfig(base=str(tiny_model), bottleneck_tokens=4, dtype="float32")
+    config = tiny_run(tmp_path, tiny_model, tiny_data, model=dataclasses.replace(float32, dtype="bfloat16"))
+    tokenizer = TextTokenizer(tiny_model)
+    model = load_model(float32, tiny_model, tokenizer, seed=1)
+    settings = EmbeddingSettings.of(config.data, "bottleneck_last")
+    export_folder.export(model, tokenizer, settings, config, tmp_path / "model", group.start())
+    assert {t.dtype for t in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
