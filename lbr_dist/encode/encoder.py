@@ -119,7 +119,9 @@ class SentenceTransformersEncoder:
 
     def ids(self, text: str, kind: Kind) -> tuple[int, ...]:
         """What the model sees of a text."""
-        features = self.model.tokenize([self.model.prompts[kind] + text])
+        # its name since version 6
+        read = self.model.preprocess if hasattr(self.model, "preprocess") else self.model.tokenize
+        features = read([self.model.prompts[kind] + text])
         return tuple(features["input_ids"][0].tolist())
 
     def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor:
