@@ -60,11 +60,15 @@ def run_stages(
 
 
 def evaluate(config: RunConfig) -> None:
-    """Score a finished run in this process, write the report and print the table."""
+    """Score a finished run in this process, write the report and print the table; without test data, only check it."""
     with large_imports():
-        from lbr_dist.evaluation.evaluate import evaluate_run, table
+        from lbr_dist.evaluation.evaluate import check_run, evaluate_run, table
         from lbr_dist.report.page import write_report
     quiet_libraries()
+    if config.data.test is None:
+        check_run(config)
+        print(f"model: {config.evaluated_path} (no data.test, so nothing is evaluated)", flush=True)
+        return
     metrics = evaluate_run(config, lambda message: print(message, flush=True))
     examples = json.loads((config.report_path / "examples.json").read_text(encoding="utf-8"))
     page = write_report(config.run_path, metrics, examples)

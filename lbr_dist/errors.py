@@ -44,6 +44,10 @@ class CheckpointError(LbrError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class ExportError(LbrError):
+    """Other software would make something else of an exported model than we do."""
+
+
 class LaunchError(LbrError):
     """The ranks could not be started, or one of them died."""
 

@@ -44,19 +44,11 @@ def represent(args: argparse.Namespace, say: Say) -> None:
 
 def run(args: argparse.Namespace, say: Say) -> None:
     """`lbr run`."""
-    config = _read(args)
-    wanted: list[JobStage] = ["learn", "represent"]
-    if config.data.test is not None:
-        wanted.append("evaluate")
-    if _train(args, config, wanted, say) and config.data.test is None:
-        say(f"model: {config.model_path} (no data.test, so nothing is evaluated)")
+    _train(args, _read(args), ["learn", "represent", "evaluate"], say)
 
 
-def _train(args: argparse.Namespace, config: RunConfig, wanted: Sequence[JobStage], say: Say) -> bool:
-    """Run the wanted stages that have steps and are not finished, and the evaluation if it is wanted.
-
-    Returns whether this process speaks for all ranks.
-    """
+def _train(args: argparse.Namespace, config: RunConfig, wanted: Sequence[JobStage], say: Say) -> None:
+    """Run the wanted stages that have steps and are not finished, and the evaluation if it is wanted."""
     from lbr_dist import preflight
     from lbr_dist.config import STAGES
     from lbr_dist.config.file import settle_dtype, write_config
@@ -96,7 +88,9 @@ def _train(args: argparse.Namespace, config: RunConfig, wanted: Sequence[JobStag
         preflight.check_disk(config, todo, say)
         preflight.check_dtype(config, asked, gpus, say)
     resolved = config.run_path / "config.yaml"
-    all_of_it: list[JobStage] = [*stages, "evaluate"] if evaluates else [*stages]
+    all_of_it: list[JobStage] = [*stages]
+    if evaluates and config.data.test is not None:  # without test data the model is checked, which takes seconds
+        all_of_it.append("evaluate")
     record = partial(recorded, config.run_path, all_of_it, args.given, place.launcher if place else "lbr")
     if place is not None:
         from lbr_dist.launch.worker import evaluate, run_stages
@@ -109,7 +103,7 @@ def _train(args: argparse.Namespace, config: RunConfig, wanted: Sequence[JobStag
         if speaks and evaluates:
             with run_lock(config.run_path), record():
                 evaluate(config)
-        return speaks
+        return
     from lbr_dist.launch.local_ranks import run_stage
 
     with run_lock(config.run_path) as lock, record():
@@ -125,4 +119,3 @@ def _train(args: argparse.Namespace, config: RunConfig, wanted: Sequence[JobStag
             run_stage(stage, resolved, ranks, config.run_path / stage / "logs", lock)
         if evaluates:
             run_stage("evaluate", resolved, 1, config.run_path / "evaluate" / "logs", lock)
-    return True

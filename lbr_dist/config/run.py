@@ -134,10 +134,11 @@ class DataConfig:
     """Text put before each document."""
 
     max_query_tokens: int = 64
-    """Longer queries are cut to this many tokens, including the prompt but not the bottleneck."""
+    """In training, longer queries are cut to this many tokens, including the prompt but not the bottleneck. The
+    finished model cuts queries and documents alike, at the larger of both lengths, since most servers know one."""
 
     max_document_tokens: int = 512
-    """Longer documents are cut to this many tokens, including the prompt but not the bottleneck."""
+    """In training, longer documents are cut to this many tokens, including the prompt but not the bottleneck."""
 
     def __post_init__(self) -> None:
         for name in ("longest_document", "max_query_tokens", "max_document_tokens"):

@@ -61,7 +61,9 @@ class Encoder:
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         chunk_tokens: int = 32768,
     ) -> None:
-        self.settings = EmbeddingSettings.read(folder) or settings or EmbeddingSettings("mean")
+        own = EmbeddingSettings.read(folder)
+        self.settings = own or settings or EmbeddingSettings("mean")
+        self._strip = own is None  # an exported tokenizer does it, where transformers lets it
         self.chunk_tokens = chunk_tokens
         check_family(folder, "model")
         self.folder, self.tokenizer = folder, TextTokenizer(folder)
@@ -71,6 +73,15 @@ class Encoder:
         config = ModelConfig(base=str(folder), bottleneck_tokens=k, dtype=dtype)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(config, folder, self.tokenizer, seed=0).to(self.device).eval()
+
+    def _tokens(self, texts: Sequence[str], kind: Kind) -> list[tuple[int, ...]]:
+        prompt = self.settings.query_prompt if kind == "query" else self.settings.document_prompt
+        return self.tokenizer.encode([prompt + text for text in texts], self.settings.max_tokens, self._strip)
+
+    def ids(self, texts: Sequence[str], kind: Kind) -> list[tuple[int, ...]]:
+        """What the model sees of each text: token ids with sink and bottleneck."""
+        sink, bottleneck = (self.tokenizer.sink_id,), self.settings.bottleneck_ids
+        return [sink + tokens + bottleneck for tokens in self._tokens(texts, kind)]
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor:
@@ -85,15 +96,12 @@ class Encoder:
             ModelError: a text is longer than the model has positions.
         """
         s, k = self.settings, len(self.settings.bottleneck_ids)
-        prompt, longest = (
-            (s.query_prompt, s.max_query_tokens) if kind == "query" else (s.document_prompt, s.max_document_tokens)
-        )
-        tokens = self.tokenizer.encode([prompt + text for text in texts], longest)
+        tokens = self._tokens(texts, kind)
         vectors = torch.empty(len(tokens), int(self.model.backbone.config.hidden_size))
         # longest first, so that rows fill well, and running out of memory shows at once
         by_length = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
         self._check_positions(max((sequence_tokens(len(t), k) for t in tokens), default=0), kind)
-        chunk_tokens = max(self.chunk_tokens, sequence_tokens(longest, k))
+        chunk_tokens = max(self.chunk_tokens, sequence_tokens(s.max_tokens, k))
         done = 0
         for members in _chunks([sequence_tokens(len(tokens[i]), k) for i in by_length], chunk_tokens):
             chosen = [by_length[i] for i in members]
@@ -110,17 +118,26 @@ class Encoder:
         if positions is not None and longest > positions:
             raise ModelError(
                 f"{self.folder}: has {positions} positions (max_position_embeddings in config.json), the longest "
-                f"{kind} takes {longest}. Cut max_{kind}_tokens in lbr.json, or shorten the texts."
+                f"{kind} takes {longest}. Lower max_query_tokens and max_document_tokens in lbr.json, or shorten the texts."
             )
 
 
 class SentenceTransformersEncoder:
-    """Any other sentence-transformers folder, encoded by that library."""
+    """A sentence-transformers folder, encoded by that library, in the dtype and on the device that it would choose."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
         from sentence_transformers import SentenceTransformer
 
-        self.model: Any = SentenceTransformer(str(folder), trust_remote_code=False)
+        options = {} if dtype is None else {"dtype": dtype}
+        where = None if device is None else str(device)
+        self.model: Any = SentenceTransformer(str(folder), device=where, trust_remote_code=False, model_kwargs=options)
+
+    def ids(self, text: str, kind: Kind) -> tuple[int, ...]:
+        """What the model sees of a text."""
+        # its name since version 6
+        read = self.model.preprocess if hasattr(self.model, "preprocess") else self.model.tokenize
+        features = read([self.model.prompts[kind] + text])
+        return tuple(features["input_ids"][0].tolist())
 
     def encode(self, texts: Sequence[str], kind: Kind, progress: Progress | None = None) -> Tensor:
         """See `Encoder.encode`."""

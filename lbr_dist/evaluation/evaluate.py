@@ -17,7 +17,7 @@ from lbr_dist.config import STAGES, EvaluateConfig, RunConfig
 from lbr_dist.console import Say
 from lbr_dist.data.record_files import Columns
 from lbr_dist.data.records import Pair, read_corpus, read_pairs
-from lbr_dist.data.tokenizer import EmbeddingSettings
+from lbr_dist.data.tokenizer import SETTINGS_FILE, EmbeddingSettings
 from lbr_dist.evaluation.retrieval import (
     Run,
     bm25_search,
@@ -177,16 +177,34 @@ def _training(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def check_run(config: RunConfig, say: Say = print, texts: Sequence[str] = ()) -> None:
+    """Open a run's finished model with plain sentence-transformers; see `check_opened`. Takes seconds.
+
+    Raises:
+        ExportError: sentence-transformers makes something else of the model than we do.
+    """
+    from lbr_dist.evaluation.opened import PLAIN_TEXTS, check_opened
+
+    folder = config.evaluated_path
+    if (folder / SETTINGS_FILE).exists():
+        check_opened(folder, [*PLAIN_TEXTS, *texts], config.evaluate.chunk_tokens)
+        say(f"{folder}: plain sentence-transformers gives the same tokens and vectors")
+
+
 def evaluate_run(config: RunConfig, say: Say = print) -> dict[str, Any]:
     """Score a finished run's systems side by side; writes `report/` except for its page.
 
     Returns:
         The content of `report/metrics.json`.
+
+    Raises:
+        ExportError: see `check_run`.
     """
     data = config.data
     assert data.test is not None
     began = time.perf_counter()
     test = TestSet.read(data.test, data.test_documents or data.corpus, data.columns)
+    check_run(config, say, [*(query.query for query in test.queries), *test.documents.values()])
     runs = _systems(config, test, say)
     systems, comparisons = score(runs, test, config.evaluate.bootstrap, config.seed, "lbr")
     metrics = {

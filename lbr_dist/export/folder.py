@@ -21,19 +21,21 @@ from torch import Tensor, nn
 
 from lbr_dist import __version__
 from lbr_dist.config import Pooling, RunConfig, sequence_tokens, to_dict
-from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
+from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer, bottleneck_token
 from lbr_dist.errors import CheckpointError
 from lbr_dist.export.checksums import write_checksums
+from lbr_dist.export.config_json import config_json
 from lbr_dist.model.adapters import file_parameters, merged_weights
-from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX
+from lbr_dist.model.backbone import WEIGHTS, WEIGHTS_INDEX, read_json
 from lbr_dist.model.bottleneck import LBRModel
 from lbr_dist.model.sharding import full_shape, whole
 from lbr_dist.ranks.group import Ranks, meet
 from lbr_dist.storage.whole_folder import replace_folder
 
 SHARD_BYTES = 4 * 2**30
-SPAN_MEAN = Path(__file__).parents[1] / "model" / "span_mean.py"
-"""Copied, not imported: it needs sentence-transformers, which would make each rank start more than a second later."""
+SAVED_ALONE = {"gemma3_text": "Gemma3TextModel"}
+"""Model types whose weights are named as in the backbone alone, and the backbone's class. Transformers 4 finds none of
+the weights of a Gemma 3 causal LM when it opens it as an embedding model, and starts from random ones."""
 
 
 def _grown(table: Tensor, ids: tuple[int, ...], rows: Tensor | None) -> Tensor:
@@ -45,7 +47,9 @@ def _grown(table: Tensor, ids: tuple[int, ...], rows: Tensor | None) -> Tensor:
     return grown
 
 
-def _tensors(model: LBRModel, ids: tuple[int, ...], keep: bool) -> Iterator[tuple[str, Tensor | None]]:
+def _tensors(
+    model: LBRModel, ids: tuple[int, ...], dtype: torch.dtype, keep: bool
+) -> Iterator[tuple[str, Tensor | None]]:
     """Yield each weight of the backbone, gathered, by its name in the files; None on the ranks that don't `keep` it."""
     backbone = model.backbone
     bottleneck = None
@@ -54,9 +58,11 @@ def _tensors(model: LBRModel, ids: tuple[int, ...], keep: bool) -> Iterator[tupl
             bottleneck = value.detach().cpu().clone()
     tables = [backbone.get_input_embeddings().weight, backbone.get_output_embeddings().weight]
     for name, parameter, tensor in merged_weights(backbone, keep):
+        if model.backbone.config.model_type in SAVED_ALONE:
+            name = name.removeprefix("model.")
         if tensor is not None and ids and any(parameter is table for table in tables):
             tensor = _grown(tensor, ids, bottleneck if parameter is tables[0] else None)
-        yield name, tensor
+        yield name, None if tensor is None else tensor.to(dtype)
 
 
 def _shards(parameters: list[tuple[str, nn.Parameter]]) -> list[list[str]]:
@@ -72,15 +78,15 @@ def _shards(parameters: list[tuple[str, nn.Parameter]]) -> list[list[str]]:
     return shards
 
 
-def _write_weights(model: LBRModel, ids: tuple[int, ...], folder: Path, writes: bool) -> None:
+def _write_weights(model: LBRModel, ids: tuple[int, ...], dtype: torch.dtype, folder: Path, writes: bool) -> None:
     shards = _shards(file_parameters(model.backbone))
     names = (
         [WEIGHTS]
         if len(shards) == 1
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
-    tensors = _tensors(model, ids, writes)
-    total = 0
+    tensors = _tensors(model, ids, dtype, writes)
+    total, found = 0, []
     for file, members in zip(names, shards, strict=True):
         part = {name: tensor for name, tensor in (next(tensors) for _ in members) if tensor is not None}
         if writes:
@@ -92,62 +98,74 @@ def _write_weights(model: LBRModel, ids: tuple[int, ...], folder: Path, writes: 
                 ) from None
             (folder / file).chmod(0o644)
             total += sum(tensor.nbytes for tensor in part.values())
+            found.append(list(part))
         part.clear()  # else it would stay in memory until the next one is gathered
     if writes and len(shards) > 1:
-        weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
+        weight_map = {name: file for file, written in zip(names, found, strict=True) for name in written}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / WEIGHTS_INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
-def _write_sentence_transformers(folder: Path, settings: EmbeddingSettings, dimension: int, max_tokens: int) -> None:
+def _write_sentence_transformers(
+    folder: Path, settings: EmbeddingSettings, sink: tuple[int, str], vocabulary: int, dimension: int
+) -> None:
     """The files from which sentence-transformers builds Transformer, Pooling and Normalize."""
     k = len(settings.bottleneck_ids)
-    if settings.pooling in ("bottleneck_last", "last"):
-        # key names of older releases, which newer releases and other servers also read
-        pooling_type = "sentence_transformers.models.Pooling"
-        pooling: dict[str, Any] = {
-            "word_embedding_dimension": dimension,
-            "pooling_mode_cls_token": False,
-            "pooling_mode_mean_tokens": False,
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-            "pooling_mode_weightedmean_tokens": False,
-            "pooling_mode_lasttoken": True,
-            "include_prompt": True,
+    types, paths = ["Transformer"], [""]
+    if settings.is_mean:
+        # a mean over some tokens is a weighted mean over all; the weights are looked up by id
+        weighed = dict(zip(settings.bottleneck_ids, (bottleneck_token(j) for j in range(1, k + 1)), strict=True))
+        of_text = settings.pooling == "mean"
+        if of_text:
+            weighed[sink[0]] = sink[1]
+        weights = {
+            "vocab": [weighed.get(i, "") for i in range(vocabulary)],
+            "word_weights": dict.fromkeys(weighed.values(), 0.0 if of_text else 1.0),
+            "unknown_word_weight": 1.0 if of_text else 0.0,
         }
-    else:
-        pooling_type = "lbr_span_mean.SpanMean"
-        span = "bottleneck" if settings.pooling == "bottleneck_mean" else "text"
-        pooling = {"dimension": dimension, "bottleneck_tokens": k, "span": span}
-        shutil.copyfile(SPAN_MEAN, folder / "lbr_span_mean.py")
-    types = ["sentence_transformers.models.Transformer", pooling_type, "sentence_transformers.models.Normalize"]
-    paths = ["", "1_Pooling", "2_Normalize"]
+        types.append("WordWeights")
+        paths.append("1_WordWeights")
+        _write_json(folder / "1_WordWeights" / "config.json", weights, indent=None)
+    types += ["Pooling", "Normalize"]
+    paths += [f"{len(paths)}_Pooling", f"{len(paths) + 1}_Normalize"]
+    # key names of older releases, which newer releases and other servers also read
+    pooling = {
+        "word_embedding_dimension": dimension,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": settings.is_mean,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": False,
+        "pooling_mode_lasttoken": not settings.is_mean,
+        "include_prompt": True,
+    }
     modules = [
-        {"idx": i, "name": str(i), "path": p, "type": t} for i, (p, t) in enumerate(zip(paths, types, strict=True))
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(zip(paths, types, strict=True))
     ]
     _write_json(folder / "modules.json", modules)
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
-    _write_json(folder / "2_Normalize" / "config.json", {})
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
+    _write_json(folder / paths[-2] / "config.json", pooling)
+    _write_json(folder / paths[-1] / "config.json", {})
+    # sentence-transformers before version 6 refuses any other key here, so that queries cannot have their own length
+    length = sequence_tokens(settings.max_tokens, k)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
     prompts = {"query": settings.query_prompt, "document": settings.document_prompt}
     content = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     _write_json(folder / "config_sentence_transformers.json", content)
 
 
 def _card(settings: EmbeddingSettings, config: RunConfig, dimension: int) -> str:
-    remote = settings.pooling in ("bottleneck_mean", "mean")
-    load = f'SentenceTransformer("path/to/this/folder"{", trust_remote_code=True" if remote else ""})'
     note = (
         "\nThe pooling is a mean over "
         + ("the bottleneck tokens" if settings.pooling == "bottleneck_mean" else "the text's tokens")
-        + ", which sentence-transformers does not provide. It loads `lbr_span_mean.py` from this folder instead, "
-        "which needs `trust_remote_code=True`.\n"
-        if remote
+        + ". sentence-transformers is told so by weights for each token; servers that read no more than the kind of "
+        "the pooling (vLLM, text-embeddings-inference) would take the mean over all tokens, which is another vector.\n"
+        if settings.is_mean
         else ""
     )
     front = {
@@ -168,7 +186,7 @@ training on the same compressed vectors. It implements the design, and does not 
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = {load}
+model = SentenceTransformer("path/to/this/folder")
 queries = model.encode_query(["..."])        # the query prompt is prepended
 documents = model.encode_document(["..."])
 scores = model.similarity(queries, documents)
@@ -181,7 +199,8 @@ scores = model.similarity(queries, documents)
 | bottleneck tokens | {k}, appended by the tokenizer |
 | query prompt | `{json.dumps(settings.query_prompt)}` |
 | document prompt | `{json.dumps(settings.document_prompt)}` |
-| maximum text length | {max(settings.max_query_tokens, settings.max_document_tokens)} tokens |
+| maximum text length | {settings.max_tokens} tokens, queries and documents alike |
+| outer white space | stripped by the tokenizer |
 | similarity | cosine |
 
 ## Training
@@ -210,8 +229,7 @@ def export(
     The folder appears complete, by a rename, and replaces an older one.
     """
     k = 0 if model.bottleneck is None else full_shape(model.bottleneck)[0]
-    longest = max(settings.max_query_tokens, settings.max_document_tokens)
-    hf_tokenizer, ids = tokenizer.with_bottleneck(k, longest)
+    ids = tokenizer.with_bottleneck(k)
     settings = replace(settings, bottleneck_ids=ids)
     ranks.watchdog.beat(f"the export to {folder}")
     building = folder.with_name(f".{folder.name}.building")
@@ -219,19 +237,21 @@ def export(
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
     meet(ranks)
-    _write_weights(model, ids, building, ranks.is_first)
+    _write_weights(model, ids, getattr(torch, config.model.dtype), building, ranks.is_first)
     if ranks.is_first:
         hf_config = type(model.backbone.config).from_dict(model.backbone.config.to_dict())
         rows = full_shape(model.backbone.get_input_embeddings().weight)[0]
         hf_config.vocab_size = max(rows, *(i + 1 for i in ids)) if ids else rows
-        hf_config.dtype = config.model.dtype
         hf_config.use_cache = True
         hf_config.save_pretrained(building)
-        hf_tokenizer.chat_template = None
-        hf_tokenizer.save_pretrained(building)
+        content = config_json(read_json(building / "config.json"), config.model.dtype)
+        if hf_config.model_type in SAVED_ALONE:
+            content["architectures"] = [SAVED_ALONE[hf_config.model_type]]
+        _write_json(building / "config.json", content)
+        tokenizer.write(building, ids, settings.max_tokens)
         settings.write(building)
         dimension = int(model.backbone.config.hidden_size)
-        _write_sentence_transformers(building, settings, dimension, sequence_tokens(longest, k))
+        _write_sentence_transformers(building, settings, tokenizer.sink, hf_config.vocab_size, dimension)
         (building / "README.md").write_text(_card(settings, config, dimension), encoding="utf-8")
         write_checksums(building)
         replace_folder(building, folder)

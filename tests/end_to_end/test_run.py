@@ -32,6 +32,7 @@ def test_run_folder(finished: tuple[Path, Path, str]) -> None:
     assert {"loss", "target_loss", "text_loss", "lr", "grad_norm", "tokens_per_second"} <= set(steps[1])
     assert {"heldout_target_loss", "heldout_perplexity", "effective_rank"} <= set(steps[0]) & set(steps[4])
     assert "LBR: learn, then represent" in printed and "\x1b" not in printed
+    assert "model: plain sentence-transformers gives the same tokens and vectors" in printed
     assert "learn     4/4" in printed.replace("      4/4", "     4/4")
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from lbr_dist.config import LearnConfig, LoraConfig, ModelConfig, RepresentConfig, RunConfig
+from lbr_dist.config import LoraConfig, ModelConfig
 from lbr_dist.data.packing import TrainingSequence, pack_row
 from lbr_dist.data.tokenizer import EmbeddingSettings, TextTokenizer
 from lbr_dist.encode.encoder import Encoder, open_encoder
@@ -23,29 +23,9 @@ from lbr_dist.ranks import group
 from tests import tiny
 from tests.configs import tiny_run
 from tests.distributed import single
+from tests.unit.export.cases import TEXTS, exported
 
 POOLINGS = ("bottleneck_last", "bottleneck_mean", "last", "mean")
-TEXTS = list(tiny.texts().values())[:9]
-
-
-def exported(base: Path, data: Path, folder: Path, pooling: str) -> tuple[Path, torch.Tensor, RunConfig]:
-    """Export an untrained model; also return the vectors that training would pool for `TEXTS` as queries."""
-    k = 4 if pooling.startswith("bottleneck") else 0
-    represent = RepresentConfig(pooling=pooling, chunk_tokens=96)  # type: ignore[arg-type]
-    model_config = ModelConfig(base=str(base), bottleneck_tokens=k, dtype="float32")
-    learn = LearnConfig(bottleneck="mask" if k else "none")
-    config = tiny_run(folder, base, data, model=model_config, learn=learn, represent=represent)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_query_tokens=40))
-    ranks = group.start()
-    tokenizer = TextTokenizer(base)
-    model = load_model(model_config, base, tokenizer, seed=1)
-    tokens = tokenizer.encode(["find: " + text for text in TEXTS], 40)
-    rows = pack_row([TrainingSequence(t, k) for t in tokens], tokenizer.sink_id)
-    vectors = torch.empty(len(TEXTS), 32)
-    vectors[rows.order] = F.normalize(model(rows, task="embed", pooling=pooling), dim=1).detach()
-    settings = EmbeddingSettings.of(config.data, represent.pooling)
-    export_folder.export(model, tokenizer, settings, config, folder / "model", ranks)
-    return folder / "model", vectors, config
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -53,8 +33,7 @@ def test_round_trip(tiny_model: Path, tiny_data: Path, tmp_path: Path, pooling: 
     folder, vectors, _ = exported(tiny_model, tiny_data, tmp_path, pooling)
     encoder = Encoder(folder, dtype="float32", chunk_tokens=192)
     torch.testing.assert_close(encoder.encode(TEXTS, "query"), vectors, rtol=0, atol=1e-5)
-    ours = pooling.endswith("mean")
-    loaded = SentenceTransformer(str(folder), trust_remote_code=ours, model_kwargs={"dtype": torch.float32})
+    loaded = SentenceTransformer(str(folder), trust_remote_code=False, model_kwargs={"dtype": torch.float32})
     found = torch.tensor(loaded.encode(TEXTS, prompt_name="query"))
     torch.testing.assert_close(found, vectors, rtol=0, atol=1e-5)
     found = torch.tensor(loaded.encode_query(TEXTS))
@@ -62,8 +41,7 @@ def test_round_trip(tiny_model: Path, tiny_data: Path, tmp_path: Path, pooling: 
     documents = encoder.encode(TEXTS, "document")
     assert (documents - vectors).abs().max() > 1e-3, "the query prompt changes nothing"
     torch.testing.assert_close(torch.tensor(loaded.encode_document(TEXTS)), documents, rtol=0, atol=1e-5)
-    card = (folder / "README.md").read_text()
-    assert ("trust_remote_code=True" in card) == ours
+    assert not list(folder.rglob("*.py")) and "trust_remote_code" not in (folder / "README.md").read_text()
 
 
 def test_adapters_are_folded_in(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -149,3 +127,16 @@ def test_other_folders(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Non
     (folder / "lbr.json").unlink()  # what is left is any sentence-transformers model
     found = open_encoder(folder, None, 96).encode(TEXTS, "query")
     torch.testing.assert_close(found, vectors, rtol=0, atol=1e-5)
+
+
+def test_weights_are_of_the_run_s_dtype(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Whatever the model holds in memory; and config.json says the same, under its old and its new name."""
+    float32 = ModelConfig(base=str(tiny_model), bottleneck_tokens=4, dtype="float32")
+    config = tiny_run(tmp_path, tiny_model, tiny_data, model=dataclasses.replace(float32, dtype="bfloat16"))
+    tokenizer = TextTokenizer(tiny_model)
+    model = load_model(float32, tiny_model, tokenizer, seed=1)
+    settings = EmbeddingSettings.of(config.data, "bottleneck_last")
+    export_folder.export(model, tokenizer, settings, config, tmp_path / "model", group.start())
+    assert {t.dtype for t in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
