@@ -73,7 +73,8 @@ demo: $(VENV)/installed data
 test: $(VENV)/installed cluster
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The oldest versions that setup.py admits, and the part of the suite that meets other libraries most.
+# The oldest versions that setup.py admits, and the part of the suite that meets other libraries most. Left out are the
+# table of families, which is that of the pinned transformers, and the readers, which have an environment of their own.
 FLOORS := .venv-floors
 $(FLOORS)/installed: constraints-floors.txt setup.py pyproject.toml $(VENV)/installed
 	@test -x $(FLOORS)/bin/python || $(PYTHON) -m venv $(FLOORS)
@@ -85,6 +86,7 @@ $(FLOORS)/installed: constraints-floors.txt setup.py pyproject.toml $(VENV)/inst
 floors: $(FLOORS)/installed
 	$(FLOORS)/bin/python -m pytest -q -m "not slow" tests/unit/config tests/unit/model tests/unit/export tests/unit/encode \
 		tests/unit/evaluation tests/unit/data/test_records.py tests/unit/data/test_record_files.py tests/end_to_end/test_run.py \
+		--ignore=tests/unit/model/test_probe.py --ignore=tests/unit/export/test_readers.py \
 		-k "not killed and not torchrun and not auto"
 
 check: $(VENV)/installed

@@ -118,7 +118,8 @@ class Encoder:
         if positions is not None and longest > positions:
             raise ModelError(
                 f"{self.folder}: has {positions} positions (max_position_embeddings in config.json), the longest "
-                f"{kind} takes {longest}. Lower max_query_tokens and max_document_tokens in lbr.json, or shorten the texts."
+                f"{kind} takes {longest}. Lower max_query_tokens and max_document_tokens in lbr.json, or shorten the "
+                "texts."
             )
 
 
