@@ -66,6 +66,9 @@ def _train(args: argparse.Namespace, config: RunConfig, wanted: Sequence[JobStag
     preflight.check_offload(config)
     preflight.check_attention(config, gpus)
     place = started_as(config.cluster.ranks)
+    if place is not None and place.world_size == 1 and gpus > 1 and config.cluster.ranks is None:
+        say(f"note: {place.launcher} started this process as the only rank; --ranks {gpus} uses all {gpus} GPUs")
+    ranks = place.world_size if place else preflight.check_ranks(config, gpus)
     first_here = place is None or place.local_rank == 0
     if first_here:
         preflight.check_family(Path(config.model.base))
@@ -78,9 +81,6 @@ def _train(args: argparse.Namespace, config: RunConfig, wanted: Sequence[JobStag
         raise CheckpointError(
             f"{config.learn_export}: not found. Run `lbr learn` first, or set learn.steps to 0 to start from the base."
         )
-    if place is not None and place.world_size == 1 and gpus > 1 and config.cluster.ranks is None:
-        say(f"note: {place.launcher} started this process as the only rank; --ranks {gpus} uses all {gpus} GPUs")
-    ranks = place.world_size if place else preflight.check_ranks(config, gpus)
     todo: tuple[StageName, ...] = tuple(stage for stage in stages if not is_finished(config, stage))
     if "represent" in todo and first_here:
         preflight.check_plan(config, ranks, place.local_world_size if place else ranks, gpus)

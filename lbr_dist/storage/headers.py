@@ -19,6 +19,8 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
     try:
         with file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
+            if size > file.stat().st_size:
+                raise ValueError(f"a header of {size} bytes in a file of {file.stat().st_size}")
             header: dict[str, dict[str, Any]] = json.loads(stream.read(size))
     except (OSError, ValueError, struct.error) as error:
         raise ModelError(f"{file}: its safetensors header cannot be read ({error}). Copy the file again.") from None

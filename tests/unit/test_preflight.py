@@ -126,6 +126,7 @@ def test_a_base_is_refused_before_anything_is_read(
     spoil(config)
     capsys.readouterr()
     Path(config.data.corpus).unlink()  # it would be missed if it were read first
+    shutil.rmtree(config.data.cache_dir, ignore_errors=True)  # of an earlier test
     assert re.search(expected, message(capsys, "run", str(path)))
     assert not Path(config.data.cache_dir).exists()
 

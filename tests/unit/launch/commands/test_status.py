@@ -76,11 +76,11 @@ def test_the_last_start_counts() -> None:
 
 
 def test_watching_ends_with_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    config = make_run("a")
+    run = make_run("a").run_path.absolute()
     ended = threading.Event()
 
     def work() -> None:
-        with run_lock(config.run_path), starts.recorded(config.run_path, ["learn"], ["learn", "c.yaml"]):
+        with run_lock(run), starts.recorded(run, ["learn"], ["learn", "c.yaml"]):
             began.set()
             ended.wait(60)
 
