@@ -106,24 +106,6 @@ def test_submitted_again(finished: tuple[Path, RunConfig, dict[str, str]]) -> No
     assert (config.learn_export / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_changed_export_is_not_built_upon(finished: tuple[Path, RunConfig, dict[str, str]], tmp_path: Path) -> None:
-    _, config, _ = finished
-    weights = config.learn_export / "model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"model.safetensors: damaged"):
-            verify_export(config.learn_export)
-        for stage in ("represent", "evaluate"):
-            (config.run_path / stage / "summary.json").unlink(missing_ok=True)
-        submit(config, tmp_path, "--from", "represent")
-        found = wait_over(config.run_path)
-        assert found["represent"]["state"] == "failed" and "damaged" in found["represent"]["reason"], found
-        assert found["evaluate"]["state"] == "cancelled"
-    finally:
-        weights.write_bytes(content)
-
-
 def test_status_and_logs(finished: tuple[Path, RunConfig, dict[str, str]]) -> None:
     _, config, jobs = finished
     printed = lbr("status", str(config.run_path)).stdout
@@ -141,3 +123,22 @@ def test_status_and_logs(finished: tuple[Path, RunConfig, dict[str, str]]) -> No
     assert third.returncode == 0 and "rank-3.log" in third.stdout
     missing = lbr("logs", str(config.run_path), "--stage", "learn", "--rank", "9")
     assert missing.returncode == 1 and "rank-0.log, rank-1.log, rank-2.log, rank-3.log" in missing.stderr
+
+
+def test_a_changed_export_is_not_built_upon(finished: tuple[Path, RunConfig, dict[str, str]], tmp_path: Path) -> None:
+    """The last test of this chain: afterwards it ends in a failure."""
+    _, config, _ = finished
+    weights = config.learn_export / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"model.safetensors: damaged"):
+            verify_export(config.learn_export)
+        for stage in ("represent", "evaluate"):
+            (config.run_path / stage / "summary.json").unlink(missing_ok=True)
+        submit(config, tmp_path, "--from", "represent")
+        found = wait_over(config.run_path)
+        assert found["represent"]["state"] == "failed" and "damaged" in found["represent"]["reason"], found
+        assert found["evaluate"]["state"] == "cancelled"
+    finally:
+        weights.write_bytes(content)
