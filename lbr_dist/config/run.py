@@ -68,8 +68,7 @@ class LoraConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     base: str
-    """The base model, a Hugging Face causal LM with its tokenizer: its folder, or the Hub id of one that is in the
-    Hugging Face cache."""
+    """The folder of a Hugging Face causal LM with its tokenizer, or the Hub id of one in the Hugging Face cache."""
 
     bottleneck_tokens: int = 8
     """k, the number of bottleneck tokens after a text. 0 for baselines that pool the text itself."""
@@ -99,8 +98,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     corpus: str
-    """Domain text for stage 1, and the documents that pairs name: a file or folder of docs/data.md, with `text` and,
-    where pairs name documents, `id`."""
+    """Domain text for stage 1, and the documents that pairs name by `id`: a file or folder, see docs/data.md."""
 
     train: str
     """Training pairs: a file or folder, in any of the formats of docs/data.md."""
