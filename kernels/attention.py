@@ -69,7 +69,7 @@ def _flash_attn(
 
 @functools.cache
 def _takes_enable_gqa(kernel: Callable[..., object]) -> bool:
-    """Whether `varlen_attn` wants to be told of fewer key heads; torch 2.11's takes them without."""
+    """Whether `varlen_attn` has the argument `enable_gqa`; torch 2.11's has not, and accepts fewer key heads anyway."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 

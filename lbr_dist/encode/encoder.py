@@ -46,7 +46,7 @@ class Encoder:
 
     Args:
         folder: a model that lbr-dist exported, or any Hugging Face causal LM (mean pooling over the text by default).
-        settings: pooling, prompts and lengths, for a folder that has none of its own.
+        settings: pooling, prompts and lengths to use if the folder has no lbr.json.
         dtype: `auto` is what `encoding_dtype` says.
         chunk_tokens: tokens in a forward pass, packed without padding.
 

@@ -160,7 +160,7 @@ class _Trial:
         _, first = self._hidden(self.texts)
         tap.put_back = iter(tap.held)
         _, second = self._hidden(self.others)
-        tap.at_bottleneck = tap.put_back = None  # before anything is said of what leaks
+        tap.at_bottleneck = tap.put_back = None  # `_elsewhere` runs the model again, without them
         target = row.roles == TARGET
         far = _far(second[target], first[target])
         if far is not None:
@@ -210,7 +210,7 @@ class _Trial:
 
 @contextmanager
 def _aside() -> Iterator[None]:
-    """Inside, nothing is said and no random state moves on."""
+    """Hide warnings and log messages, and restore the random state afterwards."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -17,7 +17,7 @@ FLAGS = {
     "Skylake": ("flags\t\t: fpu sse2 avx2 avx512f avx512bw avx512vl", False),
     "Graviton 3": ("Features\t: fp asimd sve bf16 i8mm", True),
     "Graviton 2": ("Features\t: fp asimd dcpop", False),
-    "nothing is said": ("", False),
+    "no flags at all": ("", False),
 }
 
 
